@@ -1,0 +1,1 @@
+"""From OFA's TSV files to packed batches: shards, order, tasks, images, text."""
