@@ -1,0 +1,50 @@
+"""Installs ofa_ds, its kernels (`ofa_kernels`, kept in kernels/) and the DeepSpeed configurations (ds_configs/) as one distribution.
+
+Lower bounds only: constraints.txt has the versions that launchers/setup_env.sh installs and the tests run with.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="ofa-ds",
+    version="0.1.0",
+    description="Pretrain OFA, one model for pictures, text, boxes and image codes, with DeepSpeed ZeRO-3",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["ofa_ds", "ofa_ds.*"]),
+        "ofa_ds.ds_configs",
+        *find_packages("kernels", include=["ofa_kernels", "ofa_kernels.*"]),
+    ],
+    package_dir={"ofa_ds.ds_configs": "ds_configs", "ofa_kernels": "kernels/ofa_kernels"},
+    package_data={"ofa_ds": ["recipes/*.toml"], "ofa_ds.ds_configs": ["*.json"]},
+    entry_points={"console_scripts": ["ofa-ds = ofa_ds.cli:main"]},
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.19",
+        "numpy>=1.26",
+        "opencv-python-headless>=4.9",
+        "pillow>=10.3",
+        "psutil>=5.9",
+        "pyarrow>=16",
+        "pydantic>=2.7",
+        "safetensors>=0.4.3",
+        "simplejpeg>=1.7.2",
+        "tensorboard>=2.16",
+        "tokenizers>=0.19",
+        "tomli>=2; python_version < '3.11'",
+        "tqdm>=4.66",
+        "triton>=3.2; platform_system == 'Linux'",
+        "xxhash>=3.4",
+    ],
+    extras_require={
+        "dev": ["hypothesis>=6.100", "pytest>=8", "ruff>=0.5"],
+        "mpi": ["mpi4py>=4"],
+    },
+)
