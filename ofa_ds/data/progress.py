@@ -1,0 +1,50 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+
+T = TypeVar("T")
+
+
+class Progress:
+    """Counts `unit`s of work on stderr. Silent where the whole takes less than SECONDS_BETWEEN_LINES and is no terminal."""
+
+    def __init__(self, total: int, what: str, unit: str) -> None:
+        self.total, self.what, self.unit = total, what, unit
+        self.done = 0
+        self._bar = tqdm(total=total, desc=what, unit=f" {unit}", leave=False) if sys.stderr.isatty() else None
+        self._started = self._told = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+            return
+        now = time.monotonic()
+        if now - self._told >= SECONDS_BETWEEN_LINES:
+            self._told = now
+            rate = self.done / (now - self._started)
+            print(f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.0f} a second", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def track(items: Sequence[T], what: str, unit: str) -> Iterator[T]:
+    """Yield `items`, counting them."""
+    progress = Progress(len(items), what, unit)
+    try:
+        for item in items:
+            yield item
+            progress.add(1)
+    finally:
+        progress.close()

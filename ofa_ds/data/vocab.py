@@ -1,0 +1,237 @@
+"""Text, image codes and coordinate bins as one vocabulary, whatever the files it comes from.
+
+Ids (spec 01 section 1): 0 <s>, 1 <pad>, 2 </s>, 3 <unk> | text | <mask> | <code_0> ... | <bin_0> ...
+The leading-space convention is GPT-2's: " house" and "house" are different tokens, a space belongs to the word after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from ofa_ds.data.progress import track
+from ofa_ds.data.text import clean_caption, clean_question
+from ofa_ds.data.vocab_files import META, SPECIALS, Files, read_files, tokenizer_of, write_files
+
+if TYPE_CHECKING:
+    from ofa_ds.data.shards import Shards
+
+BOS, PAD, EOS, UNK = range(4)
+
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + k): byte for k, byte in enumerate(_OTHERS)}
+"""Byte that each character of a byte-level piece stands for: GPT-2's table."""
+_CLOSE_UP = [(f" {mark}", mark) for mark in ".?!,"] + [(" ' ", "'")]
+"""What word pieces lose of the original text: no space before these marks, none around an apostrophe."""
+_SPACE = chr(256 + _OTHERS.index(32))
+
+
+class Vocab:
+    """Encodes text to ids and back. Picklable; never changes after it is made."""
+
+    bos, pad, eos, unk = BOS, PAD, EOS, UNK
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self.kind = files.kind
+        self.num_codes, self.num_bins = files.num_codes, files.num_bins
+        self.mask = len(SPECIALS) + len(files.pieces)
+        self.code_start = self.mask + 1
+        self.bin_start = self.code_start + self.num_codes
+        self.size = self.bin_start + self.num_bins
+        self._tokenizer = tokenizer_of(files)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` as given, a leading space included; no bos, no eos. Nothing in it is taken for a special symbol."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        # A piece that the tokenizer knows and the dictionary does not has an id past the end of the vocabulary.
+        return [token if token < self.size else UNK for token in ids]
+
+    def encode_words(self, text: str) -> list[int]:
+        """Ids of the dictionary's own symbols, split at white space, such as "<bin_3> <code_7>"; <unk> for any other word."""
+        return [self._id_of_symbol.get(word, UNK) for word in text.split()]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Readable text. bos, pad and eos are left out; codes, bins, <mask> and <unk> stand as their symbols."""
+        out, run = "", []
+        for token in (*ids, EOS):
+            if len(SPECIALS) <= token < self.mask:
+                run.append(self._files.pieces[token - len(SPECIALS)])
+                continue
+            out += self._join(run, out)
+            run = []
+            if token not in (BOS, PAD, EOS):
+                out += (" " if out and not out.endswith(" ") else "") + self.symbol(token)
+        return out
+
+    def _join(self, pieces: list[str], before: str) -> str:
+        if self.kind == "wordpiece":
+            text = " ".join(pieces).replace(" ##", "")
+            for before_mark, mark in _CLOSE_UP:
+                text = text.replace(before_mark, mark)
+            return f" {text}" if before and text else text
+        return bytes(_BYTE_OF[character] for piece in pieces for character in piece).decode("utf-8", "replace")
+
+    def symbol(self, token: int) -> str:
+        """The dictionary's name of an id. Raises ValueError for an id outside the vocabulary."""
+        if not 0 <= token < self.size:
+            raise ValueError(f"id {token} is outside the vocabulary, which has {self.size} entries")
+        if token < len(SPECIALS):
+            return SPECIALS[token]
+        if token < self.mask:
+            return self._files.symbols[token - len(SPECIALS)]
+        if token == self.mask:
+            return "<mask>"
+        return f"<code_{token - self.code_start}>" if self.is_code(token) else f"<bin_{token - self.bin_start}>"
+
+    def code(self, k: int) -> int:
+        """Id of image code k."""
+        if not 0 <= k < self.num_codes:
+            raise ValueError(f"image code {k} is outside 0 ... {self.num_codes - 1}")
+        return self.code_start + k
+
+    def bin(self, k: int) -> int:
+        """Id of coordinate bin k."""
+        if not 0 <= k < self.num_bins:
+            raise ValueError(f"coordinate bin {k} is outside 0 ... {self.num_bins - 1}")
+        return self.bin_start + k
+
+    def is_code(self, token: int) -> bool:
+        return self.code_start <= token < self.bin_start
+
+    def is_bin(self, token: int) -> bool:
+        return self.bin_start <= token < self.size
+
+    def starts_word(self, token: int) -> bool:
+        """Whether a word begins at this token, for whole-word masking (spec 02 section 4.1). True for all that is not text."""
+        return bool(self.word_starts[token])
+
+    @cached_property
+    def word_starts(self) -> np.ndarray:
+        """bool [size]: `starts_word` of every id."""
+        pieces = self._files.pieces
+        if self.kind == "wordpiece":
+            text = [not piece.startswith("##") for piece in pieces]
+        else:
+            text = [piece.startswith((_SPACE, "madeupword")) for piece in pieces]
+        starts = np.ones(self.size, bool)
+        starts[len(SPECIALS) : self.mask] = text
+        return starts
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of what the ids mean, not of the files: equal for OFA's files and the same vocabulary imported."""
+        files = self._files
+        content = [files.kind, files.pieces, files.merges, self.num_codes, self.num_bins]
+        return xxhash.xxh3_128_hexdigest(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+
+    @cached_property
+    def _id_of_symbol(self) -> dict[str, int]:
+        return {self.symbol(token): token for token in range(self.size)}
+
+    def save(self, out: Path) -> None:
+        """Write a directory that `load_vocab` reads, Hugging Face's OFA layout for BPE. Raises ValueError where `out` is not empty."""
+        out = Path(out)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} exists and is not an empty directory; give another --out or remove it")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            write_files(partial, self._files, self.fingerprint)
+            partial.chmod(0o755)
+            os.replace(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_vocab(path: Path | str) -> Vocab:
+    """Read a vocabulary directory, finding out its layout.
+
+    Known: OFA's fairseq English (dict.txt, encoder.json, vocab.bpe) and Chinese (dict.txt, vocab.txt) files; a Hugging
+    Face OFA repository (vocab.json, merges.txt); ModelScope's Chinese (vocab.txt); what `train_vocab` and
+    `import_vocab` write. Raises ValueError for any other, naming what was found.
+    """
+    path = Path(path)
+    vocab = Vocab(read_files(path))
+    meta = path / META
+    if meta.exists() and json.loads(meta.read_text())["fingerprint"] != vocab.fingerprint:
+        raise ValueError(f"{path}: the files are not those that {META} describes; train or import the vocabulary again")
+    return vocab
+
+
+def import_vocab(source: Path | str, out: Path | str) -> Vocab:
+    """Bring a vocabulary of any known layout into one directory of ours, with the same ids and fingerprint."""
+    vocab = load_vocab(source)
+    vocab.save(Path(out))
+    return load_vocab(out)
+
+
+def train_vocab(
+    texts: Iterable[str], size: int, out: Path | str, num_codes: int = 8192, num_bins: int = 1000
+) -> Vocab:
+    """Train a byte-level BPE and write it to `out`. The same texts give the same files.
+
+    size: entries of the text part: the 256 bytes (so that nothing is ever <unk>) and size - 256 merges. Fewer come out
+    where the texts have no pair left that occurs twice. The whole vocabulary has 4 + text + 1 + num_codes + num_bins.
+    """
+    if size < 256:
+        raise ValueError(f"vocabulary size {size} is less than the 256 bytes that every text is made of")
+    if num_codes < 0 or num_bins < 0:
+        raise ValueError(f"want counts of codes and bins of at least 0, got {num_codes} and {num_bins}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    id_of_piece = tokenizer.get_vocab()
+    merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+    pieces = sorted(id_of_piece, key=id_of_piece.__getitem__)
+    Vocab(Files("bpe", pieces, pieces, merges, num_codes, num_bins)).save(Path(out))
+    return load_vocab(out)
+
+
+def train_from_shards(
+    shards: Path | str, *, size: int, out: Path | str, num_codes: int = 8192, num_bins: int = 1000
+) -> Vocab:
+    """`train_vocab` on the text of shards, cleaned as the tasks clean it and with their instructions."""
+    from ofa_ds.data.shards import Shards  # not above: reading a vocabulary needs no pyarrow
+
+    return train_vocab(shard_texts(Shards(shards)), size, out, num_codes, num_bins)
+
+
+def shard_texts(shards: Shards) -> Iterator[str]:
+    """Every text of the shards as the tasks present it: cleaned, with its leading space, inside its instruction."""
+    for family, count in shards.families.items():
+        for i in track(range(count), f"reading {family} texts", "rows"):
+            yield from _row_texts(family, shards.row(family, i))
+
+
+def _row_texts(family: str, row: dict) -> list[str]:
+    from ofa_ds.data import tasks  # not above: tasks need a Vocab
+
+    if family == "text":
+        return [tasks.INFILL_TEXT_PROMPT[0], f" {row['text'].strip().lower()}", tasks.INFILL_TEXT_PROMPT[1]]
+    if family == "image":
+        return [tasks.INFILL_IMAGE_PROMPT]
+    if family == "detection":
+        return [tasks.DETECTION_PROMPT, *(f" {name}" for name in row["cat_names"])]
+    caption, question = clean_caption(row["caption"]), clean_question(row["question"])
+    if row["type"] == "visual_grounding":
+        return [tasks.GROUNDING_PROMPT.format(caption), tasks.REGION_PROMPT, f" {caption}"]
+    if row["type"] == "qa":
+        answers = [text for text, _ in row["answers"]]
+        prompts = [tasks.ANSWER_MATCH_PROMPT.format(question, answer) for answer in answers]
+        return [f" {question}", *prompts, *(f" {answer}" for answer in answers), tasks.YES, tasks.NO]
+    match = tasks.CAPTION_MATCH_PROMPT.format(caption)
+    return [tasks.CAPTION_PROMPT, f" {caption}", match, tasks.YES, tasks.NO]
