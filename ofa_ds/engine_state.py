@@ -1,0 +1,260 @@
+"""Training state inside a DeepSpeed engine, piece by piece: which flat range of a tensor this rank holds, and where.
+
+A piece is a run of a parameter's elements in row-major order. Stage 3 cuts a parameter of n elements into
+ceil(n / world) contiguous pieces, the last ones shorter or empty; stages 1 and 2 cut one flat buffer of all parameters,
+so pieces are uneven; what is replicated (stage 0, frozen parameters at 1 and 2) is shared out by the stage 3 rule.
+Padding is never shown.
+
+Works on attributes of DeepSpeed's optimizers (0.16-0.19) and imports nothing of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS)
+"""Tensors of one trainable parameter; a frozen one has the weight alone. All fp32."""
+
+_FLAT_BUFFERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+"""Names of the fp32 master buffers: stage 3, stages 1 and 2, stage 1 with bf16 and fp32 accumulation."""
+
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+Read = Callable[[str, str, int, int], Tensor]
+"""read(name, kind, start, numel) -> fp32 tensor [numel] on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    trainable: bool
+    even: bool
+    """Cut by the stage 3 rule, so that (shape, rank, world size) tells start and numel."""
+    tensors: dict[str, Tensor]
+    """Live fp32 views [numel] per kind; a copy where the engine keeps no fp32 one. Empty where numel is 0."""
+
+
+def even_range(total: int, rank: int, world_size: int) -> tuple[int, int]:
+    """(start, numel) of `rank` when `total` elements are cut into ceil(total / world_size) pieces."""
+    part = -(-total // world_size)
+    start = min(rank * part, total)
+    return start, min(part, total - start)
+
+
+def pieces(wrapped: Any) -> Iterator[Piece]:
+    """Every parameter, tied ones once, in the order of `named_parameters`, with what this rank is to write of it."""
+    for name, parameter in wrapped.module.named_parameters():
+        shape, start, numel, even = _owned(parameter)
+        tensors = {}
+        if numel:
+            views = _views(wrapped, parameter)
+            if views is not None:
+                tensors = {kind: view[:numel] for kind, view in views.items()}
+            elif hasattr(parameter, "ds_id"):
+                tensors = {"weight": parameter.ds_tensor.detach().view(-1)[:numel].float()}
+            else:
+                tensors = _replicated(wrapped, parameter, start, numel)
+        yield Piece(
+            name=name,
+            shape=shape,
+            start=start,
+            numel=numel,
+            trainable=parameter.requires_grad,
+            even=even,
+            tensors=tensors,
+        )
+
+
+def _owned(parameter: nn.Parameter) -> tuple[tuple[int, ...], int, int, bool]:
+    """(full shape, start, numel, cut evenly) of this rank's piece."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if hasattr(parameter, "ds_id"):  # stage 3
+        return (tuple(parameter.ds_shape), *even_range(parameter.ds_numel, rank, world_size), True)
+    shape = tuple(parameter.shape)
+    if not hasattr(parameter, "_hp_mapping"):  # replicated
+        return (shape, *even_range(parameter.numel(), rank, world_size), True)
+    if parameter._hp_mapping is None:  # stage 1 or 2, held by other ranks
+        return shape, 0, 0, False
+    address = parameter._hp_mapping.lp_fragment_address
+    return shape, address.start, address.numel, False
+
+
+def _views(wrapped: Any, parameter: nn.Parameter) -> dict[str, Tensor] | None:
+    """Live fp32 master and moments of this rank's piece, stage 3 padding included; None where there is no master."""
+    optimizer = wrapped.optimizer
+    if hasattr(parameter, "ds_id"):
+        if not parameter.requires_grad:
+            return None
+        group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    elif getattr(parameter, "_hp_mapping", None) is not None:
+        mapping = parameter._hp_mapping
+        group, address = mapping.param_group_index, mapping.hp_fragment_address
+        offset, numel = address.start, address.numel
+    else:
+        return None
+    flat = _flat_buffers(wrapped)[group]
+    state = _base(wrapped).state[flat]
+    views = {"weight": flat.narrow(0, offset, numel)}
+    return views | {kind: state[kind].narrow(0, offset, numel) for kind in MOMENTS if kind in state}
+
+
+def _replicated(wrapped: Any, parameter: nn.Parameter, start: int, numel: int) -> dict[str, Tensor]:
+    tensors = {"weight": parameter.detach().reshape(-1)[start : start + numel].float()}
+    state = _base(wrapped).state.get(parameter, {})
+    return tensors | {kind: state[kind].reshape(-1)[start : start + numel] for kind in MOMENTS if kind in state}
+
+
+def _base(wrapped: Any) -> torch.optim.Optimizer:
+    """The AdamW inside the ZeRO optimizer."""
+    return getattr(wrapped.optimizer, "optimizer", wrapped.optimizer)
+
+
+def _flat_buffers(wrapped: Any) -> list[Tensor] | None:
+    for name in _FLAT_BUFFERS:
+        if hasattr(wrapped.optimizer, name):
+            return getattr(wrapped.optimizer, name)
+    return None
+
+
+def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Persistent buffers by name."""
+    kept = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
+
+
+@torch.no_grad()
+def agree_on_buffers(module: nn.Module) -> None:
+    """Make buffers the same on all ranks: the mean of those that differ (running statistics); counters from rank 0."""
+    world_size = dist.get_world_size()
+    if world_size == 1:
+        return
+    for buffer in saved_buffers(module).values():
+        low, high = buffer.clone(), buffer.clone()
+        dist.all_reduce(low, op=dist.ReduceOp.MIN)
+        dist.all_reduce(high, op=dist.ReduceOp.MAX)
+        if torch.equal(low, high):
+            continue
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer.div_(world_size)
+        else:
+            dist.broadcast(buffer, src=0)
+
+
+def counters(wrapped: Any) -> dict[str, Any]:
+    """Everything beside tensors that the next step depends on; plain JSON values."""
+    scaler = getattr(wrapped.optimizer, "loss_scaler", None)
+    return {
+        "adam_step": _adam_step(wrapped),
+        "global_steps": wrapped.global_steps,
+        "skipped_steps": wrapped.skipped_steps,
+        "global_samples": wrapped.global_samples,
+        "loss_scaler": {key: getattr(scaler, key) for key in _SCALER_STATE if hasattr(scaler, key)},
+    }
+
+
+def _adam_step(wrapped: Any) -> int:
+    base = _base(wrapped)
+    found = {int(state["step"]) for state in base.state.values() if "step" in state}
+    found |= {int(group["step"]) for group in base.param_groups if "step" in group and not base.state}
+    if len(found) > 1:
+        raise RuntimeError(f"the optimizer counts different steps for its parameters: {sorted(found)}; cannot be saved")
+    return found.pop() if found else 0
+
+
+@torch.no_grad()
+def restore(wrapped: Any, read: Read, saved: dict[str, Any]) -> None:
+    """Fill weights, moments and counters, whatever stage and world size wrote them. `saved`: from `counters`."""
+    optimizer = wrapped.optimizer
+    stage3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    if stage3:
+        optimizer.checkpoint_event_prologue()  # partitions every parameter, those that stay gathered too
+    _make_state(wrapped, saved["adam_step"])
+    for name, parameter in wrapped.module.named_parameters():
+        _restore_parameter(wrapped, name, parameter, read, with_moments=saved["adam_step"] > 0)
+    if stage3:
+        for parameter in wrapped.module.parameters():
+            parameter.ds_secondary_tensor = None  # hpZ: the epilogue forgets only those of trainable parameters
+        optimizer.checkpoint_event_epilogue()
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+        if hasattr(optimizer, "_hp_optimizer_states_linked"):
+            optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for key in ("global_steps", "skipped_steps", "global_samples"):
+        setattr(wrapped, key, saved[key])
+    scaler = getattr(optimizer, "loss_scaler", None)
+    for key, value in saved["loss_scaler"].items():
+        if hasattr(scaler, key):
+            setattr(scaler, key, value)
+
+
+def _restore_parameter(wrapped: Any, name: str, parameter: nn.Parameter, read: Read, *, with_moments: bool) -> None:
+    _, start, numel, even = _owned(parameter)
+    views = _views(wrapped, parameter)
+    kinds = KINDS if with_moments and parameter.requires_grad else KINDS[:1]
+    if views is not None:
+        for kind, view in views.items():
+            view.zero_()  # padding too
+            if kind in kinds:
+                view[:numel].copy_(read(name, kind, start, numel))
+        if hasattr(parameter, "ds_id"):
+            parameter.ds_tensor.view(-1).copy_(views["weight"])  # the copy that forward gathers
+    elif hasattr(parameter, "ds_id"):  # frozen, stage 3
+        parameter.ds_tensor.view(-1)[:numel].copy_(read(name, "weight", start, numel))
+    elif even:  # replicated: this rank needs all of it
+        parameter.view(-1).copy_(read(name, "weight", 0, parameter.numel()))
+        for kind in kinds[1:]:
+            _base(wrapped).state[parameter][kind].view(-1).copy_(read(name, kind, 0, parameter.numel()))
+
+
+def _make_state(wrapped: Any, step: int) -> None:
+    """Give a fresh optimizer the moments it lacks, in the form its class wants, learnt from a one-element probe."""
+    base = _base(wrapped)
+    flats = _flat_buffers(wrapped)
+    if flats is None:
+        flats = [parameter for group in base.param_groups for parameter in group["params"]]
+    known = inspect.signature(type(base).__init__).parameters  # AdamW.defaults holds a key that AdamW() refuses
+    probe_weight = nn.Parameter(torch.zeros(1, device=flats[0].device))
+    probe_weight.grad = torch.zeros_like(probe_weight)
+    probe = type(base)([probe_weight], **{key: value for key, value in base.defaults.items() if key in known})
+    probe.step()
+    for flat in flats:
+        base.state[flat].clear()
+        if not step:
+            continue
+        for key, value in probe.state[probe_weight].items():
+            if key == "step":
+                base.state[flat][key] = torch.full_like(value, step) if torch.is_tensor(value) else type(value)(step)
+            else:
+                base.state[flat][key] = torch.zeros_like(flat, dtype=value.dtype)
+    for group in base.param_groups:
+        if "step" in probe.param_groups[0]:
+            group["step"] = type(probe.param_groups[0]["step"])(step)
+
+
+def rng_states(device: torch.device) -> dict[str, Tensor]:
+    """Generator states as uint8 tensors."""
+    states = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_rng_states(device: torch.device, states: dict[str, Tensor]) -> None:
+    """Inverse of `rng_states`; states of a device that is not here are left out."""
+    if "torch" in states:
+        torch.set_rng_state(states["torch"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
