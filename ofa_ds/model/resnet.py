@@ -220,8 +220,8 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor, weight: Tensor) -> Tensor:
         """images [I, 3, h, w] float -> [I, 1024, h / 16, w / 16] (rounded up), channels-last.
 
-        weight [I]: 0 for a stand-in, which does not count in statistics. In training the host looks at it, which makes it
-        wait for a GPU once per call.
+        weight [I]: 0 for a stand-in, which does not count in statistics. In training the host looks at it, and so
+        waits for a GPU once per call.
         """
         counted = None if not self.training or self.bn1.mode == "frozen" or bool((weight > 0).all()) else weight
         x = self.conv1(images.contiguous(memory_format=torch.channels_last))
