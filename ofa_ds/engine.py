@@ -124,6 +124,8 @@ def init_distributed(device: str | None = None) -> Ranks:
     place = choose_device(local_rank, os.environ, device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    else:  # else DeepSpeed compiles a shared-memory all-reduce (a minute, needs g++) that only its inference engine calls
+        _deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", _TIMEOUT_MINUTES))
     _deepspeed.init_distributed(
         dist_backend="nccl" if place.type == "cuda" else "gloo",
