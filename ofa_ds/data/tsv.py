@@ -1,0 +1,250 @@
+"""OFA's TSV files, line by line: columns (spec 02 section 1) in, checked rows out.
+
+A bad line is a ValueError "column: reason"; who reads the file puts "file:line: " before it. Lines end in "\\n" alone,
+are read as bytes and decoded column by column, so that an offset is always a byte offset.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ofa_ds.data.text import clean_caption, clean_question
+
+COLUMNS = {
+    "vision_language": ("uniq_id", "image", "caption", "question", "refs", "gt_objects", "dataset_name", "type"),
+    "text": ("uniq_id", "text"),
+    "image": ("uniq_id", "image", "code"),
+    "detection": ("uniq_id", "image", "label"),
+}
+TYPES = ("caption", "qa", "visual_grounding")
+
+MAX_PIXELS = 1 << 26
+"""Largest picture that is decoded, in pixels (8192 x 8192); a bigger one is taken for a decompression bomb."""
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What may be decoded. Pillow knows more, some of which start other programs (EPS)."""
+
+NUM_CODES = 8192
+PIXELS_PER_CODE = 8
+BOX_OVERSHOOT = 0.5
+"""Pixels by which a box may pass the edge of its picture, as rounding elsewhere leaves it; it is cut back."""
+
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_BROKEN_IMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError,
+                 struct.error, zlib.error)  # fmt: skip
+"""What Pillow's decoders raise on damaged input."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some whole lines of a file: bytes start ... stop, the first of which is line `first_line` (from 1)."""
+
+    start: int
+    stop: int
+    first_line: int
+    num_lines: int
+
+
+def spans(path: Path, num_lines: int) -> list[Span]:
+    """Cut a file after every `num_lines` lines. Raises ValueError for an empty file and for CRLF line ends."""
+    cuts, counted, position, line_end = [], 0, 0, True
+    with path.open("rb") as file:
+        if file.readline().endswith(b"\r\n"):
+            raise ValueError(f"{path}:1: line: ends in CRLF, want LF alone; convert it: sed -i 's/\\r$//' {path}")
+        file.seek(0)
+        while block := file.read(1 << 22):
+            ends = block.count(b"\n")
+            if (counted + ends) // num_lines > counted // num_lines:
+                at = np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + position + 1
+                cuts += at[num_lines - 1 - counted % num_lines :: num_lines].tolist()
+            counted, position, line_end = counted + ends, position + len(block), block.endswith(b"\n")
+    counted += not line_end
+    if not position:
+        raise ValueError(f"{path}: the file is empty")
+    starts = [0, *cuts] if not cuts or cuts[-1] < position else [0, *cuts[:-1]]
+    stops = [*starts[1:], position]
+    lines = [min(num_lines, counted - k * num_lines) for k in range(len(starts))]
+    return [Span(a, b, k * num_lines + 1, lines[k]) for k, (a, b) in enumerate(zip(starts, stops, strict=True))]
+
+
+def lines(path: Path, span: Span) -> Iterator[tuple[int, bytes]]:
+    """(line number, line without its end) of each line of the span."""
+    with path.open("rb") as file:
+        file.seek(span.start)
+        for number in range(span.first_line, span.first_line + span.num_lines):
+            yield number, file.readline().removesuffix(b"\n")
+
+
+def parse(family: str, line: bytes) -> dict[str, Any]:
+    """The row of one line, in the form that `Shards.row` gives back. Raises ValueError "column: reason"."""
+    names = COLUMNS[family]
+    columns = line.split(b"\t")
+    if b"\r" in line:
+        at = next(k for k, column in enumerate(columns) if b"\r" in column)
+        name = names[min(at, len(names) - 1)]
+        raise ValueError(f"{name}: a carriage return is in the line; want LF line ends and no other line break")
+    if len(columns) != len(names):
+        raise ValueError(f"columns: want {len(names)} with tabs between ({' '.join(names)}), got {len(columns)}")
+    fields = {name: _decode(name, column) for name, column in zip(names, columns, strict=True) if name != "image"}
+    if not fields["uniq_id"].strip():
+        raise ValueError("uniq_id: is empty")
+    if "image" not in names:
+        return _text(fields)
+    image = decode_base64(columns[names.index("image")])
+    width, height = check_image(image)
+    head = {"id": fields["uniq_id"], "image": image}
+    if family == "image":
+        return head | {"codes": _codes(fields["code"], width, height)}
+    head |= {"width": width, "height": height}
+    return head | (_detection(fields, head) if family == "detection" else _vision_language(fields, head))
+
+
+def decode_base64(text: bytes) -> bytes:
+    """Standard or url-safe alphabet. Raises ValueError for anything else, and for wrong padding."""
+    try:
+        image = base64.b64decode(text.translate(_URL_SAFE), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"image: invalid base64: {error}") from error
+    if not image:
+        raise ValueError("image: is empty")
+    return image
+
+
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+
+
+def check_image(image: bytes | memoryview) -> tuple[int, int]:
+    """(width, height) of a picture that decodes to its end. Raises ValueError "image: reason".
+
+    The size is looked at before the pixels are: a decompression bomb costs nothing.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit here is our own
+            with Image.open(io.BytesIO(image), formats=IMAGE_FORMATS) as picture:
+                width, height = picture.size
+                if width * height <= MAX_PIXELS:
+                    picture.load()
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image: too large to decode: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"image: undecodable: {len(image)} bytes that are no {', '.join(IMAGE_FORMATS)}") from error
+    except _BROKEN_IMAGE as error:
+        raise ValueError(f"image: undecodable: {error}") from error
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"image: {width} x {height} pixels are too large to decode; at most {MAX_PIXELS} pixels")
+    return width, height
+
+
+def _decode(name: str, column: bytes) -> str:
+    try:
+        text = column.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: invalid UTF-8: {error.reason} at byte {error.start} of the column") from error
+    if "\ufeff" in text[:1]:
+        raise ValueError(f"{name}: starts with a byte order mark; save the file as UTF-8 without one")
+    return text
+
+
+def _text(fields: dict[str, str]) -> dict[str, Any]:
+    if not fields["text"].strip():
+        raise ValueError("text: is empty")
+    return {"id": fields["uniq_id"], "text": fields["text"]}
+
+
+def _codes(text: str, width: int, height: int) -> np.ndarray:
+    """int16 [(side / 16)^2]: one code for each 8 x 8 pixels of the central half of a square picture."""
+    side, left = divmod(width, 2 * PIXELS_PER_CODE)
+    if width != height or left or not side:
+        raise ValueError(f"image: want a square whose side is a multiple of {2 * PIXELS_PER_CODE}, got {width} x {height}")
+    codes = text.split()
+    if len(codes) != side * side:
+        raise ValueError(f"code: want {side * side} codes for a picture of {width} x {height}, got {len(codes)}")
+    for place, code in enumerate(codes):
+        if not (code.isascii() and code.isdigit()) or int(code) >= NUM_CODES:
+            raise ValueError(f"code: want whole numbers 0 ... {NUM_CODES - 1}, got {_short(code)} at place {place}")
+    return np.array([int(code) for code in codes], np.int16)
+
+
+def _detection(fields: dict[str, str], size: dict[str, Any]) -> dict[str, Any]:
+    boxes, cat_ids, cat_names = [], [], []
+    for place, item in enumerate(fields["label"].split("&&")):
+        parts = item.split(",", 5)
+        if len(parts) != 6:
+            raise ValueError(f"label: want x0,y0,x1,y1,cat_id,cat_name joined by &&, got {_short(item)} at place {place}")
+        if not parts[5].strip():
+            raise ValueError(f"label: the name at place {place} is empty")
+        boxes.append(_box("label", parts[:4], size))
+        cat_ids.append(parts[4])
+        cat_names.append(parts[5])
+    return {"boxes": np.array(boxes, np.float32), "cat_ids": cat_ids, "cat_names": cat_names}
+
+
+def _vision_language(fields: dict[str, str], size: dict[str, Any]) -> dict[str, Any]:
+    kind = fields["type"]
+    if kind not in TYPES:
+        raise ValueError(f"type: want {', '.join(TYPES)}, got {_short(kind)}")
+    if kind == "qa":
+        if not clean_question(fields["question"]):
+            raise ValueError("question: is empty, or nothing is left of it after cleaning")
+    elif not clean_caption(fields["caption"]):
+        raise ValueError("caption: is empty, or nothing is left of it after cleaning")
+    objects = fields["gt_objects"].split("&&") if fields["gt_objects"] else []
+    if not all(name.strip() for name in objects):
+        raise ValueError(f"gt_objects: a name between && is empty in {_short(fields['gt_objects'])}")
+    return {
+        "caption": fields["caption"],
+        "question": fields["question"],
+        "answers": _answers(fields["refs"]) if kind == "qa" else [],
+        "box": _box("refs", fields["refs"].split(","), size) if kind == "visual_grounding" else None,
+        "gt_objects": objects,
+        "dataset": fields["dataset_name"],
+        "type": kind,
+    }
+
+
+def _answers(refs: str) -> list[tuple[str, float]]:
+    answers = []
+    for item in refs.split("&&"):
+        parts = item.split("|!+")
+        if len(parts) != 2:
+            raise ValueError(f"refs: want confidence|!+answer joined by &&, got {_short(item)}")
+        if not _NUMBER.fullmatch(parts[0].strip()) or not 0 <= float(parts[0]) <= 1:
+            raise ValueError(f"refs: want a confidence between 0 and 1, got {_short(parts[0])}")
+        if not parts[1].strip():
+            raise ValueError("refs: the answer is empty")
+        answers.append((parts[1], float(parts[0])))
+    return answers
+
+
+def _box(column: str, parts: list[str], size: dict[str, Any]) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) in pixels, as float32 keeps them."""
+    if len(parts) != 4 or not all(_NUMBER.fullmatch(part.strip()) for part in parts):
+        raise ValueError(f"{column}: want a box x0,y0,x1,y1 in pixels, got {_short(','.join(parts))}")
+    x0, y0, x1, y1 = (float(part) for part in parts)
+    width, height = size["width"], size["height"]
+    if x1 <= x0 or y1 <= y0:
+        raise ValueError(f"{column}: the box {_short(','.join(parts))} is inverted or empty; want x0 < x1 and y0 < y1")
+    if min(x0, y0) < -BOX_OVERSHOOT or x1 > width + BOX_OVERSHOOT or y1 > height + BOX_OVERSHOOT:
+        raise ValueError(f"{column}: the box {_short(','.join(parts))} is outside the picture of {width} x {height}")
+    inside = np.array([max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)], np.float32).tolist()
+    if inside[2] <= inside[0] or inside[3] <= inside[1]:
+        raise ValueError(f"{column}: nothing of the box {_short(','.join(parts))} is inside the picture of {width} x {height}")
+    return tuple(inside)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
