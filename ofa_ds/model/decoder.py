@@ -1,0 +1,113 @@
+"""OFA's decoder on packed tokens: text or image codes, by example.
+
+Legend: M decoder tokens, N encoder tokens, D channels, U distinct positions, E examples.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ofa_ds.model.config import ModelConfig
+from ofa_ds.model.encoder import Encoded, example_of_token, linear_schedule
+from ofa_ds.model.init import Embedding, Linear
+from ofa_ds.model.inputs import PackedInput
+from ofa_ds.model.layers import DecoderLayer, RelativeTables
+from ofa_ds.model.positions import RelativeRow, code_image_ids, num_image_rows, num_token_rows
+from ofa_kernels.attention import RelativeCodes, Tokens, plan_attention, position_logits
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim, std = config.dim, config.init_std
+        self.config = config
+        self.layernorm_embedding = nn.LayerNorm(dim)
+        self.code_layernorm_embedding = nn.LayerNorm(dim)
+        self.embed_positions = Embedding(config.max_positions + 2, dim, std)
+        num_tables = 1 if config.share_attn_bias else config.decoder_layers
+        token_rows = num_token_rows(config.token_bucket_size)
+        self.token_rel_pos_table_list = nn.ModuleList(Embedding(token_rows, config.num_heads, std) for _ in range(num_tables))
+        self.image_rel_pos_table_list: nn.ModuleList | None = None
+        if config.use_ofasys:  # image codes are placed like text there
+            self.type_embedding = Embedding(1, dim, std)  # a parameter that nothing reads
+        else:
+            self.embed_image_positions = Embedding(config.image_bucket_size**2 + 1, dim, std)
+            self.pos_ln = nn.LayerNorm(dim)
+            self.image_pos_ln = nn.LayerNorm(dim)
+            image_rows = num_image_rows(config.image_bucket_size)
+            self.image_rel_pos_table_list = nn.ModuleList(
+                Embedding(image_rows, config.num_heads, std) for _ in range(num_tables)
+            )
+        if not config.entangle_position_embedding:
+            self.self_pos_q_linear = Linear(dim, dim, std)
+            self.self_pos_k_linear = Linear(dim, dim, std)
+        self.cross_pos_q_linear = Linear(dim, dim, std)
+        self.cross_pos_k_linear = Linear(dim, dim, std)
+        rates = linear_schedule(config.drop_path, config.decoder_layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, rate) for rate in rates)
+        self.layer_norm = nn.LayerNorm(dim)
+        image_bucket_size = None if config.use_ofasys else config.image_bucket_size
+        self.arithmetic = RelativeRow(config.token_bucket_size, image_bucket_size, config.max_positions, True)
+        self.relative = RelativeTables(self.arithmetic)
+        code_ids = code_image_ids(config.code_image_size, config.image_bucket_size)
+        self.register_buffer("code_ids", code_ids.clamp(max=config.image_bucket_size**2), persistent=False)
+
+    def forward(self, batch: PackedInput, tokens_MD: Tensor, encoded: Encoded, memory: Tokens) -> Tensor:
+        """tokens_MD: the embedded previous tokens -> hidden [M, D] after the last norm."""
+        example_M = example_of_token(batch.decoder_offsets)
+        code_M = batch.code_mask[example_M]
+        raw_UD, normed_UD, position_M, codes = self.positions(batch.decoder_position, code_M)
+        x_MD = self.embed(tokens_MD, code_M, None if self.config.disable_entangle else raw_UD.index_select(0, position_M))
+        tokens = Tokens(batch.decoder_offsets, position_M, normed_UD.shape[0])
+        plans = (
+            plan_attention(tokens, tokens, relative=codes, causal=True, kind=batch.code_mask),
+            plan_attention(tokens, memory, relative=None, causal=False, kind=batch.code_mask),
+        )
+        self_positions, cross_positions = self.position_logits(normed_UD, encoded.position_UD)
+        examples = (example_M, len(batch.code_mask))
+        for i, layer in enumerate(self.layers):
+            row_HR = self.relative(i, self.token_rel_pos_table_list, self.image_rel_pos_table_list)
+            args = (x_MD, encoded.memory_ND, plans, self_positions, cross_positions, row_HR, examples)
+            if self.config.activation_checkpointing and self.training:
+                x_MD = checkpoint(layer, *args, use_reentrant=False)
+            else:
+                x_MD = layer(*args)
+        return self.layer_norm(x_MD)
+
+    def embed(self, tokens_MD: Tensor, code_M: Tensor, position_MD: Tensor | None) -> Tensor:
+        """Norm and dropout of the embedded tokens; both norms run whatever the batch holds, to keep ranks in step."""
+        if position_MD is not None:
+            tokens_MD = tokens_MD + position_MD
+        as_text, as_code = self.layernorm_embedding(tokens_MD), self.code_layernorm_embedding(tokens_MD)
+        x_MD = torch.where(code_M[:, None], as_code, as_text)
+        return F.dropout(x_MD, self.config.dropout, self.training) if self.config.dropout else x_MD
+
+    def positions(self, position_M: Tensor, code_M: Tensor) -> tuple[Tensor, Tensor, Tensor, RelativeCodes]:
+        """(vectors [U, D] of the distinct positions, the same normed, which one each token has [M], relative codes)."""
+        if self.config.use_ofasys:
+            text, index_M = position_M.unique(return_inverse=True)
+            raw_UD = self.embed_positions(text)
+            return raw_UD, raw_UD, index_M, RelativeCodes(*self.arithmetic.text_codes(text), self.arithmetic.num_entries)
+        first_code = self.config.max_positions + 2  # keys from here on are steps of image codes
+        keys, index_M = (position_M + first_code * code_M).unique(return_inverse=True)
+        text, image_ids = keys[keys < first_code], self.code_ids[keys[keys >= first_code] - first_code]
+        text_UD, image_UD = self.embed_positions(text), self.embed_image_positions(image_ids)
+        normed_UD = torch.cat([self.pos_ln(text_UD), self.image_pos_ln(image_UD)])
+        query, key = (
+            torch.cat(pair)
+            for pair in zip(self.arithmetic.text_codes(text), self.arithmetic.image_codes(image_ids), strict=True)
+        )
+        codes = RelativeCodes(query, key, self.arithmetic.num_entries)
+        return torch.cat([text_UD, image_UD]), normed_UD, index_M, codes
+
+    def position_logits(self, own_UD: Tensor, memory_VD: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The absolute terms of self- and cross-attention, the same in every layer."""
+        if self.config.entangle_position_embedding:
+            return (), ()
+        sizes = (self.config.num_heads, self.config.attention_scale)
+        own = position_logits(self.self_pos_q_linear(own_UD), self.self_pos_k_linear(own_UD), *sizes)
+        cross = position_logits(self.cross_pos_q_linear(own_UD), self.cross_pos_k_linear(memory_VD), *sizes)
+        return own, cross

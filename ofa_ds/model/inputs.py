@@ -1,0 +1,28 @@
+"""What the model reads of a packed batch. `ofa_ds.data.batch.Batch` has these attributes; the model does not import it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class PackedInput(Protocol):
+    """Shapes and dtypes are told at `ofa_ds.data.batch.Batch`."""
+
+    images: tuple[Tensor, ...]
+    image_holes: tuple[Tensor, ...]
+    image_weight: tuple[Tensor, ...]
+    patch_index: Tensor
+    patch_position: Tensor
+    patch_slot: Tensor
+    source_tokens: Tensor
+    source_position: Tensor
+    source_slot: Tensor
+    encoder_offsets: Tensor
+    num_patches: Tensor
+    decoder_tokens: Tensor
+    decoder_position: Tensor
+    decoder_offsets: Tensor
+    targets: Tensor
+    code_mask: Tensor
