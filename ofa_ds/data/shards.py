@@ -313,3 +313,33 @@ _KEPT = {
     _list_of(pa.utf8()): (1, 3, 4), _list_of(pa.int16()): (1, 3), _list_of(pa.float64()): (1, 3),
 }  # fmt: skip
 """Which of a column's buffers have content: the others are validity bitmaps, absent as nothing is nullable."""
+
+
+def build_shards(
+    out: Path | str,
+    *,
+    negatives: Path | str | None = None,
+    rows_per_shard: int = 50_000,
+    workers: int = 2,
+    on_error: str = "stop",
+    **sources: Sequence[Path | str],
+) -> dict[str, Any]:
+    """Turn OFA's TSV files into shards in `out`, which must not exist yet (or be empty). -> the manifest.
+
+    sources: vision_language, text, image, detection = files; any of them, read in the order given. negatives: OFA's
+    negative_sample directory; without it one is derived from the vision-language rows. on_error: what a bad line does:
+    "stop" raises ValueError "file:line: column: reason" and leaves nothing behind, "quarantine" puts it into
+    out/quarantine and counts it. The same sources and rows_per_shard give the same bytes with any number of workers.
+    Under MPI, rank 0 gives the work to the other ranks.
+    """
+    from ofa_ds.data.shards_build import build  # not above: reading needs none of it
+
+    paths = {family: [Path(file) for file in files] for family, files in sources.items()}
+    return build(Path(out), paths, Path(negatives) if negatives else None, rows_per_shard, workers, on_error)
+
+
+def verify_shards(path: Path | str, *, workers: int = 2) -> list[str]:
+    """Compare every checksum and decode every picture. -> what is wrong, one line each."""
+    from ofa_ds.data.shards_verify import verify
+
+    return verify(Path(path), workers)

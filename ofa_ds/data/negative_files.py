@@ -1,0 +1,104 @@
+"""OFA's negative_sample directory: read and check it, or derive one from the rows, and write it among the shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ofa_ds.data.shards import NEGATIVES, ShardFile, positions_file
+
+CAPTIONS, OBJECTS, ANSWERS = "all_captions.txt", "object.txt", "type2ans.json"
+MAX_DERIVED = 1_000_000
+"""Distinct captions, objects or answers that are kept where no directory is given."""
+
+
+def write_negatives(given: Path, folder: Path) -> dict[str, str]:
+    """Check and copy: lines stripped, blank ones dropped. -> checksum of each file.
+
+    Raises ValueError "file: reason" for a missing file, for fewer than two captions or objects (a wrong one must differ
+    from the right one), invalid UTF-8, and a type2ans.json that is not {type: [answers]} with a type "other".
+    """
+    captions, objects = _lines(given / CAPTIONS), _lines(given / OBJECTS)
+    return _write(folder, captions, objects, _answers(given / ANSWERS))
+
+
+def derive_negatives(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """From the vision-language rows themselves: their captions, object words and answers, in order, each once."""
+    captions: dict[str, None] = {}
+    objects: dict[str, None] = {}
+    answers: dict[str, None] = {}
+    for shard in manifest["families"]["vision_language"]["shards"]:
+        file = ShardFile(folder, "vision_language", shard)
+        for i in range(file.num_rows):
+            row = file.row(i, verify=False)
+            if row["type"] == "caption":
+                _keep(captions, [row["caption"]])
+            _keep(objects, row["gt_objects"])
+            _keep(answers, [text for text, _ in row["answers"]])
+    numbers = [answer for answer in answers if answer.isdecimal()]
+    polar = [answer for answer in ("yes", "no") if answer in answers]
+    types = {"how many": numbers, "yes/no": polar}
+    known = {answer for kind in types.values() for answer in kind}
+    type2ans = {kind: texts for kind, texts in types.items() if texts}
+    return _write(folder, captions, objects, type2ans | {"other": [text for text in answers if text not in known]})
+
+
+def _keep(found: dict[str, None], texts: Iterable[str]) -> None:
+    for text in texts:
+        if len(found) < MAX_DERIVED and text.strip():
+            found[" ".join(text.split())] = None
+
+
+def _write(
+    folder: Path, captions: Iterable[str], objects: Iterable[str], type2ans: Mapping[str, list[str]]
+) -> dict[str, str]:
+    target = folder / NEGATIVES
+    target.mkdir()
+    for name, texts in ((CAPTIONS, captions), (OBJECTS, objects)):
+        encoded = [f"{text}\n".encode() for text in texts]
+        (target / name).write_bytes(b"".join(encoded))
+        np.save(positions_file(target / name), np.fromiter(accumulate(map(len, encoded)), np.int64))
+    (target / ANSWERS).write_bytes((json.dumps(type2ans, ensure_ascii=False, indent=1) + "\n").encode())
+    return checksums(folder)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Of each file of the negatives of a directory of shards."""
+    files = sorted((folder / NEGATIVES).iterdir())
+    return {file.name: xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in files}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file; want {CAPTIONS}, {OBJECTS}, {ANSWERS} in --negatives") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: invalid UTF-8 at byte {error.start}: {error.reason}") from error
+
+
+def _lines(path: Path) -> list[str]:
+    lines = [line.strip() for line in _read(path).split("\n")]
+    found = [" ".join(line.split("\r")) for line in lines if line]
+    if len(set(found)) < 2:
+        raise ValueError(f"{path}: want at least two different lines, got {len(set(found))}")
+    return found
+
+
+def _answers(path: Path) -> dict[str, list[str]]:
+    try:
+        answers = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: want JSON: {error.msg}") from error
+    if not isinstance(answers, dict) or "other" not in answers:
+        raise ValueError(f'{path}: want {{"answer type": ["answer", ...], "other": [...]}}')
+    for kind, texts in answers.items():
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"{path}: want a list of non-empty strings for type {kind!r}")
+    return answers

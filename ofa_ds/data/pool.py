@@ -1,0 +1,63 @@
+"""Independent jobs on processes of this machine, or on the ranks of an MPI job."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+"""Set by Open MPI's, MPICH's (and Slurm's PMI-2), Intel's starters."""
+
+
+def mpi_size() -> int:
+    """Ranks of the MPI job that this process belongs to; 1 where there is none."""
+    return max(int(os.environ.get(name, "1")) for name in _MPI_SIZES)
+
+
+def is_mpi_worker() -> bool:
+    """Whether this is a rank other than 0 of an MPI job; `serve` is then all that it has to do."""
+    if mpi_size() == 1:
+        return False
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.rank > 0
+
+
+def serve() -> None:
+    """Run rank 0's jobs until it is done with them."""
+    from mpi4py import MPI
+    from mpi4py.futures import MPICommExecutor
+
+    with MPICommExecutor(MPI.COMM_WORLD, root=0):
+        pass
+
+
+def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
+    """Results in the order of `jobs`, however many processes there are. The first failure in that order is raised.
+
+    Raises RuntimeError where a process dies.
+    """
+    if mpi_size() > 1:
+        from mpi4py import MPI
+        from mpi4py.futures import MPICommExecutor
+
+        with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
+            yield from executor.map(function, jobs)
+        return
+    workers = min(workers, len(jobs))
+    if workers <= 1:
+        yield from map(function, jobs)
+        return
+    # Not forked: the caller may have threads, and Arrow's do not survive a fork.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as executor:
+        try:
+            yield from executor.map(function, jobs)
+        except BrokenProcessPool as error:
+            raise RuntimeError(f"one of {workers} worker processes died, out of memory perhaps; use fewer --workers") from error

@@ -1,0 +1,94 @@
+"""Verifying shards: every checksum, every row, every picture. All problems are listed, not just the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ofa_ds.data.negative_files import checksums
+from ofa_ds.data.pool import is_mpi_worker, run_jobs, serve
+from ofa_ds.data.progress import Progress
+from ofa_ds.data.shards import MANIFEST, NEGATIVES, ShardFile, read_manifest
+from ofa_ds.data.shards_build import chain, fingerprint, row_digest
+from ofa_ds.data.tsv import check_image
+
+
+@dataclass(frozen=True)
+class Job:
+    folder: Path
+    family: str
+    shard: Mapping[str, Any]
+
+
+def verify(path: Path, workers: int) -> list[str]:
+    """See `shards.verify_shards`."""
+    if is_mpi_worker():
+        serve()
+        return []
+    try:
+        manifest = read_manifest(path)
+    except ValueError as error:
+        return [str(error)]
+    families = manifest["families"]
+    jobs = [Job(path, family, shard) for family, part in families.items() for shard in part["shards"]]
+    progress = Progress(sum(job.shard["rows"] for job in jobs), "verifying shards", "rows")
+    problems = []
+    try:
+        for job, found in zip(jobs, run_jobs(verify_one, jobs, workers), strict=True):
+            problems += found
+            progress.add(job.shard["rows"])
+    finally:
+        progress.close()
+    return problems + _manifest_problems(path, manifest)
+
+
+def _manifest_problems(path: Path, manifest: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for family, part in manifest["families"].items():
+        digest = 0
+        for shard in part["shards"]:
+            digest = chain(digest, shard["digest"], shard["rows"])
+        if digest != part["digest"] or part["rows"] != sum(shard["rows"] for shard in part["shards"]):
+            problems.append(f"{path / MANIFEST}: what it says of {family} as a whole is not what it says of its files")
+    if fingerprint(manifest) != manifest["fingerprint"]:
+        problems.append(f"{path / MANIFEST}: its fingerprint is not that of its rows")
+    found = checksums(path) if (path / NEGATIVES).is_dir() else {}
+    for name in sorted(found.keys() | manifest["negatives"].keys()):
+        if found.get(name) != manifest["negatives"].get(name):
+            problems.append(f"{path / NEGATIVES / name}: its checksum is not the one in {MANIFEST}, or it is missing")
+    return problems
+
+
+def verify_one(job: Job) -> list[str]:
+    """Runs in a worker: the problems of one file. Rows of a damaged batch are not looked at further."""
+    file = ShardFile(job.folder, job.family, job.shard)
+    try:
+        batches = range(len(file.batch_ends))
+        problems = {batch: file.checksum_problem(batch) for batch in (*batches, len(batches))}
+    except (OSError, RuntimeError) as error:
+        return [str(error)]
+    found = [problem for problem in problems.values() if problem]
+    if problems[len(batches)]:
+        return found  # without the footer Arrow finds no batch
+    digest = 0
+    for batch in batches:
+        if problems[batch]:
+            continue
+        for i in range(file.batch_ends[batch - 1] if batch else 0, file.batch_ends[batch]):
+            row = file.row(i, verify=False)
+            digest = chain(digest, row_digest(row), 1)
+            if "image" in row:
+                found += _image_problems(file, i, row["image"])
+    if not found and digest != job.shard["digest"]:
+        found.append(f"{file.path}: the rows are not those that {MANIFEST} describes")
+    return found
+
+
+def _image_problems(file: ShardFile, i: int, image: memoryview) -> list[str]:
+    try:
+        check_image(image)
+    except ValueError as error:
+        return [f"{file.path}: row {i}: {error}"]
+    return []
