@@ -11,7 +11,7 @@ import difflib
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -124,7 +124,7 @@ def init_distributed(device: str | None = None) -> Ranks:
     place = choose_device(local_rank, os.environ, device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    else:  # else DeepSpeed compiles a shared-memory all-reduce (a minute, needs g++) that only its inference engine calls
+    else:  # a shared-memory all-reduce that only DeepSpeed's inference calls: compiling it takes a minute and g++
         _deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", _TIMEOUT_MINUTES))
     _deepspeed.init_distributed(
@@ -291,6 +291,49 @@ class Engine:
             return None
         buffers = engine_state.saved_buffers(self.module)
         return weights | {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items()}
+
+    # What ofa_ds.checkpoint needs; the state itself is engine_state's business.
+
+    def pieces(self) -> Iterator[engine_state.Piece]:
+        """This rank's share of weights and moments. Only between optimizer steps: RuntimeError within one."""
+        if self._wrapped.micro_steps % self._wrapped.gradient_accumulation_steps():
+            raise RuntimeError("the training state is read within an accumulation; call it after the last micro-batch")
+        return engine_state.pieces(self._wrapped)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every parameter, partitioned or not."""
+        return {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self.module.named_parameters()
+        }
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers."""
+        return engine_state.saved_buffers(self.module)
+
+    def agree_on_buffers(self) -> None:
+        """Running statistics that differ between ranks become their mean."""
+        engine_state.agree_on_buffers(self.module)
+
+    def counters(self) -> dict[str, Any]:
+        """Step numbers and the loss scale."""
+        return engine_state.counters(self._wrapped)
+
+    def rng_states(self) -> dict[str, Tensor]:
+        return engine_state.rng_states(self.device)
+
+    def set_rng_states(self, states: dict[str, Tensor]) -> None:
+        engine_state.set_rng_states(self.device, states)
+        self.rng_state = states.get("torch")
+
+    def restore(
+        self, read: engine_state.Read, read_buffer: Callable[[str], Tensor], saved: dict[str, Any]
+    ) -> None:
+        """Weights, moments, buffers and counters from a checkpoint of any stage and world size."""
+        engine_state.restore(self._wrapped, read, saved)
+        with torch.no_grad():
+            for name, buffer in self.buffers().items():
+                buffer.copy_(read_buffer(name))
 
 
 def _mixed(seed: int, step: int, rank: int) -> int:

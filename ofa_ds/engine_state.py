@@ -60,7 +60,7 @@ def pieces(wrapped: Any) -> Iterator[Piece]:
         if numel:
             views = _views(wrapped, parameter)
             if views is not None:
-                tensors = {kind: view[:numel] for kind, view in views.items()}
+                tensors = {kind: view[:numel].detach() for kind, view in views.items()}
             elif hasattr(parameter, "ds_id"):
                 tensors = {"weight": parameter.ds_tensor.detach().view(-1)[:numel].float()}
             else:
