@@ -90,6 +90,8 @@ class Context:
     patch_size: int = 16
     split: Literal["train", "heldout"] = "train"
     """`heldout`: no augmentation, no patch sampling, no image-text matching (see `matching_pair`)."""
+    readable: bool = True
+    """Write out the texts of text infilling too, which takes longer than the rest of it; training does without."""
 
     def __post_init__(self) -> None:
         config = self.config
@@ -196,8 +198,9 @@ def text_infilling(row: Row, rng: np.random.Generator, ctx: Context) -> Example:
     tokens = np.array([vocab.bos, *ids, vocab.eos])
     noised = mask_spans(tokens, vocab.word_starts[tokens], vocab.mask, rng)[1:-1].tolist()
     before, after = INFILL_TEXT_PROMPT
+    texts = (f"{before}{vocab.decode(noised)}{after}", vocab.decode(ids)) if ctx.readable else ("", "")
     return _build(
-        "text_infilling", row, ctx, f"{before}{vocab.decode(noised)}{after}", vocab.decode(ids),
+        "text_infilling", row, ctx, *texts,
         source=vocab.encode(before) + noised + vocab.encode(after), target=ids, conf=ctx.config.extra_confidence,
     )  # fmt: skip
 
