@@ -1,4 +1,4 @@
-"""Installs ofa_ds, its kernels (`ofa_kernels`, kept in kernels/) and the DeepSpeed configurations (ds_configs/) as one distribution.
+"""One distribution of ofa_ds, its kernels (`ofa_kernels`, kept in kernels/) and the DeepSpeed files of ds_configs/.
 
 Lower bounds only: constraints.txt has the versions that launchers/setup_env.sh installs and the tests run with.
 """

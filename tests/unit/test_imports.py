@@ -1,0 +1,128 @@
+"""Imports point one way, only the engine touches DeepSpeed, the command line starts light. Judged by `ast` alone."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Unit (a package, or a module at the top of ofa_ds) -> units it may import. `*` is everything.
+ALLOWED: dict[str, set[str]] = {
+    "ofa_kernels": set(),
+    "config": set(),
+    "processes": set(),
+    "schedule": set(),
+    "scores": set(),
+    "data": {"config"},
+    "model": {"ofa_kernels", "config"},
+    "loss": {"ofa_kernels", "config"},
+    "criteria": {"ofa_kernels", "config"},
+    "metrics": {"config"},
+    "engine_state": {"config"},
+    "engine": {"config", "engine_state", "processes", "schedule"},
+    "checkpoint": {"config"},
+    "cluster": {"config"},
+    "generate": {"config", "data", "model", "loss"},
+    "inference": {"config", "checkpoint", "data", "generate", "model"},
+    "report": {"config"},
+    "samples": {"config", "data", "generate", "inference", "model", "report", "scores"},
+    "evaluate": {"*"},
+    "trainer": {"*"},
+    "bench": {"*"},
+    "cli": {"*"},
+    "pretrain": {"cli"},
+}
+DEEPSPEED_OWNERS = {"engine"}
+
+
+def sources() -> list[Path]:
+    return sorted([*(ROOT / "ofa_ds").rglob("*.py"), *(ROOT / "kernels" / "ofa_kernels").rglob("*.py")])
+
+
+def module_name(file: Path) -> str:
+    base = ROOT / "kernels" if "kernels" in file.relative_to(ROOT).parts else ROOT
+    return ".".join(file.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
+
+
+def unit_of(module: str) -> str:
+    """`ofa_ds.data.vocab` -> `data`, `ofa_ds.engine` -> `engine`, `ofa_kernels.attention` -> `ofa_kernels`; else ''."""
+    first, *rest = module.split(".")
+    if first == "ofa_ds":
+        return rest[0] if rest else ""
+    return first if first == "ofa_kernels" else ""
+
+
+def imports(tree: ast.Module, package: str, *, lazy: bool = True) -> Iterator[tuple[int, str]]:
+    """(line, absolute module) of every import that runs; those for type checkers alone are left out.
+
+    package: what a leading dot means in this file. lazy: count those inside functions too.
+    """
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending.extend(node.orelse)
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:  # `from ofa_ds import engine_state` imports ofa_ds.engine_state
+                yield node.lineno, f"{source}.{alias.name}" if source == "ofa_ds" else source
+        elif lazy or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def wrong_imports(unit: str, tree: ast.Module, package: str) -> list[str]:
+    allowed = ALLOWED[unit] | {unit}
+    wrong = []
+    for line, module in imports(tree, package):
+        target = unit_of(module)
+        if target and target not in allowed and "*" not in allowed:
+            wrong.append(f"line {line}: {unit} may not import {module}")
+        if module.split(".")[0] == "deepspeed" and unit not in DEEPSPEED_OWNERS:
+            wrong.append(f"line {line}: only {', '.join(DEEPSPEED_OWNERS)} may import deepspeed")
+    return wrong
+
+
+@pytest.mark.parametrize("file", sources(), ids=module_name)
+def test_imports_point_one_way(file: Path) -> None:
+    module = module_name(file)
+    unit = unit_of(module)
+    if not unit:  # ofa_ds/__init__.py
+        assert not list(imports(ast.parse(file.read_text()), module)), "ofa_ds/__init__.py imports nothing"
+        return
+    assert unit in ALLOWED, f"{module}: say in ALLOWED what {unit} may import"
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    assert wrong_imports(unit, ast.parse(file.read_text()), package) == []
+
+
+def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:
+    tree = ast.parse((ROOT / "ofa_ds" / "cli.py").read_text())
+    at_start = {module.split(".")[0] for _, module in imports(tree, "ofa_ds", lazy=False)}
+    assert not at_start & {"torch", "deepspeed", "numpy", "pyarrow", "pydantic", "ofa_ds", "ofa_kernels"}
+
+
+@pytest.mark.parametrize(
+    "unit, text",
+    [
+        ("model", "from ofa_ds.data.batch import Batch"),
+        ("model", "from ..data import batch"),
+        ("data", "def f():\n    import ofa_ds.trainer"),
+        ("checkpoint", "from ofa_ds import engine"),
+        ("ofa_kernels", "import ofa_ds.config"),
+        ("trainer", "import deepspeed.comm"),
+        ("data", "try:\n    from ofa_ds.model import ofa\nexcept ImportError:\n    pass"),
+    ],
+)
+def test_a_wrong_import_is_found(unit: str, text: str) -> None:
+    assert len(wrong_imports(unit, ast.parse(text), f"ofa_ds.{unit}")) == 1
+
+
+def test_imports_for_type_checkers_are_free() -> None:
+    text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ofa_ds.engine import Engine"
+    assert wrong_imports("checkpoint", ast.parse(text), "ofa_ds.checkpoint") == []
