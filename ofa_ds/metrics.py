@@ -41,8 +41,8 @@ class Window:
         self.counts = torch.zeros(2, device=self.device, dtype=torch.float64)
 
     def add_micro_batch(self, task_sums: Tensor, loss: Tensor, *, num_tokens: int, num_examples: int) -> None:
-        """task_sums: [8, >= 2], columns nll sum and token count; loss: this micro-batch's share of the step's loss."""
-        self.tasks += task_sums[:, :2].double()
+        """task_sums: [8, 4] of `loss.task_sums`; loss: this micro-batch's share of the step's loss."""
+        self.tasks += task_sums[:, [1, 3]].double()  # nll, tokens
         self.loss += loss.double()
         self.counts += torch.tensor([num_tokens, num_examples], device=self.device, dtype=torch.float64)
 

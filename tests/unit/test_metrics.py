@@ -34,8 +34,8 @@ def test_a_task_without_tokens_is_null_not_zero(tmp_path):
 def test_window_means_are_per_step_for_the_loss_and_per_token_for_tasks():
     window = Window(torch.device("cpu"))
     for _ in range(2):
-        sums = torch.zeros(8, 3)
-        sums[1] = torch.tensor([6.0, 4.0, 1.0])
+        sums = torch.zeros(8, 4)
+        sums[1] = torch.tensor([9.0, 6.0, 1.0, 4.0])
         window.add_micro_batch(sums, torch.tensor(3.0), num_tokens=10, num_examples=2)
         window.num_steps += 1
     values = window.close(lambda tensor: None)

@@ -1,0 +1,191 @@
+"""Pretraining: recipe in, checkpoints and metrics out. One visible loop; each optimizer step is `train_step`.
+
+The loss of a step is, per group g (vision-language; everything else), sum(confidence * token loss) / global token count
+of g, summed over groups: the original's L1/n1 + L2/n2 (spec 03 section 2) made independent of ranks and accumulation.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from ofa_ds import checkpoint
+from ofa_ds.config import Recipe, recipe_to_dict, recipe_to_toml
+from ofa_ds.data.batch import Batch
+from ofa_ds.data.loader import Loader
+from ofa_ds.data.shards import Shards
+from ofa_ds.data.vocab import Vocab, load_vocab
+from ofa_ds.engine import Engine, Ranks, build, init_distributed
+from ofa_ds.loss import group_counts, group_sums, task_sums
+from ofa_ds.metrics import MetricsWriter, Window, peak_memory_MiB
+from ofa_ds.model.config import ModelConfig, preset
+from ofa_ds.model.ofa import OFA
+
+STOPPED = 130
+"""Exit code after a signal: the state is saved, the run is not finished."""
+
+
+class StopSignal:
+    """SIGINT or SIGTERM asks for a checkpoint after the running step; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    @contextmanager
+    def listening(self) -> Iterator[StopSignal]:
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    stop: bool
+    """Some rank was asked to stop."""
+
+
+def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
+    """The preset with the recipe's regularisation."""
+    options = recipe.model
+    return preset(
+        options.preset,
+        vocab_size=vocab_size,
+        dropout=options.dropout,
+        attention_dropout=options.attention_dropout,
+        drop_path=options.drop_path,
+        activation_checkpointing=options.activation_checkpointing,
+        batch_norm=options.batch_norm,
+        code_image_size=recipe.data.code_image_size,
+    )
+
+
+def train_step(
+    engine: Engine, micro_batches: list[Batch], window: Window, *, label_smoothing: float, stop: bool
+) -> StepResult:
+    """One optimizer step over the micro-batches of this rank, equal to one process on those of all ranks."""
+    device = engine.device
+    shared = torch.stack([group_counts(batch) for batch in micro_batches]).sum(0).double()
+    shared = torch.cat([shared, torch.tensor([float(stop)], dtype=torch.float64)]).to(device)
+    engine.all_reduce(shared)
+    global_counts = shared[:-1].clamp(min=1)  # a group without tokens has sum 0: it adds nothing
+    for batch in micro_batches:
+        batch = batch.to(device)
+        loss_M, nll_M, correct_M = engine(batch, label_smoothing=label_smoothing)
+        loss = (group_sums(loss_M, batch) / global_counts.to(loss_M.dtype)).sum()
+        engine.backward(loss)
+        engine.step()  # updates the weights at the last micro-batch of the step
+        with torch.no_grad():
+            sums = task_sums(loss_M, nll_M, correct_M, batch)
+            window.add_micro_batch(sums, loss.detach(), num_tokens=batch.num_tokens, num_examples=batch.num_examples)
+    window.num_steps += 1
+    return StepResult(stop=bool(shared[-1].item() > 0))
+
+
+def run(recipe: Recipe) -> int:
+    """Train to `train.num_steps`, from the newest checkpoint of `run_dir` where there is one. Returns the exit code."""
+    ranks = init_distributed()
+    recipe.batch.accumulation_steps(ranks.world_size)  # a wrong batch shape is told before anything heavy starts
+    shards, vocab = Shards(recipe.data.shards), load_vocab(recipe.data.vocab)
+    config = model_config(recipe, vocab.size)
+    engine = build(
+        lambda: OFA(config), deepspeed=recipe.deepspeed, optim=recipe.optim, batch=recipe.batch, train=recipe.train, ranks=ranks
+    )
+    identity = {"data": shards.fingerprint, "vocab": vocab.fingerprint}
+    first_step = _resume(engine, recipe, identity)
+    loader = Loader(
+        shards=shards,
+        vocab=vocab,
+        config=recipe.data,
+        batch=recipe.batch,
+        seed=recipe.train.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        patch_size=config.patch_size,
+        image_bucket_size=config.image_bucket_size,
+    )
+    with StopSignal().listening() as stop:
+        return _train(engine, loader, recipe, ranks, first_step=first_step, identity=identity, stop=stop)
+
+
+def _train(
+    engine: Engine, loader: Loader, recipe: Recipe, ranks: Ranks, *, first_step: int, identity: dict[str, str], stop: StopSignal
+) -> int:
+    train, run_dir = recipe.train, Path(recipe.run_dir)
+    writer = None
+    if ranks.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "recipe.toml").write_text(recipe_to_toml(recipe), encoding="utf-8")
+        writer = MetricsWriter(run_dir, num_steps=train.num_steps, first_step=first_step)
+    window = Window(engine.device)
+    step, waited_s = first_step, 0.0
+    source = loader.steps(first_step)
+    try:
+        while step < train.num_steps:
+            micro_batches = next(source)
+            result = train_step(
+                engine, micro_batches, window, label_smoothing=recipe.optim.label_smoothing, stop=stop.asked
+            )
+            step += 1
+            window.data_wait_s += loader.wait_seconds - waited_s
+            waited_s = loader.wait_seconds
+            if step % train.log_every == 0 or step == train.num_steps:
+                _log(engine, window, writer, step)
+            if step % train.save_every == 0 or step == train.num_steps or result.stop:
+                _save(engine, recipe, step, identity)
+            if result.stop and step < train.num_steps:
+                if ranks.rank == 0:
+                    print(f"stopped at step {step}; the same command goes on from there", file=sys.stderr)
+                return STOPPED
+    finally:
+        source.close()  # ends the workers
+        if writer is not None:
+            writer.close()
+    if ranks.rank == 0:
+        print(f"done: {step} steps; checkpoint {checkpoint.latest(run_dir)}")
+    return 0
+
+
+def _log(engine: Engine, window: Window, writer: MetricsWriter | None, step: int) -> None:
+    values = {"lr": engine.lr, "grad_norm": engine.grad_norm, "peak_memory_MiB": peak_memory_MiB(engine.device)}
+    values = {**window.close(engine.all_reduce), **values}
+    if writer is not None:
+        writer.write(step, values)
+
+
+def _save(engine: Engine, recipe: Recipe, step: int, identity: dict[str, str]) -> None:
+    checkpoint.save(
+        engine,
+        Path(recipe.run_dir),
+        step,
+        extra={"recipe": recipe_to_dict(recipe), "identity": identity},
+        keep=recipe.train.keep,
+    )
+
+
+def _resume(engine: Engine, recipe: Recipe, identity: dict[str, str]) -> int:
+    """Load the newest checkpoint of the run, if any; returns the step to go on from."""
+    manifest = checkpoint.resume(engine, recipe.run_dir)
+    if manifest is None:
+        return 0
+    saved = manifest["extra"]["identity"]
+    for name, value in identity.items():
+        if saved[name] != value:
+            raise ValueError(
+                f"{recipe.run_dir}: step {manifest['step']} was trained with {name} {saved[name]}, this run has {value}; "
+                f"use those files, or another run_dir"
+            )
+    return int(manifest["step"])
