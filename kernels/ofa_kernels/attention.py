@@ -21,7 +21,15 @@ from torch import Tensor
 
 from ofa_kernels.attention_plan import MASKED, AttentionPlan, Bucket, RelativeCodes, Tokens, plan_attention
 
-__all__ = ["AttentionPlan", "RelativeCodes", "Tokens", "attention", "plan_attention", "position_logits"]
+__all__ = [
+    "AttentionPlan",
+    "RelativeCodes",
+    "Tokens",
+    "attention",
+    "plan_attention",
+    "position_logits",
+    "relative_logits",
+]
 
 
 def position_logits(pos_q_UD: Tensor, pos_k_VD: Tensor, num_heads: int, scale: float) -> tuple[Tensor]:
@@ -32,6 +40,11 @@ def position_logits(pos_q_UD: Tensor, pos_k_VD: Tensor, num_heads: int, scale: f
     q_HUd = _wide(pos_q_UD).view(pos_q_UD.shape[0], num_heads, -1).transpose(0, 1)
     k_HdV = _wide(pos_k_VD).view(pos_k_VD.shape[0], num_heads, -1).permute(1, 2, 0)
     return (torch.matmul(q_HUd, k_HdV) * scale,)
+
+
+def relative_logits(row_HR: Tensor, codes: RelativeCodes) -> Tensor:
+    """The relative term of every pair of positions, [H, U, V]: what `attention` adds, for a caller that attends itself."""
+    return _look_up(row_HR, codes.row_index()).view(row_HR.shape[0], len(codes.query), len(codes.key))
 
 
 def attention(
@@ -56,7 +69,9 @@ def attention(
             f"and k {tuple(k_MD.shape)}; plan again for this batch"
         )
     if (row_HR is None) != (plan.row_index is None):
-        raise ValueError("attention: want a relative row exactly where the plan has relative codes; pass both or neither")
+        raise ValueError(
+            "attention: want a relative row exactly where the plan has relative codes; pass both or neither"
+        )
     absolute_HUV = positions[0] if positions else None
     return _PackedAttention.apply(q_ND, k_MD, v_MD, absolute_HUV, row_HR, head_scale_H, plan, scale, dropout)
 
@@ -76,7 +91,9 @@ class _PackedAttention(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         num_heads = head_scale_H.shape[0]
-        q, k, v = (_pad(x, gather) for x, gather in ((q_ND, plan.query_token), (k_MD, plan.key_token), (v_MD, plan.key_token)))
+        q, k, v = (
+            _pad(x, gather) for x, gather in ((q_ND, plan.query_token), (k_MD, plan.key_token), (v_MD, plan.key_token))
+        )
         bias_HX = _bias(absolute_HUV, row_HR, plan)
         out = q.new_empty(q.shape[0], num_heads, q.shape[1] // num_heads)
         saved: list[Tensor | None] = []
@@ -104,7 +121,9 @@ class _PackedAttention(torch.autograd.Function):
         dhead_H = (dout_NHd * out_NHd).sum((0, 2)).to(head_scale_H.dtype)
         dout = dout_NHd.new_zeros(plan.query_token.shape[0], dout_ND.shape[1])
         dout.index_copy_(0, plan.query_slot, (dout_NHd * head_scale_H[:, None]).flatten(1))  # pads stay 0
-        dq, dk, dv = (dout.new_empty(token.shape[0], *out_NHd.shape[1:]) for token in (plan.query_token, *[plan.key_token] * 2))
+        dq, dk, dv = (
+            dout.new_empty(token.shape[0], *out_NHd.shape[1:]) for token in (plan.query_token, *[plan.key_token] * 2)
+        )
         has_bias = any(meta is not None for meta in ctx.bias_meta)
         dbias_HX = dout.new_zeros(num_heads, plan.num_position_pairs) if has_bias else None
         for i, bucket in enumerate(plan.buckets):
@@ -140,9 +159,13 @@ def _bias(absolute_HUV: Tensor | None, row_HR: Tensor | None, plan: AttentionPla
     bias_HX = None if absolute_HUV is None else absolute_HUV.flatten(1)
     if row_HR is None:
         return bias_HX
-    with_zero = torch.nn.functional.pad(_wide(row_HR), (0, 1))  # pairs of different kinds point at the last entry
-    relative_HX = with_zero.index_select(1, plan.row_index)
+    relative_HX = _look_up(row_HR, plan.row_index)
     return relative_HX if bias_HX is None else relative_HX.add_(bias_HX)
+
+
+def _look_up(row_HR: Tensor, row_index: Tensor) -> Tensor:
+    with_zero = torch.nn.functional.pad(_wide(row_HR), (0, 1))  # pairs of different kinds point at the last entry
+    return with_zero.index_select(1, row_index)
 
 
 def _bias_grads(dbias_HX: Tensor | None, plan: AttentionPlan, metas: list[Any]) -> tuple[Tensor | None, Tensor | None]:

@@ -43,6 +43,12 @@ class RelativeCodes:
     """[V] int64."""
     num_entries: int
 
+    def row_index(self) -> Tensor:
+        """[U * V] entry of the row of every pair; num_entries for none."""
+        index = (self.query[:, None] - self.key[None, :]).flatten()
+        outside = (index < 0) | (index >= self.num_entries)
+        return index.masked_fill_(outside, self.num_entries)
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
@@ -127,7 +133,9 @@ def plan_attention(
     key_side = query_side if queries is keys else _Side(keys)
     if np.any((query_side.lengths > 0) & (key_side.lengths == 0)):
         example = int(np.argmax((query_side.lengths > 0) & (key_side.lengths == 0)))
-        raise ValueError(f"attention: example {example} has queries but no keys; give every example at least one key token")
+        raise ValueError(
+            f"attention: example {example} has queries but no keys; give every example at least one key token"
+        )
     device = queries.position.device
     kinds = np.zeros(len(query_side.lengths), np.int64) if kind is None else _numpy(kind).astype(np.int64)
     buckets = []
@@ -143,7 +151,7 @@ def plan_attention(
         query_slot=query_slot,
         key_token=key_token,
         key_slot=key_slot,
-        row_index=None if relative is None else _row_index(relative),
+        row_index=None if relative is None else relative.row_index(),
         buckets=tuple(buckets),
     )
 
@@ -194,7 +202,11 @@ def _bucket(queries: _Side, keys: _Side, examples: np.ndarray, *, causal: bool, 
     index, shared = _bias_index(queries, keys, query_token, key_token)
     identity = index.size == queries.num_positions * keys.num_positions and np.array_equal(index, np.arange(index.size))
     padded = key_token < 0
-    key_mask = torch.from_numpy(np.where(padded, np.float32(MASKED), np.float32(0))[:, None]).to(device) if padded.any() else None
+    key_mask = (
+        torch.from_numpy(np.where(padded, np.float32(MASKED), np.float32(0))[:, None]).to(device)
+        if padded.any()
+        else None
+    )
     causal_mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).triu_(1) if causal else None
     return Bucket(
         query_start=query_start,
@@ -230,7 +242,9 @@ def _bucket_examples(queries: _Side, keys: _Side, kinds: np.ndarray) -> list[np.
     """Examples of each bucket: sorted by kind and length, then halved wherever that saves more than a bucket costs."""
     order = np.lexsort((queries.rest, keys.rest, queries.lead, keys.lead, kinds))
     bounds = np.flatnonzero(np.diff(kinds[order])) + 1
-    return [part for same_kind in np.split(order, bounds) if len(same_kind) for part in _split(queries, keys, same_kind)]
+    return [
+        part for same_kind in np.split(order, bounds) if len(same_kind) for part in _split(queries, keys, same_kind)
+    ]
 
 
 def _split(queries: _Side, keys: _Side, examples: np.ndarray) -> list[np.ndarray]:
@@ -248,15 +262,10 @@ def _split(queries: _Side, keys: _Side, examples: np.ndarray) -> list[np.ndarray
 def _padded_pairs(queries: _Side, keys: _Side, examples: np.ndarray) -> np.ndarray:
     """Padded query-key pairs of the first 1, 2, ... of the examples in one bucket."""
     lengths = [
-        np.maximum.accumulate(side.lead[examples]) + np.maximum.accumulate(side.rest[examples]) for side in (queries, keys)
+        np.maximum.accumulate(side.lead[examples]) + np.maximum.accumulate(side.rest[examples])
+        for side in (queries, keys)
     ]
     return lengths[0] * lengths[1] * np.arange(1, len(examples) + 1)
-
-
-def _row_index(relative: RelativeCodes) -> Tensor:
-    index = (relative.query[:, None] - relative.key[None, :]).flatten()
-    outside = (index < 0) | (index >= relative.num_entries)
-    return index.masked_fill_(outside, relative.num_entries)
 
 
 def _numpy(x: Tensor) -> np.ndarray:

@@ -57,7 +57,13 @@ def linear_cross_entropy_ref(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, target_M: Tensor, smoothing: float, ignore_index: int, chunk: int
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        target_M: Tensor,
+        smoothing: float,
+        ignore_index: int,
+        chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden_MD.dtype, torch.float32)
         loss_M, nll_M = (torch.zeros(target_M.shape, dtype=wide, device=target_M.device) for _ in range(2))

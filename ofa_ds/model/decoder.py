@@ -14,7 +14,7 @@ from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.encoder import Encoded, example_of_token, linear_schedule
 from ofa_ds.model.init import Embedding, Linear
 from ofa_ds.model.inputs import PackedInput
-from ofa_ds.model.layers import DecoderLayer, RelativeTables
+from ofa_ds.model.layers import DecoderLayer, PackedCore, RelativeTables
 from ofa_ds.model.positions import RelativeRow, code_image_ids, num_image_rows, num_token_rows
 from ofa_kernels.attention import RelativeCodes, Tokens, plan_attention, position_logits
 
@@ -29,7 +29,9 @@ class Decoder(nn.Module):
         self.embed_positions = Embedding(config.max_positions + 2, dim, std)
         num_tables = 1 if config.share_attn_bias else config.decoder_layers
         token_rows = num_token_rows(config.token_bucket_size)
-        self.token_rel_pos_table_list = nn.ModuleList(Embedding(token_rows, config.num_heads, std) for _ in range(num_tables))
+        self.token_rel_pos_table_list = nn.ModuleList(
+            Embedding(token_rows, config.num_heads, std) for _ in range(num_tables)
+        )
         self.image_rel_pos_table_list: nn.ModuleList | None = None
         if config.use_ofasys:  # image codes are placed like text there
             self.type_embedding = Embedding(1, dim, std)  # a parameter that nothing reads
@@ -60,17 +62,21 @@ class Decoder(nn.Module):
         example_M = example_of_token(batch.decoder_offsets)
         code_M = batch.code_mask[example_M]
         raw_UD, normed_UD, position_M, codes = self.positions(batch.decoder_position, code_M)
-        x_MD = self.embed(tokens_MD, code_M, None if self.config.disable_entangle else raw_UD.index_select(0, position_M))
+        x_MD = self.embed(
+            tokens_MD, code_M, None if self.config.disable_entangle else raw_UD.index_select(0, position_M)
+        )
         tokens = Tokens(batch.decoder_offsets, position_M, normed_UD.shape[0])
         plans = (
             plan_attention(tokens, tokens, relative=codes, causal=True, kind=batch.code_mask),
             plan_attention(tokens, memory, relative=None, causal=False, kind=batch.code_mask),
         )
         self_positions, cross_positions = self.position_logits(normed_UD, encoded.position_UD)
-        examples = (example_M, len(batch.code_mask))
+        scale = self.config.attention_scale
+        cross_core = PackedCore(plans[1], cross_positions, None, scale)
         for i, layer in enumerate(self.layers):
             row_HR = self.relative(i, self.token_rel_pos_table_list, self.image_rel_pos_table_list)
-            args = (x_MD, encoded.memory_ND, plans, self_positions, cross_positions, row_HR, examples)
+            cores = (PackedCore(plans[0], self_positions, row_HR, scale), cross_core)
+            args = (x_MD, encoded.memory_ND, cores, example_M, len(batch.code_mask))
             if self.config.activation_checkpointing and self.training:
                 x_MD = checkpoint(layer, *args, use_reentrant=False)
             else:
@@ -90,7 +96,12 @@ class Decoder(nn.Module):
         if self.config.use_ofasys:
             text, index_M = position_M.unique(return_inverse=True)
             raw_UD = self.embed_positions(text)
-            return raw_UD, raw_UD, index_M, RelativeCodes(*self.arithmetic.text_codes(text), self.arithmetic.num_entries)
+            return (
+                raw_UD,
+                raw_UD,
+                index_M,
+                RelativeCodes(*self.arithmetic.text_codes(text), self.arithmetic.num_entries),
+            )
         first_code = self.config.max_positions + 2  # keys from here on are steps of image codes
         keys, index_M = (position_M + first_code * code_M).unique(return_inverse=True)
         text, image_ids = keys[keys < first_code], self.code_ids[keys[keys >= first_code] - first_code]

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.init import Embedding, Linear
 from ofa_ds.model.inputs import PackedInput
-from ofa_ds.model.layers import EncoderLayer, RelativeTables, TokenEmbedding
+from ofa_ds.model.layers import EncoderLayer, PackedCore, RelativeTables, TokenEmbedding
 from ofa_ds.model.positions import RelativeRow, image_id_to_cell, num_image_rows, num_token_rows
 from ofa_ds.model.stem import build_backbone, normalize
 from ofa_kernels.attention import RelativeCodes, Tokens, plan_attention, position_logits
@@ -67,8 +67,12 @@ class Encoder(nn.Module):
         self.layer_norm = nn.LayerNorm(dim)
         num_tables = 1 if config.share_attn_bias else config.encoder_layers
         sizes = num_token_rows(config.token_bucket_size), num_image_rows(config.image_bucket_size)
-        self.token_rel_pos_table_list = nn.ModuleList(Embedding(sizes[0], config.num_heads, std) for _ in range(num_tables))
-        self.image_rel_pos_table_list = nn.ModuleList(Embedding(sizes[1], config.num_heads, std) for _ in range(num_tables))
+        self.token_rel_pos_table_list = nn.ModuleList(
+            Embedding(sizes[0], config.num_heads, std) for _ in range(num_tables)
+        )
+        self.image_rel_pos_table_list = nn.ModuleList(
+            Embedding(sizes[1], config.num_heads, std) for _ in range(num_tables)
+        )
         self.arithmetic = RelativeRow(config.token_bucket_size, config.image_bucket_size, config.max_positions, False)
         self.relative = RelativeTables(self.arithmetic)
 
@@ -88,7 +92,8 @@ class Encoder(nn.Module):
             image_PD = image_PD if added_ND is None else image_PD + added_ND.index_select(0, patch_slot)
             image_PD = self._dropout(self.patch_layernorm_embedding(image_PD + types[1]))
             x_ND, slot_N = torch.cat([image_PD, text_TD]), torch.cat([patch_slot, text_slot])
-        x_ND = x_ND.index_select(0, torch.empty_like(slot_N).scatter_(0, slot_N, torch.arange(len(slot_N), device=slot_N.device)))
+        place_N = torch.empty_like(slot_N).scatter_(0, slot_N, torch.arange(len(slot_N), device=slot_N.device))
+        x_ND = x_ND.index_select(0, place_N)
         x_ND = self._layers(x_ND, batch, position_UD, position_N, codes)
         return Encoded(self.layer_norm(x_ND), position_UD, position_N)
 
@@ -108,7 +113,7 @@ class Encoder(nn.Module):
         example_N, num_examples = example_of_token(batch.encoder_offsets), len(batch.num_patches)
         for i, layer in enumerate(self.layers):
             row_HR = self.relative(i, self.token_rel_pos_table_list, self.image_rel_pos_table_list)
-            args = (x_ND, plan, positions, row_HR, example_N, num_examples)
+            args = (x_ND, PackedCore(plan, positions, row_HR, self.config.attention_scale), example_N, num_examples)
             if self.config.activation_checkpointing and self.training:
                 x_ND = checkpoint(layer, *args, use_reentrant=False)
             else:
@@ -161,10 +166,14 @@ class Encoder(nn.Module):
         for num_images, height, width in grids:  # every group has its own rows, whether resized or not
             group_ids = _grid_ids(height, width, bucket_size, image_P.device)
             resized = height * width > native**2
-            vectors_XD = self.embed_image_positions(_grid_ids(native, native, bucket_size, image_P.device) if resized else group_ids)
+            vectors_XD = self.embed_image_positions(
+                _grid_ids(native, native, bucket_size, image_P.device) if resized else group_ids
+            )
             if resized:
                 square = vectors_XD.T.reshape(1, -1, native, native)
-                vectors_XD = F.interpolate(square, size=(height, width), mode="bilinear", align_corners=False)[0].flatten(1).T
+                vectors_XD = (
+                    F.interpolate(square, size=(height, width), mode="bilinear", align_corners=False)[0].flatten(1).T
+                )
             last_patch = first_patch + num_images * height * width
             inside = (batch.patch_index >= first_patch) & (batch.patch_index < last_patch)
             image_P = torch.where(inside, first_row + r * width + c, image_P)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,12 +55,36 @@ class RelativeTables(nn.Module):
         return entries_RH.t()
 
 
+class AttentionCore(Protocol):
+    """What happens between the projections: over a packed batch while training, over caches while generating."""
+
+    def __call__(
+        self, q_ND: Tensor, k_MD: Tensor | None, v_MD: Tensor | None, head_scale_H: Tensor, dropout: float
+    ) -> Tensor:
+        """-> [N, D]. k and v are None where the core has them already."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedCore:
+    """Attention over a planned batch, with the biases of one layer."""
+
+    plan: AttentionPlan
+    positions: tuple[Tensor, ...]
+    row_HR: Tensor | None
+    scale: float
+
+    def __call__(
+        self, q_ND: Tensor, k_MD: Tensor | None, v_MD: Tensor | None, head_scale_H: Tensor, dropout: float
+    ) -> Tensor:
+        qkv = (q_ND, k_MD, v_MD)
+        return attention(qkv, self.plan, self.positions, self.row_HR, head_scale_H, scale=self.scale, dropout=dropout)
+
+
 class Attention(nn.Module):
     """Multi-head attention with a learned scale per head. Self-attention is the case memory = x."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.scale = config.attention_scale
         self.dropout = config.attention_dropout
         self.k_proj = Linear(config.dim, config.dim, config.init_std)
         self.v_proj = Linear(config.dim, config.dim, config.init_std)
@@ -65,12 +92,12 @@ class Attention(nn.Module):
         self.out_proj = Linear(config.dim, config.dim, config.init_std)
         self.c_attn = nn.Parameter(torch.ones(config.num_heads))
 
-    def forward(
-        self, x_ND: Tensor, memory_MD: Tensor, plan: AttentionPlan, positions: tuple[Tensor, ...], row_HR: Tensor | None
-    ) -> Tensor:
-        qkv = (self.q_proj(x_ND), self.k_proj(memory_MD), self.v_proj(memory_MD))
-        dropout = self.dropout if self.training else 0.0
-        return self.out_proj(attention(qkv, plan, positions, row_HR, self.c_attn, scale=self.scale, dropout=dropout))
+    def forward(self, x_ND: Tensor, memory_MD: Tensor | None, core: AttentionCore) -> Tensor:
+        """memory None: the core has cached keys and values."""
+        q_ND, k_MD, v_MD = self.q_proj(x_ND), None, None
+        if memory_MD is not None:
+            k_MD, v_MD = self.k_proj(memory_MD), self.v_proj(memory_MD)
+        return self.out_proj(core(q_ND, k_MD, v_MD, self.c_attn, self.dropout if self.training else 0.0))
 
 
 class Branch(nn.Module):
@@ -80,7 +107,9 @@ class Branch(nn.Module):
         super().__init__()
         self.dropout, self.drop_path = dropout, drop_path
 
-    def forward(self, residual_ND: Tensor, x_ND: Tensor, example_N: Tensor, num_examples: int, gamma_D: Tensor | None) -> Tensor:
+    def forward(
+        self, residual_ND: Tensor, x_ND: Tensor, example_N: Tensor, num_examples: int, gamma_D: Tensor | None
+    ) -> Tensor:
         if self.training and self.dropout:
             x_ND = F.dropout(x_ND, self.dropout)
         if gamma_D is not None:
@@ -120,17 +149,9 @@ class EncoderLayer(FeedForward):
         self.branch = Branch(config.dropout, drop_path)
         self.weight_self_attn, self.weight_ffn = gamma_parameter(config), gamma_parameter(config)
 
-    def forward(
-        self,
-        x_ND: Tensor,
-        plan: AttentionPlan,
-        positions: tuple[Tensor, ...],
-        row_HR: Tensor,
-        example_N: Tensor,
-        num_examples: int,
-    ) -> Tensor:
+    def forward(self, x_ND: Tensor, core: AttentionCore, example_N: Tensor, num_examples: int) -> Tensor:
         normed_ND = self.self_attn_layer_norm(x_ND)
-        attended_ND = self.attn_ln(self.self_attn(normed_ND, normed_ND, plan, positions, row_HR))
+        attended_ND = self.attn_ln(self.self_attn(normed_ND, normed_ND, core))
         x_ND = self.branch(x_ND, attended_ND, example_N, num_examples, self.weight_self_attn)
         return self.branch(x_ND, self.feed_forward(x_ND), example_N, num_examples, self.weight_ffn)
 
@@ -151,17 +172,16 @@ class DecoderLayer(FeedForward):
     def forward(
         self,
         x_ND: Tensor,
-        memory_MD: Tensor,
-        plans: tuple[AttentionPlan, AttentionPlan],
-        self_positions: tuple[Tensor, ...],
-        cross_positions: tuple[Tensor, ...],
-        row_HR: Tensor,
-        examples: tuple[Tensor, int],
+        memory_MD: Tensor | None,
+        cores: tuple[AttentionCore, AttentionCore],
+        example_N: Tensor,
+        num_examples: int,
     ) -> Tensor:
+        """cores: self-attention's, cross-attention's."""
+        examples = (example_N, num_examples)
         normed_ND = self.self_attn_layer_norm(x_ND)
-        attended_ND = self.self_attn_ln(self.self_attn(normed_ND, normed_ND, plans[0], self_positions, row_HR))
+        attended_ND = self.self_attn_ln(self.self_attn(normed_ND, normed_ND, cores[0]))
         x_ND = self.branch(x_ND, attended_ND, *examples, self.weight_self_attn)
-        normed_ND = self.encoder_attn_layer_norm(x_ND)
-        attended_ND = self.cross_attn_ln(self.encoder_attn(normed_ND, memory_MD, plans[1], cross_positions, None))
-        x_ND = self.branch(x_ND, attended_ND, *examples, self.weight_cross_attn)
+        attended_ND = self.encoder_attn(self.encoder_attn_layer_norm(x_ND), memory_MD, cores[1])
+        x_ND = self.branch(x_ND, self.cross_attn_ln(attended_ND), *examples, self.weight_cross_attn)
         return self.branch(x_ND, self.feed_forward(x_ND), *examples, self.weight_ffn)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.decoder import Decoder
+from ofa_ds.model.decoding import DecodingState
 from ofa_ds.model.encoder import Encoded, Encoder
 from ofa_ds.model.inputs import PackedInput
 
@@ -47,3 +48,13 @@ class OFA(nn.Module):
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """[M, V]."""
         return self.encoder.embed_tokens(hidden_MD)
+
+    @torch.no_grad()
+    def start_decoding(self, batch: PackedInput, beams: int = 1) -> DecodingState:
+        """Encode the batch and prepare generation of `beams` rows per example, example-major. Only targets go unread."""
+        return DecodingState(self.decoder, batch, self.encode(batch), beams)
+
+    @torch.no_grad()
+    def decode_step(self, tokens_R: Tensor, state: DecodingState) -> Tensor:
+        """Logits [R, V] after one more token per row; the first tokens are bos. Raises ValueError past the position table."""
+        return self.logits(state.advance(self.encoder.embed_tokens(tokens_R)))

@@ -59,7 +59,9 @@ class RelativeRow:
     T text entries, n = bucket size. With m = (2n - 1) r + c, the difference of two cells is (dr, dc) in one number.
     """
 
-    def __init__(self, token_bucket_size: int, image_bucket_size: int | None, max_positions: int, with_start: bool) -> None:
+    def __init__(
+        self, token_bucket_size: int, image_bucket_size: int | None, max_positions: int, with_start: bool
+    ) -> None:
         self.max_text = min(max_positions, MAX_TOKEN_DISTANCE)
         self.bucket_size = image_bucket_size
         self.with_start = with_start
