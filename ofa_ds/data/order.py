@@ -1,4 +1,4 @@
-"""Which row comes when: functions of (seed, position) without any state, so there is nothing to save and nothing to resume.
+"""Which row comes when: functions of (seed, position) without state: nothing to save, nothing to resume.
 
 The stream of all families has positions 0, 1, 2, ...; step s of a run takes positions s * global_rows ... . A family's
 rows go by in epochs of its own, each a permutation of all of them.
@@ -25,7 +25,7 @@ class Permutation:
     """
 
     def __init__(self, n: int, seed: int, epoch: int, family: int = 0) -> None:
-        """Different (seed, epoch, family) give unrelated orders. Raises ValueError for n < 1 and for negative numbers."""
+        """Different (seed, epoch, family) give unrelated orders. Raises ValueError for n < 1 or below zero."""
         if n < 1 or n > 1 << 62 or min(seed, epoch, family) < 0:
             raise ValueError(f"want n >= 1 and seed, epoch >= 0, got n {n}, seed {seed}, epoch {epoch}")
         self.n = n
@@ -85,7 +85,7 @@ def permutation(n: int, seed: int, epoch: int, family: int = 0) -> Permutation:
 
 
 def pattern(weights: tuple[int, ...]) -> np.ndarray:
-    """Families in turn, int8 [sum(weights)]: over any prefix of its repetition, |drawn - due| < 1 for each of them.
+    """Families in turn, int8 [sum(weights)]: over any prefix of its repetition |drawn - due| < 1 for each.
 
     Tijdeman's solution of the chairman assignment problem (Discrete Mathematics 32, 1980): of the families that may be
     drawn without running ahead, the one that would first fall behind.
@@ -106,8 +106,8 @@ def pattern(weights: tuple[int, ...]) -> np.ndarray:
 class Mixture:
     """The endless stream of rows of all families. Picklable; depends on its arguments alone.
 
-    counts: rows of each family that is there. weights: rows drawn of each, relative to each other; families of weight 0,
-    and families that are not in counts, are left out.
+    counts: rows of each family that is there. weights: rows drawn of each, relative to each other. Families of
+    weight 0, and families that are not in counts, are left out.
     """
 
     def __init__(self, counts: Mapping[str, int], weights: Mapping[str, int], seed: int) -> None:
@@ -115,8 +115,8 @@ class Mixture:
         self.families = tuple(family for family in weights if weights[family] > 0 and counts.get(family, 0) > 0)
         if not self.families:
             raise ValueError(
-                f"data.mix {dict(weights)} draws nothing from shards that have {dict(counts)} rows; give a family that is "
-                "there a positive weight"
+                f"data.mix {dict(weights)} draws nothing from shards that have {dict(counts)} rows; "
+                "give a family that is there a positive weight"
             )
         self.counts = {family: counts[family] for family in self.families}
         self.seed = seed

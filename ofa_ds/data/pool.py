@@ -60,4 +60,5 @@ def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], workers: in
         try:
             yield from executor.map(function, jobs)
         except BrokenProcessPool as error:
-            raise RuntimeError(f"one of {workers} worker processes died, out of memory perhaps; use fewer --workers") from error
+            message = f"one of {workers} worker processes died, perhaps out of memory; use fewer --workers"
+            raise RuntimeError(message) from error

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Counts `unit`s of work on stderr. Silent where the whole takes less than SECONDS_BETWEEN_LINES and is no terminal."""
+    """Counts `unit`s of work on stderr. Off a terminal, short work says nothing."""
 
     def __init__(self, total: int, what: str, unit: str) -> None:
         self.total, self.what, self.unit = total, what, unit
@@ -32,7 +32,8 @@ class Progress:
         if now - self._told >= SECONDS_BETWEEN_LINES:
             self._told = now
             rate = self.done / (now - self._started)
-            print(f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.0f} a second", file=sys.stderr, flush=True)
+            line = f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.0f} a second"
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -45,7 +45,8 @@ _PICTURE = {"id": pa.utf8(), "image": pa.binary(), "width": pa.int32(), "height"
 SCHEMAS = {
     "vision_language": _schema(
         **_PICTURE, caption=pa.utf8(), question=pa.utf8(), answer_text=_list_of(pa.utf8()),
-        answer_confidence=_list_of(pa.float64()), box=_BOX, gt_objects=_list_of(pa.utf8()), dataset=pa.utf8(), type=pa.utf8(),
+        answer_confidence=_list_of(pa.float64()), box=_BOX, gt_objects=_list_of(pa.utf8()), dataset=pa.utf8(),
+        type=pa.utf8(),
     ),
     "text": _schema(id=pa.utf8(), text=pa.utf8()),
     "image": _schema(id=pa.utf8(), image=pa.binary(), codes=_list_of(pa.int16())),
@@ -72,9 +73,9 @@ def to_columns(family: str, row: Mapping[str, Any]) -> dict[str, Any]:
 def from_columns(family: str, columns: dict[str, Any]) -> dict[str, Any]:
     """The other way round. Takes `columns` over."""
     if family == "vision_language":
-        columns["answers"] = list(zip(columns.pop("answer_text"), columns.pop("answer_confidence").tolist(), strict=True))
-        box = tuple(columns["box"].tolist())
-        columns["box"] = None if math.isnan(box[0]) else box
+        columns["answers"] = list(zip(columns.pop("answer_text"), columns.pop("answer_confidence"), strict=True))
+        if math.isnan(columns["box"][0]):
+            columns["box"] = None
     return columns
 
 
@@ -120,8 +121,9 @@ class Shards:
 
     Picklable, and safe to use from several threads and after a fork: positions are filled in once and never change.
 
-        vision_language {id, image, width, height, caption, question, answers [(text, confidence)], box (x0, y0, x1, y1)
-                         or None, gt_objects [str], dataset, type "caption" | "qa" | "visual_grounding"}
+        vision_language {id, image, width, height, caption, question, answers [(text, confidence)],
+                         box (x0, y0, x1, y1) or None, gt_objects [str], dataset,
+                         type "caption" | "qa" | "visual_grounding"}
         text            {id, text}
         image           {id, image, codes int16 [n]}
         detection       {id, image, width, height, boxes float32 [n, 4], cat_ids [str], cat_names [str]}
@@ -130,7 +132,7 @@ class Shards:
     """
 
     def __init__(self, path: Path | str, *, verify: bool = False) -> None:
-        """verify: compare each record batch with its checksum when it is first touched (about 1 ms for 10 MB)."""
+        """verify: compare each record batch with its checksum when first touched (about 1 ms for 10 MB)."""
         self.path = Path(path)
         self.verify = verify
         self.manifest = read_manifest(self.path)
@@ -140,9 +142,12 @@ class Shards:
         self.types: dict[str, int] = parts["vision_language"]["types"] if parts["vision_language"] else {}
         """Vision-language rows of each type."""
         self._files = {
-            family: [ShardFile(self.path, family, shard) for shard in parts[family]["shards"]] for family in self.families
+            family: [ShardFile(self.path, family, shard) for shard in parts[family]["shards"]]
+            for family in self.families
         }
-        self._ends = {family: list(accumulate(file.num_rows for file in files)) for family, files in self._files.items()}
+        self._ends = {
+            family: list(accumulate(file.num_rows for file in files)) for family, files in self._files.items()
+        }
 
     def __reduce__(self) -> tuple:
         return _open, (self.path, self.verify)
@@ -187,7 +192,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 class ShardFile:
-    """Rows of one mapped Arrow file, read by buffer positions: 8 bytes a buffer a batch are kept, and no Arrow object."""
+    """Rows of one mapped Arrow file. Kept are 8 bytes for each buffer of each batch touched, and no Arrow object."""
 
     def __init__(self, folder: Path, family: str, shard: Mapping[str, Any]) -> None:
         self.path = folder / shard["file"]
@@ -198,15 +203,15 @@ class ShardFile:
         self.checksums: list[str] = shard["xxh3"]
 
     @cached_property
-    def _map(self) -> memoryview:
-        """The file. Raises RuntimeError where its size is not the manifest's."""
+    def _view(self) -> _View:
+        """The whole file. Raises RuntimeError where its size is not the manifest's."""
         with self.path.open("rb") as file:
             size = file.seek(0, 2)
             if size != self.byte_ends[-1]:
                 raise RuntimeError(
                     f"{self.path}: want {self.byte_ends[-1]} bytes as in {MANIFEST}, got {size}; copy or build it again"
                 )
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return _View(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
 
     @cached_property
     def _positions(self) -> np.ndarray:
@@ -230,14 +235,14 @@ class ShardFile:
         if not positions[0]:
             positions = self._touch(batch, verify)
         j = i - (self.batch_ends[batch - 1] if batch else 0)
-        data = self._map
-        return from_columns(self.family, {name: read(data, positions[at], j) for name, read, at in self._columns})
+        view = self._view
+        return from_columns(self.family, {name: read(view, positions[at], j) for name, read, at in self._columns})
 
     def _touch(self, batch: int, verify: bool) -> list[int]:
         """Find where the buffers of a batch are. A reader of its own each time: nothing that threads would share."""
         if verify and (problem := self.checksum_problem(batch)):
             raise RuntimeError(f"{problem}; copy or build the shards again")
-        buffer = pa.py_buffer(self._map)
+        buffer = pa.py_buffer(self._view.data)
         reader = pa.ipc.open_file(pa.BufferReader(buffer))
         if not reader.schema.equals(SCHEMAS[self.family]):
             raise RuntimeError(f"{self.path}: its columns are not those of this version of ofa-ds; build it again")
@@ -245,66 +250,79 @@ class ShardFile:
         for column in reader.get_batch(batch).columns:
             buffers = column.buffers()
             kept = [buffers[k] for k in _KEPT[column.type]]
-            positions += [part.address - buffer.address if part is not None and part.size else 0 for part in kept]
+            positions += [part.address - buffer.address if part and part.size else 0 for part in kept]
+        if any(position % 8 for position in positions):
+            raise RuntimeError(f"{self.path}: its buffers are not aligned; build it again")
         self._positions[batch] = positions
         return positions
 
     def checksum_problem(self, batch: int) -> str | None:
-        """What is wrong with the bytes of a batch; the one past the last is the footer, the first has the header too."""
+        """What is wrong with the bytes of a batch, the header with the first; one past the last is the footer."""
         start = self.byte_ends[batch - 1] if batch else 0
-        got = xxhash.xxh3_64_hexdigest(self._map[start : self.byte_ends[batch]])
+        got = xxhash.xxh3_64_hexdigest(self._view.data[start : self.byte_ends[batch]])
         if got == self.checksums[batch]:
             return None
-        first, last = (self.batch_ends[batch - 1] if batch else 0), self.batch_ends[min(batch, len(self.batch_ends) - 1)]
-        what = f"record batch {batch} (rows {first} ... {last - 1})" if batch < len(self.batch_ends) else "the footer"
+        what = "the footer"
+        if batch < len(self.batch_ends):
+            first = self.batch_ends[batch - 1] if batch else 0
+            what = f"record batch {batch} (rows {first} ... {self.batch_ends[batch] - 1})"
         return f"{self.path}: {what} has checksum {got}, {MANIFEST} says {self.checksums[batch]}"
 
 
-def _span(data: memoryview, offsets: int, j: int) -> tuple[int, int]:
-    start, stop = np.frombuffer(data, np.int32, 2, offsets + 4 * j).tolist()
-    return start, stop
+class _View:
+    """The bytes of a mapped file, and the same as 4-byte integers, 4-byte and 8-byte floats."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = data
+        self.ints, self.floats = data[: len(data) & ~3].cast("i"), data[: len(data) & ~3].cast("f")
+        self.doubles = data[: len(data) & ~7].cast("d")
 
 
-def _bytes(data: memoryview, at: Sequence[int], j: int) -> memoryview:
-    start, stop = _span(data, at[0], j)
-    return data[at[1] + start : at[1] + stop]
+_At = Sequence[int]
+"""Positions of a column's buffers. Arrow aligns each to 64 bytes, so that they are whole numbers of any item."""
 
 
-def _str(data: memoryview, at: Sequence[int], j: int) -> str:
-    return str(_bytes(data, at, j), "utf-8")
+def _bytes(view: _View, at: _At, j: int) -> memoryview:
+    start, stop = view.ints[at[0] // 4 + j : at[0] // 4 + j + 2]
+    return view.data[at[1] + start : at[1] + stop]
 
 
-def _int(data: memoryview, at: Sequence[int], j: int) -> int:
-    return int.from_bytes(data[at[0] + 4 * j : at[0] + 4 * j + 4], "little", signed=True)
+def _str(view: _View, at: _At, j: int) -> str:
+    return str(_bytes(view, at, j), "utf-8")
 
 
-def _box(data: memoryview, at: Sequence[int], j: int) -> np.ndarray:
-    return np.frombuffer(data, np.float32, 4, at[0] + 16 * j)
+def _int(view: _View, at: _At, j: int) -> int:
+    return view.ints[at[0] // 4 + j]
 
 
-def _boxes(data: memoryview, at: Sequence[int], j: int) -> np.ndarray:
-    start, stop = _span(data, at[0], j)
-    return np.frombuffer(data, np.float32, 4 * (stop - start), at[1] + 16 * start).reshape(-1, 4)
+def _box(view: _View, at: _At, j: int) -> tuple[float, ...]:
+    start = at[0] // 4 + 4 * j
+    return tuple(view.floats[start : start + 4])
 
 
-def _strs(data: memoryview, at: Sequence[int], j: int) -> list[str]:
-    start, stop = _span(data, at[0], j)
-    return [_str(data, at[1:], k) for k in range(start, stop)]
+def _boxes(view: _View, at: _At, j: int) -> np.ndarray:
+    start, stop = view.ints[at[0] // 4 + j : at[0] // 4 + j + 2]
+    return np.frombuffer(view.data, np.float32, 4 * (stop - start), at[1] + 16 * start).reshape(-1, 4)
 
 
-def _numbers_of(dtype: type[np.generic]) -> Any:
-    size = np.dtype(dtype).itemsize
+def _strs(view: _View, at: _At, j: int) -> list[str]:
+    start, stop = view.ints[at[0] // 4 + j : at[0] // 4 + j + 2]
+    return [_str(view, at[1:], k) for k in range(start, stop)]
 
-    def read(data: memoryview, at: Sequence[int], j: int) -> np.ndarray:
-        start, stop = _span(data, at[0], j)
-        return np.frombuffer(data, dtype, stop - start, at[1] + size * start)
 
-    return read
+def _doubles(view: _View, at: _At, j: int) -> list[float]:
+    start, stop = view.ints[at[0] // 4 + j : at[0] // 4 + j + 2]
+    return view.doubles[at[1] // 8 + start : at[1] // 8 + stop].tolist()
+
+
+def _codes(view: _View, at: _At, j: int) -> np.ndarray:
+    start, stop = view.ints[at[0] // 4 + j : at[0] // 4 + j + 2]
+    return np.frombuffer(view.data, np.int16, stop - start, at[1] + 2 * start)
 
 
 _READERS = {
-    pa.utf8(): _str, pa.binary(): _bytes, pa.int32(): _int, _BOX: _box, _list_of(_BOX): _boxes, _list_of(pa.utf8()): _strs,
-    _list_of(pa.int16()): _numbers_of(np.int16), _list_of(pa.float64()): _numbers_of(np.float64),
+    pa.utf8(): _str, pa.binary(): _bytes, pa.int32(): _int, _BOX: _box, _list_of(_BOX): _boxes,
+    _list_of(pa.utf8()): _strs, _list_of(pa.int16()): _codes, _list_of(pa.float64()): _doubles,
 }  # fmt: skip
 """How row j of a column is read, given the positions of its buffers."""
 

@@ -64,7 +64,12 @@ class Built:
 
 
 def build(
-    out: Path, sources: Mapping[str, Sequence[Path]], negatives: Path | None, rows_per_shard: int, workers: int, on_error: str
+    out: Path,
+    sources: Mapping[str, Sequence[Path]],
+    negatives: Path | None,
+    rows_per_shard: int,
+    workers: int,
+    on_error: str,
 ) -> dict[str, Any]:
     """See `shards.build_shards`."""
     if is_mpi_worker():
@@ -243,7 +248,7 @@ def row_digest(row: Mapping[str, Any]) -> int:
 
 
 def chain(before: int, digest: int, rows: int) -> int:
-    """Digest of some rows, then `rows` more: chain(chain(0, a, 1), b, 1) == chain(a's, chain(0, b, 1), 1), however cut."""
+    """Digest of some rows followed by `rows` more whose digest is `digest`; the same however the rows are cut."""
     return (before * pow(_BASE, rows, _PRIME) + digest) % _PRIME
 
 
@@ -254,7 +259,8 @@ def _one_side(built: Sequence[Built]) -> None:
         for side, line in part.sides.items():
             first.setdefault(side, f"{part.job.source}:{line}: {side} x {side}")
     if len(first) > 1:
-        raise ValueError(f"{list(first.values())[1]}: image: want all pictures of one size, but {list(first.values())[0]}")
+        one, other = list(first.values())[:2]
+        raise ValueError(f"{other}: image: want all pictures of one size, but {one}")
 
 
 def _family(family: str, built: Sequence[Built]) -> dict[str, Any]:
@@ -262,8 +268,8 @@ def _family(family: str, built: Sequence[Built]) -> dict[str, Any]:
     good = [part for part in mine if part.rows]
     if not good:
         source = mine[0].job.source
-        raise ValueError(f"{source}: no good line among its {sum(part.job.span.num_lines for part in mine)}; "
-                         "run with --on-error stop to see the first error")  # fmt: skip
+        tried = sum(part.job.span.num_lines for part in mine)
+        raise ValueError(f"{source}: none of {tried} {family} lines is good; use --on-error stop to see what is wrong")
     digest, types = 0, Counter()
     for part in good:
         digest = chain(digest, part.digest, part.rows)

@@ -9,7 +9,7 @@ _SPACES = re.compile(r"\s{2,}")
 
 
 def clean_question(text: str, max_words: int | None = None) -> str:
-    """Lower case, no leading punctuation, `-` and `/` as spaces, runs of white space as one; at most `max_words` words."""
+    """Lower case, no leading punctuation, `-` and `/` as spaces, spaces run together; at most `max_words` words."""
     words = _clean(text).split(" ")
     return " ".join(words[:max_words])
 

@@ -43,14 +43,14 @@ BOX_OVERSHOOT = 0.5
 """Pixels by which a box may pass the edge of its picture, as rounding elsewhere leaves it; it is cut back."""
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_BROKEN_IMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError,
-                 struct.error, zlib.error)  # fmt: skip
+_BROKEN_IMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError,
+                 MemoryError, struct.error, zlib.error)  # fmt: skip
 """What Pillow's decoders raise on damaged input."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Some whole lines of a file: bytes start ... stop, the first of which is line `first_line` (from 1)."""
+    """Some whole lines of a file: its bytes start ... stop; the first is line `first_line`, counted from 1."""
 
     start: int
     stop: int
@@ -169,7 +169,8 @@ def _codes(text: str, width: int, height: int) -> np.ndarray:
     """int16 [(side / 16)^2]: one code for each 8 x 8 pixels of the central half of a square picture."""
     side, left = divmod(width, 2 * PIXELS_PER_CODE)
     if width != height or left or not side:
-        raise ValueError(f"image: want a square whose side is a multiple of {2 * PIXELS_PER_CODE}, got {width} x {height}")
+        multiple = 2 * PIXELS_PER_CODE
+        raise ValueError(f"image: want a square whose side is a multiple of {multiple}, got {width} x {height}")
     codes = text.split()
     if len(codes) != side * side:
         raise ValueError(f"code: want {side * side} codes for a picture of {width} x {height}, got {len(codes)}")
@@ -184,7 +185,7 @@ def _detection(fields: dict[str, str], size: dict[str, Any]) -> dict[str, Any]:
     for place, item in enumerate(fields["label"].split("&&")):
         parts = item.split(",", 5)
         if len(parts) != 6:
-            raise ValueError(f"label: want x0,y0,x1,y1,cat_id,cat_name joined by &&, got {_short(item)} at place {place}")
+            raise ValueError(f"label: want x0,y0,x1,y1,id,name joined by &&, got {_short(item)} at place {place}")
         if not parts[5].strip():
             raise ValueError(f"label: the name at place {place} is empty")
         boxes.append(_box("label", parts[:4], size))
@@ -242,7 +243,7 @@ def _box(column: str, parts: list[str], size: dict[str, Any]) -> tuple[float, fl
         raise ValueError(f"{column}: the box {_short(','.join(parts))} is outside the picture of {width} x {height}")
     inside = np.array([max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)], np.float32).tolist()
     if inside[2] <= inside[0] or inside[3] <= inside[1]:
-        raise ValueError(f"{column}: nothing of the box {_short(','.join(parts))} is inside the picture of {width} x {height}")
+        raise ValueError(f"{column}: the box {_short(','.join(parts))} is outside the picture of {width} x {height}")
     return tuple(inside)
 
 

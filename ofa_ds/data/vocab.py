@@ -1,7 +1,7 @@
 """Text, image codes and coordinate bins as one vocabulary, whatever the files it comes from.
 
 Ids (spec 01 section 1): 0 <s>, 1 <pad>, 2 </s>, 3 <unk> | text | <mask> | <code_0> ... | <bin_0> ...
-The leading-space convention is GPT-2's: " house" and "house" are different tokens, a space belongs to the word after it.
+The leading-space convention is GPT-2's: " house" and "house" are different tokens; a space begins a word.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class Vocab:
         self._tokenizer = tokenizer_of(files)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` as given, a leading space included; no bos, no eos. Nothing in it is taken for a special symbol."""
+        """Ids of `text` as given, a leading space included; no bos, no eos. No symbol in it is special."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         # A piece that the tokenizer knows and the dictionary does not has an id past the end of the vocabulary.
         return [token if token < self.size else UNK for token in ids]
 
     def encode_words(self, text: str) -> list[int]:
-        """Ids of the dictionary's own symbols, split at white space, such as "<bin_3> <code_7>"; <unk> for any other word."""
+        """Ids of the dictionary's own symbols, split at white space, such as "<bin_3> <code_7>"; else <unk>."""
         return [self._id_of_symbol.get(word, UNK) for word in text.split()]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -114,7 +114,7 @@ class Vocab:
         return self.bin_start <= token < self.size
 
     def starts_word(self, token: int) -> bool:
-        """Whether a word begins at this token, for whole-word masking (spec 02 section 4.1). True for all that is not text."""
+        """Whether a word begins at this token, for whole-word masking (spec 02 section 4.1). True for all but text."""
         return bool(self.word_starts[token])
 
     @cached_property
@@ -141,7 +141,10 @@ class Vocab:
         return {self.symbol(token): token for token in range(self.size)}
 
     def save(self, out: Path) -> None:
-        """Write a directory that `load_vocab` reads, Hugging Face's OFA layout for BPE. Raises ValueError where `out` is not empty."""
+        """Write a directory that `load_vocab` reads: Hugging Face's OFA layout for BPE, ModelScope's for word pieces.
+
+        Raises ValueError where `out` exists and is not empty.
+        """
         out = Path(out)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} exists and is not an empty directory; give another --out or remove it")
@@ -177,9 +180,7 @@ def import_vocab(source: Path | str, out: Path | str) -> Vocab:
     return load_vocab(out)
 
 
-def train_vocab(
-    texts: Iterable[str], size: int, out: Path | str, num_codes: int = 8192, num_bins: int = 1000
-) -> Vocab:
+def train_vocab(texts: Iterable[str], size: int, out: Path | str, num_codes: int = 8192, num_bins: int = 1000) -> Vocab:
     """Train a byte-level BPE and write it to `out`. The same texts give the same files.
 
     size: entries of the text part: the 256 bytes (so that nothing is ever <unk>) and size - 256 merges. Fewer come out
@@ -195,7 +196,8 @@ def train_vocab(
     trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     id_of_piece = tokenizer.get_vocab()
-    merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]  # a str before 0.20
     pieces = sorted(id_of_piece, key=id_of_piece.__getitem__)
     Vocab(Files("bpe", pieces, pieces, merges, num_codes, num_bins)).save(Path(out))
     return load_vocab(out)

@@ -36,9 +36,9 @@ class Files:
 
 
 def read_files(path: Path) -> Files:
-    """Find out the layout of directory `path` and read it. Raises ValueError naming the file that is missing or wrong."""
+    """Find out the layout of directory `path` and read it. Raises ValueError naming the file that is wrong."""
     if not path.is_dir():
-        raise ValueError(f"{path}: no such vocabulary directory; make one with: ofa-ds vocab train --shards DIR --out {path}")
+        raise ValueError(f"{path}: no such directory; make a vocabulary: ofa-ds vocab train --shards DIR --out {path}")
     found = {file.name for file in path.iterdir()}
     for names, read in _LAYOUTS:
         if found.issuperset(names):
@@ -79,7 +79,8 @@ def write_files(out: Path, files: Files, fingerprint: str) -> None:
         (out / "merges.txt").write_bytes("".join(f"{line}\n" for line in lines).encode())
     else:
         (out / "vocab.txt").write_bytes("".join(f"{entry}\n" for entry in entries).encode())
-    meta = {"format": "ofa-ds vocabulary", "kind": files.kind, "text": len(files.pieces), **counts, "fingerprint": fingerprint}
+    head = {"format": "ofa-ds vocabulary", "kind": files.kind, "text": len(files.pieces)}
+    meta = head | counts | {"fingerprint": fingerprint}
     (out / META).write_text(json.dumps(meta, indent=1) + "\n")
 
 
@@ -112,7 +113,7 @@ def _read_hugging_face(path: Path) -> Files:
         ids |= _read_json(added)
     entries = sorted(ids, key=ids.__getitem__)
     if sorted(ids.values()) != list(range(len(ids))):
-        raise ValueError(f"{path / 'vocab.json'}: want each id of 0 ... {len(ids) - 1} once, with {added.name} if there is one")
+        raise ValueError(f"{path / 'vocab.json'}: want each id of 0 ... {len(ids) - 1} once ({added.name} counts too)")
     pieces, num_codes, num_bins = _split(entries, path / "vocab.json")
     if not num_codes and not num_bins and not (path / META).exists():
         num_codes, num_bins = OFA_CODES, OFA_BINS  # OFA's tokenizer adds them after reading the files
@@ -142,13 +143,14 @@ _LAYOUTS = (
 def _split(entries: Sequence[str], path: Path) -> tuple[list[str], int, int]:
     """Entries by id -> (text pieces, number of codes, number of bins). Raises ValueError for any other order."""
     if tuple(entries[: len(SPECIALS)]) != SPECIALS or "<mask>" not in entries:
-        raise ValueError(f"{path}: want {' '.join(SPECIALS)} as ids 0 ... 3 and a <mask>, got {' '.join(entries[:4])} first")
+        first = " ".join(entries[: len(SPECIALS)])
+        raise ValueError(f"{path}: want {' '.join(SPECIALS)} as ids 0 ... 3 and a <mask>, got {first} first")
     mask = entries.index("<mask>")
     rest = list(entries[mask + 1 :])
     num_codes = sum(entry.startswith("<code_") for entry in rest)
     num_bins = len(rest) - num_codes
     if rest != [f"<code_{k}>" for k in range(num_codes)] + [f"<bin_{k}>" for k in range(num_bins)]:
-        raise ValueError(f"{path}: want only <code_0> ... and <bin_0> ... in this order after <mask> (id {mask}), got {rest[0]} ...")
+        raise ValueError(f"{path}: want only <code_0> ... <bin_0> ... after <mask> (id {mask}), got {rest[0]} ...")
     return list(entries[len(SPECIALS) : mask]), num_codes, num_bins
 
 
