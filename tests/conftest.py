@@ -1,0 +1,66 @@
+"""Where the recorded numbers of the original are, and which tests a set of them calls for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+DEFAULT_GOLDEN = Path(__file__).parent / "parity" / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        type=Path,
+        default=DEFAULT_GOLDEN,
+        metavar="DIR",
+        help="recorded numbers of the original: a folder with fixtures/ and manifests/ inside, or with the files themselves",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "golden(pattern, without=()): runs once per file of --golden that matches, as `golden_file` where the test takes "
+        "it; left out where there is none",
+    )
+    folder = config.getoption("golden")
+    if not folder.is_dir():
+        raise pytest.UsageError(f"--golden {folder}: no such folder; want one in the format of tests/parity/golden/README.md")
+
+
+def golden_folders(config: pytest.Config) -> tuple[Path, Path]:
+    """(folder of fixtures, folder of manifests)."""
+    root: Path = config.getoption("golden")
+    fixtures, manifests = root / "fixtures", root / "manifests"
+    return (fixtures if fixtures.is_dir() else root), (manifests if manifests.is_dir() else root)
+
+
+def golden_files(config: pytest.Config, mark: pytest.Mark) -> list[Path]:
+    (pattern,) = mark.args
+    left_out = mark.kwargs.get("without", ())
+    files = {file for folder in golden_folders(config) for file in folder.glob(pattern)}
+    return sorted(file for file in files if file.stem not in left_out)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    mark = metafunc.definition.get_closest_marker("golden")
+    if mark is not None and "golden_file" in metafunc.fixturenames:
+        files = golden_files(metafunc.config, mark) or [None]
+        metafunc.parametrize("golden_file", files, ids=lambda file: file.stem if file else "none")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests of files that this set does not have: nothing is skipped that could run."""
+    marked = [(item, item.get_closest_marker("golden")) for item in items]
+    without_file = [item for item, mark in marked if mark is not None and not golden_files(config, mark)]
+    if without_file:
+        config.hook.pytest_deselected(items=without_file)
+        items[:] = [item for item in items if item not in without_file]
+
+
+@pytest.fixture(scope="session")
+def golden_dir(request: pytest.FixtureRequest) -> Path:
+    """The folder of the fixture files."""
+    return golden_folders(request.config)[0]
