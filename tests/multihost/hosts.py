@@ -6,6 +6,7 @@ two addresses.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SUBNET = "10.77.0"
+
+_clusters = itertools.count()
 
 
 def missing_requirement() -> str | None:
@@ -39,6 +42,7 @@ def missing_requirement() -> str | None:
 class Cluster:
     names: list[str]
     """Network namespaces, in rank order."""
+    bridge: str
     addresses: list[str]
     tools: Path
     """Directory with an `ssh` that knows the keys; belongs first in PATH."""
@@ -66,9 +70,9 @@ class Cluster:
 @contextmanager
 def cluster(num_hosts: int, work: Path) -> Iterator[Cluster]:
     """`num_hosts` hosts at 10.77.0.1, 10.77.0.2, ...; everything is gone again afterwards, whatever happened."""
-    tag = f"{os.getpid() % 100000}"
+    tag = f"{os.getpid() % 100000}{'abcdefghij'[next(_clusters) % 10]}"  # a link's name has 15 characters at most
     bridge = f"ofabr{tag}"
-    names = [f"ofa{tag}h{i + 1}" for i in range(num_hosts)]
+    names = [f"ofa{tag}{i + 1}" for i in range(num_hosts)]
     addresses = [f"{SUBNET}.{i + 1}" for i in range(num_hosts)]
     with ExitStack() as stack:
         _ip("link", "add", bridge, "type", "bridge")
@@ -92,11 +96,13 @@ def cluster(num_hosts: int, work: Path) -> Iterator[Cluster]:
         tools = _write_ssh_files(work, addresses)
         for name, address in zip(names, addresses, strict=True):
             stack.callback(_stop, _start_sshd(name, address, work))
-        yield Cluster(names, addresses, tools)
+        yield Cluster(names, bridge, addresses, tools)
 
 
 def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
 
 
 def _delete_namespace(name: str) -> None:

@@ -1,0 +1,108 @@
+"""Pretraining from a hostfile, on two hosts, through launchers/pretrain.sh: real sshd, pdsh, DeepSpeed and trainer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hosts
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OVERRIDES = (
+    "data.shards=shards",
+    "data.vocab=vocab",
+    "data.workers=0",
+    "batch.micro_rows=12",
+    "batch.global_rows=24",
+    "optim.warmup_steps=1",  # a rate that moves the weights, so that later losses see the first steps' gradients
+    "train.num_steps=4",
+    "train.log_every=1",
+)
+_lack = hosts.missing_requirement()
+pytestmark = pytest.mark.skipif(_lack is not None, reason=f"no hosts on this machine: {_lack}")
+
+
+def run_env() -> dict[str, str]:
+    """What a user has: no test's own variables but the code, one thread a rank, the CPU."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+    return {**kept, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with shards of scenes, a vocabulary and a hostfile."""
+    path = tmp_path_factory.mktemp("multihost")
+    tsv = path / "tsv"
+    sources = [f"--{name}={tsv}/{name.replace('-', '_')}_examples.tsv" for name in ("vision-language", "text", "image")]
+    sources += [f"--detection={tsv}/detection_examples.tsv", f"--negatives={tsv}/negative_sample", "--workers=1"]
+    for arguments in (
+        ["scenes", "--out", "tsv", "--rows", "48", "--seed", "3"],
+        ["shards", "build", "--out", "shards", *sources],
+        ["vocab", "train", "--shards", "shards", "--size", "320", "--codes", "128", "--bins", "1000", "--out", "vocab"],
+    ):
+        subprocess.run([sys.executable, "-m", "ofa_ds.cli", *arguments], cwd=path, env=run_env(), check=True)
+    (path / "hosts").write_text("# two hosts, one rank each\n10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Cluster]:
+    with hosts.cluster(2, tmp_path_factory.mktemp("hosts")) as cluster:
+        yield cluster
+
+
+def launch_env(two_hosts: hosts.Cluster) -> dict[str, str]:
+    env = run_env()
+    tools = {"PATH": f"{two_hosts.tools}:{env['PATH']}", "PYTHON": sys.executable}
+    return {**env, **tools, "GLOO_SOCKET_IFNAME": "eth0", "MASTER_PORT": str(hosts.free_port())}
+
+
+def losses(run_dir: Path) -> dict[int, dict[str, float]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: {name: value for name, value in row.items() if name.startswith("loss")} for row in rows}
+
+
+def test_two_hosts_give_the_losses_of_one_process(desk: Path, two_hosts: hosts.Cluster) -> None:
+    script = ["bash", str(ROOT / "launchers" / "pretrain.sh")]
+    command = [*script, "hosts", "pretrain-nano", "run_dir=two", *OVERRIDES]
+    result = two_hosts.run(command, timeout=300, cwd=desk, env=launch_env(two_hosts))
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.splitlines()[-1] == "pretrain.sh: done on 2 hosts, 2 ranks"
+
+    alone = [sys.executable, "-m", "ofa_ds.pretrain", "pretrain-nano", "run_dir=one", *OVERRIDES]
+    subprocess.run(alone, cwd=desk, env=run_env(), check=True, timeout=300)
+
+    two, one = losses(desk / "two"), losses(desk / "one")
+    assert sorted(two) == sorted(one) == [1, 2, 3, 4]
+    for step, expected in one.items():
+        assert len(expected) == 9 and expected.keys() == two[step].keys()
+        for name, value in expected.items():
+            assert math.isclose(two[step][name], value, rel_tol=1e-5), (step, name, two[step][name], value)
+    assert one[4]["loss"] < one[1]["loss"]  # it trained: equal numbers of a model that stands still would say little
+    parts = sorted((desk / "two").glob("step_*/*.safetensors"))
+    assert len(parts) == 2, parts  # ZeRO-3: each rank saved its own half
+
+
+def test_a_failure_on_one_host_fails_the_command(desk: Path, two_hosts: hosts.Cluster) -> None:
+    command = ["bash", str(ROOT / "launchers" / "pretrain.sh"), "hosts", "pretrain-nano", "run_dir=no", *OVERRIDES]
+    command += ["data.vocab=nowhere"]
+    result = two_hosts.run(command, timeout=120, cwd=desk, env=launch_env(two_hosts))
+    assert result.returncode == 1, result.stdout
+    assert "nowhere" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("pretrain.sh: the job on 2 hosts ended with exit code")
+
+
+def test_nothing_is_left_of_the_hosts(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), hosts.cluster(1, tmp_path) as cluster:
+        pid = int((tmp_path / "sshd_10.77.0.1.pid").read_text())
+        1 / 0  # noqa: B018
+    assert cluster.names[0] not in subprocess.check_output(["ip", "netns", "list"], text=True)
+    assert cluster.bridge not in subprocess.check_output(["ip", "-brief", "link"], text=True)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
