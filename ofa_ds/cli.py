@@ -219,14 +219,15 @@ def _add_evaluate(commands) -> None:  # noqa: ANN001
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory (its newest one)")
     parser.add_argument("--shards", type=Path, required=True, help="held-out shards")
     parser.add_argument("--task", choices=TASK_NAMES.split(), action="append", help="only this task; may be repeated")
-    parser.add_argument("--rows", type=_positive, default=1000, help="rows per family at most")
+    parser.add_argument("--rows", type=_positive, default=1000, help="examples per task at most")
     parser.add_argument("--beam", type=_positive, default=1, help="1 is greedy")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--png", type=Path, help="write one picture per task: boxes, source, expected and generated text")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from ofa_ds.evaluate import evaluate, format_table
+    from ofa_ds.evaluate import evaluate
+    from ofa_ds.report import format_table
 
     result = evaluate(
         options.checkpoint, options.shards, tasks=options.task, rows=options.rows, beam=options.beam, png=options.png
@@ -246,7 +247,7 @@ def _add_generate(commands) -> None:  # noqa: ANN001
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from ofa_ds.evaluate import generate_one
+    from ofa_ds.samples import generate_one
 
     answer = generate_one(
         options.checkpoint, options.task, image=options.image, text=options.text, beam=options.beam, png=options.png

@@ -1,0 +1,153 @@
+"""A trained model as evaluation and generation use it: weights, vocabulary and settings of one checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ofa_ds.checkpoint.format import read_manifest
+from ofa_ds.checkpoint.load import find, load_model_weights
+from ofa_ds.config import PAD_ID, Recipe, recipe_from_dict
+from ofa_ds.data.batch import Batch, pack
+from ofa_ds.data.shards import Negatives
+from ofa_ds.data.tasks import PIXELS_PER_CODE, Context, Example
+from ofa_ds.data.vocab import Vocab, load_vocab
+from ofa_ds.generate import GenerationConfig, generate
+from ofa_ds.model.config import ModelConfig, preset
+from ofa_ds.model.ofa import OFA
+
+MAX_TOKENS_A_BATCH = 8192
+"""Encoder and decoder tokens of the examples that go through the model together, about."""
+
+PATCH_TOKENS = 16
+"""Pixels a side of the patches that are counted for that."""
+
+
+def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
+    """The preset with the recipe's regularisation."""
+    options = recipe.model
+    return preset(
+        options.preset,
+        vocab_size=vocab_size,
+        dropout=options.dropout,
+        attention_dropout=options.attention_dropout,
+        drop_path=options.drop_path,
+        activation_checkpointing=options.activation_checkpointing,
+        batch_norm=options.batch_norm,
+        code_image_size=recipe.data.code_image_size,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model in evaluation mode and all it needs to be asked something."""
+
+    model: OFA
+    vocab: Vocab
+    recipe: Recipe
+    path: str = ""
+    step: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def context(self, negatives: Negatives) -> Context:
+        """No augmentation, no patch sampling: what is asked is the same every time."""
+        config = self.model.config
+        return Context(
+            vocab=self.vocab,
+            negatives=negatives,
+            config=self.recipe.data,
+            patch_size=config.patch_size,
+            split="heldout",
+        )
+
+    def pack(self, examples: Sequence[Example]) -> Batch:
+        """One batch; pictures of any size, as many groups as there are sizes."""
+        config = self.model.config
+        sizes = [example.image.shape[:2] for example in examples if example.image is not None]
+        side = self.recipe.data.image_size
+        return pack(examples, sizes or [(side, side)], config.patch_size, config.image_bucket_size).to(self.device)
+
+
+def load_subject(checkpoint: str | Path, device: str | torch.device | None = None) -> Subject:
+    """The model of a checkpoint, or of the newest one of a run directory, with the recipe that was saved with it.
+
+    device: the first GPU where there is one, unless given. Raises ValueError: no checkpoint, or the vocabulary that the
+    recipe names is no longer the one that the model was trained with.
+    """
+    directory = find(checkpoint)
+    manifest = read_manifest(directory)
+    recipe = recipe_from_dict(manifest["extra"]["recipe"])
+    vocab = load_vocab(recipe.data.vocab)
+    trained_with = manifest["extra"]["identity"]["vocab"]
+    if vocab.fingerprint != trained_with:
+        raise ValueError(
+            f"{directory}: trained with vocabulary {trained_with}, {recipe.data.vocab} now has {vocab.fingerprint}; "
+            "put the files back that it was trained with"
+        )
+    settings = dataclasses.replace(model_config(recipe, vocab.size), activation_checkpointing=False)
+    model = OFA(settings)
+    model.load_state_dict(load_model_weights(directory))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Subject(
+        model=model.to(device).eval(), vocab=vocab, recipe=recipe, path=str(directory), step=int(manifest["step"])
+    )
+
+
+def batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """The examples in order, cut so that each part has about MAX_TOKENS_A_BATCH tokens; none is empty."""
+    part: list[Example] = []
+    tokens = 0
+    for example in examples:
+        size = len(example.source) + len(example.target)
+        if example.image is not None:
+            size += (example.image.shape[0] // PATCH_TOKENS) * (example.image.shape[1] // PATCH_TOKENS)
+        if part and tokens + size > MAX_TOKENS_A_BATCH:
+            yield part
+            part, tokens = [], 0
+        part.append(example)
+        tokens += size
+    if part:
+        yield part
+
+
+@torch.no_grad()
+def token_scores(subject: Subject, examples: Sequence[Example]) -> tuple[float, float]:
+    """Mean negative log-likelihood (nats) and accuracy per target token, the expected tokens before it being given."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for part in batches(examples):
+        batch = subject.pack(part)
+        _, nll_M, correct_M = subject.model(batch)
+        counted_M = batch.targets != PAD_ID
+        parts: list[Tensor] = [nll_M[counted_M].sum(), correct_M[counted_M].sum(), counted_M.sum()]
+        sums += torch.tensor([float(value) for value in parts], dtype=torch.float64)
+    count = max(float(sums[2]), 1.0)
+    return float(sums[0]) / count, float(sums[1]) / count
+
+
+def generated(
+    subject: Subject, examples: Sequence[Example], *, beam: int = 1, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Token ids that the model gives for each example, without bos and eos; all examples of one task.
+
+    max_tokens: where generation is cut off; half as much again as the longest expected answer, where not given. Image
+    codes come in exactly the number that the picture has room for.
+    """
+    vocab, num_codes = subject.vocab, (subject.recipe.data.code_image_size // PIXELS_PER_CODE) ** 2
+    limit = max_tokens or max((len(example.target) for example in examples), default=1) * 3 // 2 + 8
+    config = GenerationConfig(beams=beam, max_len_b=min(limit, subject.model.config.max_positions))
+    if examples and examples[0].code:
+        codes = (vocab.code_start, vocab.bin_start)
+        config = GenerationConfig(beams=beam, max_len_b=num_codes, gen_code=True, constraint_range=codes)
+    answers: list[list[int]] = []
+    for part in batches(examples):
+        found = generate(subject.model, subject.pack(part), config)
+        answers += [hypotheses[0].tokens[:-1] if hypotheses else [] for hypotheses in found]
+    return answers
