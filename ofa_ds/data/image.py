@@ -64,7 +64,7 @@ def decode(data: Buffer) -> np.ndarray:
                     raise ValueError(
                         f"claims {picture.width} x {picture.height} pixels, at most {MAX_PIXELS} are decoded"
                     )
-                return np.array(picture.convert("RGB"))
+                return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except (
         OSError,
         SyntaxError,

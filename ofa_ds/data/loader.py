@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ from ofa_ds.data.vocab import Vocab
 
 PREFETCH = 2
 """Micro-batches that each worker keeps ready."""
+
+SHARED_MEMORY = Path("/dev/shm")
 
 ALIGNMENT = 64
 """Bytes; every tensor of a packed buffer starts at a multiple."""
@@ -60,12 +64,14 @@ class MicroBatches(Dataset):
         sizes = [(side, side) for side in (config.image_size, config.infill_image_size)]
         return pack(found, sizes, self.ctx.patch_size, self.image_bucket_size)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Layout] | str:
-        """For the workers: one tensor travels faster than twenty, and one line better than two tracebacks."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Layout] | ValueError | RuntimeError:
+        """For the workers: one tensor travels faster than twenty, and an error as it is better than two tracebacks."""
         try:
-            return to_buffer(self.build(*key))
-        except ValueError as error:
-            return str(error)
+            buffer, layout = to_buffer(self.build(*key))
+            _need_shared_memory(buffer.numel())
+            return buffer, layout
+        except (ValueError, RuntimeError) as error:
+            return error
 
 
 @dataclass(kw_only=True)
@@ -138,9 +144,19 @@ class Loader:
             generator=torch.Generator(),  # else the DataLoader draws from the generator that dropout uses
         )
         for item in loader:
-            if isinstance(item, str):
-                raise ValueError(item)
+            if isinstance(item, Exception):
+                raise item
             yield from_buffer(*item)
+
+
+def _need_shared_memory(size: int) -> None:
+    """Workers hand batches over in /dev/shm, and the kernel kills who writes where it is full."""
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else size
+    if free < size:
+        raise RuntimeError(
+            f"a batch needs {size >> 20} MiB of shared memory, {SHARED_MEMORY} has {free >> 20} MiB left; make it "
+            "larger (docker run --shm-size, or mount -o remount,size=), or set data.workers=0"
+        )
 
 
 def _start_worker(worker: int) -> None:

@@ -29,10 +29,10 @@ SEED = 1
 
 PATCH_SIZE = 16
 PICTURE_PIXELS = 384
-TEXT_PIXELS = 560
-FONT_PIXELS = 17
+TEXT_PIXELS = 460
+FONT_PIXELS = 19
 MARGIN_PIXELS = 14
-DIMMED = 0.35
+DIMMED = 0.5
 """Brightness of patches that were not sampled."""
 
 COLOURS = ((230, 25, 75), (0, 130, 200), (245, 130, 48), (60, 180, 75), (145, 30, 180), (0, 160, 160))
@@ -90,9 +90,10 @@ def facts(example: Example) -> list[tuple[str, str]]:
     patches = "" if example.patches is None else f", {len(example.patches)} patches sampled"
     origin = f"{example.row_id}  {example.dataset}".strip()
     size = f"{len(example.source)} source and {len(example.target)} target tokens{unpenalised}"
+    target = textwrap.shorten(example.target_text, 160, placeholder=" ...") if example.code else example.target_text
     return [
         ("source", example.source_text),
-        ("target", example.target_text),
+        ("target", target),
         ("row", f"{origin}; weight {example.conf:g}; {size}; {picture}{patches}"),
     ]
 
@@ -167,7 +168,7 @@ def _draw_picture(example: Example) -> Image.Image:
     picture = Image.fromarray(pixels.astype(np.uint8)).resize(
         (PICTURE_PIXELS, round(height * scale)), Image.Resampling.NEAREST
     )
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_PIXELS - 3)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_PIXELS - 2)
     names = example.labels or ("",) * len(example.boxes)
     for number, (box, name) in enumerate(zip(example.boxes * scale, names, strict=True)):
         colour = COLOURS[number % len(COLOURS)]

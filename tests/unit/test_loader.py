@@ -1,0 +1,198 @@
+"""The loader: the same bits for any workers and ranks, any start; errors that name the row; a quiet end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_sources import write_sources
+
+from ofa_ds.config import BatchConfig, DataConfig
+from ofa_ds.data.batch import Batch
+from ofa_ds.data.loader import Loader, from_buffer, to_buffer
+from ofa_ds.data.shards import Shards, build_shards
+from ofa_ds.data.vocab import load_vocab, train_vocab
+
+DATA = DataConfig(image_size=64, infill_image_size=32, code_image_size=16, sample_patches=8, workers=0)
+BATCH = BatchConfig(global_rows=24, micro_rows=4)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Shards:
+    folder = tmp_path_factory.mktemp("loader")
+    build_shards(folder / "shards", **write_sources(folder), workers=1)
+    texts = [f" what does the image describe? a cat {i} on a mat and the dog" for i in range(50)]
+    train_vocab(texts, 300, folder / "vocab", num_codes=8, num_bins=1000)
+    return Shards(folder / "shards")
+
+
+@pytest.fixture(scope="module")
+def make(shards):
+    vocab = load_vocab(shards.path.parent / "vocab")
+
+    def build(data: DataConfig = DATA, batch: BatchConfig = BATCH, **options) -> Loader:
+        return Loader(shards=shards, vocab=vocab, config=data, batch=batch, **{"seed": 1, **options})
+
+    return build
+
+
+def take(loader: Loader, steps: int, start: int = 0) -> list[list[Batch]]:
+    source = loader.steps(start)
+    try:
+        return list(itertools.islice(source, steps))
+    finally:
+        source.close()
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    for each in fields(Batch):
+        left, right = getattr(one, each.name), getattr(other, each.name)
+        pairs = zip(left, right, strict=True) if isinstance(left, tuple) else [(left, right)]
+        for a, b in pairs:
+            assert a.dtype == b.dtype and torch.equal(a, b), each.name
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_do_not_change_a_bit(make, workers):
+    alone, helped = take(make(), 2), take(make(replace(DATA, workers=workers)), 2)
+    for left, right in zip(itertools.chain(*alone), itertools.chain(*helped), strict=True):
+        assert_same(left, right)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_see_what_one_process_sees(make, world_size):
+    alone = take(make(), 3)
+    ranks = [take(make(rank=rank, world_size=world_size), 3) for rank in range(world_size)]
+    for step, whole in enumerate(alone):
+        for number, batch in enumerate(whole):
+            assert_same(batch, ranks[number % world_size][step][number // world_size])
+
+
+def test_a_restart_goes_on_where_the_run_would_have(make):
+    whole, rest = take(make(), 4), take(make(), 2, start=2)
+    for left, right in zip(itertools.chain(*whole[2:]), itertools.chain(*rest), strict=True):
+        assert_same(left, right)
+
+
+def test_the_cut_into_micro_batches_does_not_change_the_examples(make):
+    coarse, fine = take(make(batch=BatchConfig(global_rows=24, micro_rows=12)), 1), take(make(), 1)
+    for name in ("source_tokens", "targets", "loss_weight", "task"):
+        joined = [torch.cat([getattr(batch, name) for batch in batches]) for batches in (coarse[0], fine[0])]
+        assert torch.equal(*joined), name
+
+
+def test_another_seed_gives_other_batches(make):
+    one, other = take(make(), 1)[0][0], take(make(seed=2), 1)[0][0]
+    assert one.source_tokens.shape != other.source_tokens.shape or not torch.equal(
+        one.source_tokens, other.source_tokens
+    )
+
+
+def test_the_default_mix_gives_16_2_1_1_examples_of_twelve_rows(make):
+    (batch,) = take(make(batch=BatchConfig(global_rows=12, micro_rows=12)), 1)[0]
+    assert batch.group.bincount().tolist() == [16, 4]
+    assert [len(images) for images in batch.images] == [8, 2]
+
+
+def test_epochs_draw_other_augmentation_for_the_same_row(make, shards):
+    loader = make(DATA, BatchConfig(global_rows=1, micro_rows=1))
+    build = loader.micro_batches.build
+    rows = loader.micro_batches.mixture.rows(0, 12 * 5)
+    first = next(p for p, (family, epoch, _) in enumerate(rows) if family == "vision_language" and epoch == 0)
+    again = next(
+        p for p, (family, epoch, i) in enumerate(rows) if (family, epoch, i) == (rows[first][0], 1, rows[first][2])
+    )
+    assert not torch.equal(build(first, 0).images[0], build(again, 0).images[0])
+
+
+def test_workers_leave_the_random_state_of_the_trainer_alone(make):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    take(make(replace(DATA, workers=1)), 1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_waiting_is_counted(make):
+    loader = make()
+    assert loader.wait_seconds == 0
+    take(loader, 1)
+    assert loader.wait_seconds > 0
+
+
+def test_one_buffer_carries_a_whole_batch(make):
+    batch = take(make(), 1)[0][0]
+    assert_same(batch, from_buffer(*to_buffer(batch)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_row_is_named_in_one_line(make, workers):
+    loader = make(replace(DATA, infill_image_size=48, workers=workers))
+    with pytest.raises(
+        ValueError, match=r"shards: image row \d+: image row i\d: the picture is 32 x 32, want 48"
+    ) as error:
+        take(loader, 4)
+    assert "\n" not in str(error.value)
+
+
+def test_full_shared_memory_is_an_error_and_not_a_killed_worker(make, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    answer = make().micro_batches[0, 0]
+    assert isinstance(answer, RuntimeError) and "data.workers=0" in str(answer)
+
+
+def test_batch_sizes_that_do_not_divide_are_refused_at_once(make):
+    with pytest.raises(ValueError, match="not a multiple"):
+        make(world_size=5)
+
+
+def test_ctrl_c_ends_the_workers_without_a_word(make, shards, tmp_path):
+    program = tmp_path / "consume.py"
+    program.write_text(
+        textwrap.dedent(
+            f"""
+            import json, multiprocessing, sys, time
+            from ofa_ds.config import BatchConfig, DataConfig
+            from ofa_ds.data.loader import Loader
+            from ofa_ds.data.shards import Shards
+            from ofa_ds.data.vocab import load_vocab
+
+            if __name__ == "__main__":
+                data = DataConfig(image_size=64, infill_image_size=32, code_image_size=16, sample_patches=8, workers=2)
+                shards, vocab = Shards({str(shards.path)!r}), load_vocab({str(shards.path.parent / "vocab")!r})
+                batch = BatchConfig(global_rows=24, micro_rows=4)
+                loader = Loader(shards=shards, vocab=vocab, config=data, batch=batch, seed=1)
+                source = loader.steps()
+                next(source)
+                print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
+                try:
+                    time.sleep(60)
+                except KeyboardInterrupt:
+                    source.close()
+                    sys.exit(130)
+            """
+        )
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(program)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    workers = json.loads(process.stdout.readline())
+    assert len(workers) == 2
+    os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to the whole group
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == ""
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
