@@ -59,7 +59,12 @@ def sampled_batch() -> Batch:
 
 VISION_LANGUAGE_LENGTHS = ((9, 12), (21, 2), (12, 2), (17, 2), (21, 5), (15, 11), (9, 12), (21, 2)) * 2
 """(source, target) tokens of 16 examples: caption, matching, question, matching, grounding and region rows."""
-EXTRA_LENGTHS = (("text_infilling", 200, 257), ("text_infilling", 200, 257), ("image_infilling", 11, 257), ("detection", 10, 41))
+EXTRA_LENGTHS = (
+    ("text_infilling", 200, 257),
+    ("text_infilling", 200, 257),
+    ("image_infilling", 11, 257),
+    ("detection", 10, 41),
+)
 
 
 def mixed_batch() -> Batch:
@@ -71,7 +76,9 @@ def mixed_batch() -> Batch:
         shared = new.image if i % 2 == 0 else examples[-1].image  # both examples of a row show one picture
         examples.append(Example(**{**_fields(new), "image": shared}))
     for task, source, target in EXTRA_LENGTHS:
-        examples.append(example(rng, side=0 if task == "text_infilling" else 256, source=source, target=target, task=task))
+        examples.append(
+            example(rng, side=0 if task == "text_infilling" else 256, source=source, target=target, task=task)
+        )
     return pack(examples, [(384, 384), (256, 256)], 16, 42)
 
 
@@ -151,8 +158,12 @@ def main() -> None:
         return
     print(f"{'shape':8} {'ofa-ds s':>9} {'original s':>11}")
     print(f"{'pair':8} {result['pair_s']:9.3f} {result['pair_original_s']:11.3f}   recorded")
-    print(f"{'mixed':8} {result['mixed_s']:9.3f} {result['mixed_original_s']:11.3f}   derived: {result['mixed_ratio']:.2f}x")
-    print(f"mixed GFLOP: {result['mixed_gflop']:.0f}, the original's two padded passes {result['mixed_original_gflop']:.0f}")
+    print(
+        f"{'mixed':8} {result['mixed_s']:9.3f} {result['mixed_original_s']:11.3f}   derived: {result['mixed_ratio']:.2f}x"
+    )
+    print(
+        f"mixed GFLOP: {result['mixed_gflop']:.0f}, the original's two padded passes {result['mixed_original_gflop']:.0f}"
+    )
 
 
 if __name__ == "__main__":

@@ -69,9 +69,13 @@ def _positive(text: str) -> int:
 
 def _add_scenes(commands) -> None:  # noqa: ANN001
     about = "Draw the embedded data set: pictures with known answers for all eight tasks, as OFA's TSV files."
-    parser = _command(commands, "scenes", _scenes, about, example="ofa-ds scenes --out data/scenes --rows 12000 --seed 1")
+    parser = _command(
+        commands, "scenes", _scenes, about, example="ofa-ds scenes --out data/scenes --rows 12000 --seed 1"
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory for the TSV files")
-    parser.add_argument("--rows", type=_positive, default=12000, help="vision-language rows; the other files follow 8:2:1:1")
+    parser.add_argument(
+        "--rows", type=_positive, default=12000, help="vision-language rows; the other files follow 8:2:1:1"
+    )
     parser.add_argument("--seed", type=int, default=1, help="the same seed draws the same files")
     parser.add_argument("--split", default="train", choices=("train", "heldout"), help="the two never share a scene")
 
@@ -85,7 +89,9 @@ def _scenes(options: argparse.Namespace) -> None:
 
 def _add_shards(commands) -> None:  # noqa: ANN001
     about = "Arrow shards: build them from OFA's TSV files, verify them, look at what the model will see."
-    shards = commands.add_parser("shards", help=about, description=about).add_subparsers(metavar="ACTION", required=True)
+    shards = commands.add_parser("shards", help=about, description=about).add_subparsers(
+        metavar="ACTION", required=True
+    )
     build = _command(shards, "build", _shards_build, "Turn TSV files into Arrow shards.")
     build.add_argument("--out", type=Path, required=True, help="directory to make")
     for family in ("vision-language", "text", "image", "detection"):
@@ -96,7 +102,9 @@ def _add_shards(commands) -> None:  # noqa: ANN001
     build.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help="what a bad line does")
     verify = _command(shards, "verify", _shards_verify, "Check every checksum and decode every picture.")
     verify.add_argument("dir", type=Path)
-    show = _command(shards, "show", _shards_show, "Show what the model sees: picture with boxes, source text, target text.")
+    show = _command(
+        shards, "show", _shards_show, "Show what the model sees: picture with boxes, source text, target text."
+    )
     show.add_argument("dir", type=Path)
     show.add_argument("--task", choices=TASK_NAMES.split(), help="one task; all eight where not given")
     show.add_argument("--row", type=int, default=0, help="row number within the task's source rows")
@@ -163,7 +171,9 @@ def _add_vocab(commands) -> None:  # noqa: ANN001
 def _vocab_train(options: argparse.Namespace) -> None:
     from ofa_ds.data.vocab import train_from_shards
 
-    vocab = train_from_shards(options.shards, size=options.size, out=options.out, num_codes=options.codes, num_bins=options.bins)
+    vocab = train_from_shards(
+        options.shards, size=options.size, out=options.out, num_codes=options.codes, num_bins=options.bins
+    )
     print(f"vocabulary: {vocab.size} entries in {options.out}")
 
 
@@ -191,9 +201,13 @@ def _vocab_show(options: argparse.Namespace) -> None:
 
 def _add_pretrain(commands) -> None:  # noqa: ANN001
     about = "Pretrain by RECIPE: alone, or on every rank under deepspeed, torchrun, srun or mpirun."
-    parser = _command(commands, "pretrain", _pretrain, about, example="deepspeed --module ofa_ds.pretrain pretrain-nano")
+    parser = _command(
+        commands, "pretrain", _pretrain, about, example="deepspeed --module ofa_ds.pretrain pretrain-nano"
+    )
     parser.add_argument("recipe", help="a TOML file, or a shipped recipe such as pretrain-nano or pretrain-6b")
-    parser.add_argument("set", nargs="*", metavar="KEY=VALUE", help="overrides, such as optim.peak_lr=2e-4 run_dir=runs/a")
+    parser.add_argument(
+        "set", nargs="*", metavar="KEY=VALUE", help="overrides, such as optim.peak_lr=2e-4 run_dir=runs/a"
+    )
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
 
 
@@ -215,14 +229,18 @@ def _recipe(name: str, overrides: Sequence[str]):  # noqa: ANN202
 
 def _add_evaluate(commands) -> None:  # noqa: ANN001
     about = "Held-out loss and accuracy per task, beside what a blind model reaches."
-    parser = _command(commands, "evaluate", _evaluate, about, example="ofa-ds evaluate runs/nano --shards data/scenes/heldout")
+    parser = _command(
+        commands, "evaluate", _evaluate, about, example="ofa-ds evaluate runs/nano --shards data/scenes/heldout"
+    )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory (its newest one)")
     parser.add_argument("--shards", type=Path, required=True, help="held-out shards")
     parser.add_argument("--task", choices=TASK_NAMES.split(), action="append", help="only this task; may be repeated")
     parser.add_argument("--rows", type=_positive, default=1000, help="examples per task at most")
     parser.add_argument("--beam", type=_positive, default=1, help="1 is greedy")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--png", type=Path, help="write one picture per task: boxes, source, expected and generated text")
+    parser.add_argument(
+        "--png", type=Path, help="write one picture per task: boxes, source, expected and generated text"
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -257,7 +275,9 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _add_checkpoint(commands) -> None:  # noqa: ANN001
     about = "Checkpoints: look into one."
-    actions = commands.add_parser("checkpoint", help=about, description=about).add_subparsers(metavar="ACTION", required=True)
+    actions = commands.add_parser("checkpoint", help=about, description=about).add_subparsers(
+        metavar="ACTION", required=True
+    )
     show = _command(actions, "show", _checkpoint_show, "Print what a checkpoint holds.")
     show.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory (its newest one)")
     show.add_argument("--json", action="store_true")

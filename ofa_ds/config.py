@@ -1,4 +1,4 @@
-"""A run is one TOML recipe: frozen, typed, strict. `load_recipe` reads a file or a shipped name and applies KEY=VALUE overrides."""
+"""A run is one TOML recipe: frozen, typed, strict. `load_recipe` reads it and applies KEY=VALUE overrides."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class BatchConfig:
     global_rows: int = Field(3072, ge=1)
-    """Rows of all families per optimizer step, over all ranks. A vision-language row gives two examples, others one."""
+    """Rows of all families per optimizer step, over all ranks. A vision-language row is two examples, others one."""
     micro_rows: int = Field(12, ge=1)
     """Rows per rank per forward."""
 
@@ -197,7 +197,9 @@ def find_recipe(recipe: str | Path) -> Path:
     if shipped.is_file():
         return shipped
     names = shipped_recipes()
-    raise ValueError(f"recipe {recipe}: neither a .toml file nor one of {', '.join(names)}{_nearest(str(recipe), names)}")
+    raise ValueError(
+        f"recipe {recipe}: neither a .toml file nor one of {', '.join(names)}{_nearest(str(recipe), names)}"
+    )
 
 
 def shipped_recipes() -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run says of itself: a console line, `metrics.jsonl`, TensorBoard. Written by rank 0; sums come from all ranks."""
+"""What a run says of itself: a console line, `metrics.jsonl`, TensorBoard. Rank 0 writes; sums are over all ranks."""
 
 from __future__ import annotations
 
@@ -88,8 +88,9 @@ class MetricsWriter:
             if math.isfinite(value):
                 self._board.add_scalar(key, value, step)
         line = (
-            f"step {step}/{self._num_steps}  loss {values['loss']:.3f}  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}  "
-            f"{values['examples_per_s']:.0f} examples/s  {values['step_ms']:.0f} ms  wait {values['data_wait_fraction']:.0%}"
+            f"step {step}/{self._num_steps}  loss {values['loss']:.3f}  lr {values['lr']:.2e}  "
+            f"grad {values['grad_norm']:.2f}  {values['examples_per_s']:.0f} examples/s  {values['step_ms']:.0f} ms  "
+            f"wait {values['data_wait_fraction']:.0%}"
         )
         if self._bar is None:
             print(line, flush=True)

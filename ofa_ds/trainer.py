@@ -21,7 +21,7 @@ from ofa_ds.config import Recipe, recipe_to_dict, recipe_to_toml
 from ofa_ds.data.batch import Batch
 from ofa_ds.data.loader import Loader
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.vocab import Vocab, load_vocab
+from ofa_ds.data.vocab import load_vocab
 from ofa_ds.engine import Engine, Ranks, build, init_distributed
 from ofa_ds.loss import group_counts, group_sums, task_sums
 from ofa_ds.metrics import MetricsWriter, Window, peak_memory_MiB
@@ -102,7 +102,12 @@ def run(recipe: Recipe) -> int:
     shards, vocab = Shards(recipe.data.shards), load_vocab(recipe.data.vocab)
     config = model_config(recipe, vocab.size)
     engine = build(
-        lambda: OFA(config), deepspeed=recipe.deepspeed, optim=recipe.optim, batch=recipe.batch, train=recipe.train, ranks=ranks
+        lambda: OFA(config),
+        deepspeed=recipe.deepspeed,
+        optim=recipe.optim,
+        batch=recipe.batch,
+        train=recipe.train,
+        ranks=ranks,
     )
     identity = {"data": shards.fingerprint, "vocab": vocab.fingerprint}
     first_step = _resume(engine, recipe, identity)
@@ -122,7 +127,14 @@ def run(recipe: Recipe) -> int:
 
 
 def _train(
-    engine: Engine, loader: Loader, recipe: Recipe, ranks: Ranks, *, first_step: int, identity: dict[str, str], stop: StopSignal
+    engine: Engine,
+    loader: Loader,
+    recipe: Recipe,
+    ranks: Ranks,
+    *,
+    first_step: int,
+    identity: dict[str, str],
+    stop: StopSignal,
 ) -> int:
     train, run_dir = recipe.train, Path(recipe.run_dir)
     writer = None
@@ -185,7 +197,7 @@ def _resume(engine: Engine, recipe: Recipe, identity: dict[str, str]) -> int:
     for name, value in identity.items():
         if saved[name] != value:
             raise ValueError(
-                f"{recipe.run_dir}: step {manifest['step']} was trained with {name} {saved[name]}, this run has {value}; "
-                f"use those files, or another run_dir"
+                f"{recipe.run_dir}: step {manifest['step']} was trained with {name} {saved[name]}, this run has {value}"
+                f"; use those files, or another run_dir"
             )
     return int(manifest["step"])

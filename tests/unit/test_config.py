@@ -51,7 +51,9 @@ def test_a_wrong_override_is_one_line_that_names_key_and_value(override, message
 
 
 def test_overrides_take_toml_values_and_plain_strings():
-    recipe = load_recipe("pretrain-nano", ["optim.peak_lr=2e-3", "run_dir=runs/a b=c", 'data.vocab="v"', "data.mix.text=0"])
+    recipe = load_recipe(
+        "pretrain-nano", ["optim.peak_lr=2e-3", "run_dir=runs/a b=c", 'data.vocab="v"', "data.mix.text=0"]
+    )
     assert recipe.optim.peak_lr == 2e-3
     assert recipe.run_dir == "runs/a b=c"
     assert recipe.data.vocab == "v"
@@ -72,7 +74,9 @@ def test_recipes_that_extend_one_another_in_a_circle_are_refused(tmp_path):
         load_recipe(tmp_path / "a.toml")
 
 
-@pytest.mark.parametrize(("recipe", "message"), [("pretrain-nanno", "did you mean pretrain-nano"), ("no/such.toml", "no such file")])
+@pytest.mark.parametrize(
+    ("recipe", "message"), [("pretrain-nanno", "did you mean pretrain-nano"), ("no/such.toml", "no such file")]
+)
 def test_an_unknown_recipe_says_what_there_is(recipe, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(recipe)
@@ -92,5 +96,8 @@ def test_accumulation_covers_the_global_batch_exactly(micro, world, steps):
 
 
 def test_a_global_batch_that_does_not_divide_names_the_nearest_that_does():
-    with pytest.raises(ValueError, match="batch.global_rows 2048 is not a multiple of batch.micro_rows 16 x 24 ranks = 384; use global_rows 1920"):
+    with pytest.raises(
+        ValueError,
+        match="batch.global_rows 2048 is not a multiple of batch.micro_rows 16 x 24 ranks = 384; use global_rows 1920",
+    ):
         BatchConfig(global_rows=2048, micro_rows=16).accumulation_steps(24)
