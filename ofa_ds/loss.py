@@ -27,8 +27,8 @@ class PackedTargets(Protocol):
 
 
 def group_sums(loss_M: Tensor, batch: PackedTargets) -> Tensor:
-    """fp32 [G]: the sum of loss_weight * loss of each group, with gradient. Divide by the *global* `group_counts`."""
-    weighted_M = torch.where(batch.targets != PAD_ID, loss_M.float() * batch.loss_weight, 0.0)
+    """[G], at least fp32: the sum of loss_weight * loss of each group. Divide by the *global* `group_counts`."""
+    weighted_M = torch.where(batch.targets != PAD_ID, loss_M * batch.loss_weight, 0.0)
     return _sums_by(batch.group, weighted_M, len(GROUPS), batch)
 
 

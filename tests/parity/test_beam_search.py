@@ -17,6 +17,7 @@ from ofa_ds.generate import GenerationConfig, Trie, generate
 from ofa_ds.model.ofa import OFA
 
 DTYPE = torch.float64
+FILE = "beam_search.npz"
 NAMES = {
     "beam_size": "beams",
     "len_penalty": "len_penalty",
@@ -35,21 +36,15 @@ def config_of(ctor: dict[str, Any]) -> GenerationConfig:
 
 @pytest.fixture(scope="module")
 def arrays(golden_dir: Path) -> dict[str, np.ndarray]:
-    path = golden_dir / "beam_search.npz"
-    if not path.is_file():
-        pytest.skip(f"{golden_dir} has no {path.name}")
-    with np.load(path, allow_pickle=False) as stored:
+    with np.load(golden_dir / FILE, allow_pickle=False) as stored:
         return {key: stored[key] for key in stored.files}
 
 
 @pytest.fixture(scope="module")
 def models(arrays: dict[str, np.ndarray], golden_dir: Path) -> list[OFA]:
     """The micro model with the recorded edits of its weights, and the second member of the ensemble."""
-    stored = golden_dir / "micro_state.npz"
-    weights = np.load(stored, allow_pickle=False) if stored.is_file() else None
-    model = OFA(adapter.MICRO).eval()
-    adapter.load(model, weights)
-    model.to(DTYPE).requires_grad_(False)
+    model = OFA(adapter.MICRO).to(DTYPE).eval().requires_grad_(False)
+    adapter.load(model, adapter.stored_weights(golden_dir, "micro_state.npz"))
     edits = {name.split("/")[1]: float(value) for name, value in arrays.items() if name.startswith("state_overrides/")}
     model.encoder.embed_tokens.weight[2] *= edits["encoder.embed_tokens.weight_row2_scale"]
     model.decoder.layer_norm.weight *= edits["decoder.layer_norm_scale"]
@@ -78,6 +73,7 @@ def search(case: dict[str, Any], arrays: dict[str, np.ndarray], models: list[OFA
     )
 
 
+@pytest.mark.golden(FILE)
 def test_every_recorded_search_gives_the_hypotheses_and_scores_of_the_original(
     arrays: dict[str, np.ndarray], models: list[OFA]
 ) -> None:
@@ -95,6 +91,7 @@ def test_every_recorded_search_gives_the_hypotheses_and_scores_of_the_original(
                 np.testing.assert_allclose(hypothesis.positional_scores, recorded, rtol=1e-9, atol=1e-9, err_msg=key)
 
 
+@pytest.mark.golden(FILE)
 def test_fewer_answers_than_beams_give_fewer_hypotheses_where_the_original_fails(
     arrays: dict[str, np.ndarray], models: list[OFA]
 ) -> None:
