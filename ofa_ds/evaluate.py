@@ -42,22 +42,33 @@ def evaluate(
     """Judge a checkpoint, or the newest one of a run directory, on held-out shards.
 
     rows: examples of each task at most, the first of the shards. beam: 1 is greedy. png: a picture per task goes here.
-    Returns {"checkpoint", "step", "shards", "beam", "seconds", "tasks": {task: {"examples", "loss", "token_accuracy",
-    "scores", "by_type" (vqa)}}}; shares are 0 ... 1, losses nats per token, each as in `beside_blind`.
+    Returns {"checkpoint", "step", "shards", "beam", "seconds", "tasks": what `judge_tasks` returns}.
     """
     began = time.monotonic()
     data = Shards(shards)
     subject = load_subject(checkpoint, device)
-    ctx = subject.context(data.negatives)
-    wanted = [task for task in TASKS if tasks is None or task in tasks]
-    held_out = collect(data, ctx, wanted, rows)
-    result = {task: judge(subject, ctx, task, held_out[task], beam=beam) for task in wanted if held_out[task]}
+    result = judge_tasks(subject, data, tasks=tasks, rows=rows, beam=beam)
     if png is not None:
-        sample_sheet(subject, data, tasks=wanted, beam=beam).save(png)
+        sample_sheet(subject, data, tasks=list(result), beam=beam).save(png)
     return {
         "checkpoint": subject.path, "step": subject.step, "shards": str(shards), "beam": beam,
         "seconds": round(time.monotonic() - began, 1), "tasks": result,
     }  # fmt: skip
+
+
+def judge_tasks(
+    subject: Subject, shards: Shards, *, tasks: Sequence[str] | None = None, rows: int = 1000, beam: int = 1
+) -> dict[str, Any]:
+    """{task: {"examples", "loss", "token_accuracy", "scores", "by_type" (vqa)}} of the tasks that the shards have.
+
+    Shares are 0 ... 1, losses nats per token, each as in `beside_blind`. Raises ValueError where there is nothing to ask.
+    """
+    ctx = subject.context(shards.negatives)
+    wanted = [task for task in TASKS if tasks is None or task in tasks]
+    held_out = collect(shards, ctx, wanted, rows)
+    if not any(held_out.values()):
+        raise ValueError(f"{shards.path}: has no row for {', '.join(wanted)}")
+    return {task: judge(subject, ctx, task, asked, beam=beam) for task, asked in held_out.items() if asked}
 
 
 def collect(shards: Shards, ctx: Context, tasks: Sequence[str], limit: int) -> dict[str, list[Example]]:
