@@ -33,7 +33,8 @@ pip_install() {
 case $extra in ''|dev|mpi) ;; *) fail "EXTRA $extra: want dev or mpi" ;; esac
 wanted=$(cat "$root/setup.py" "$root/constraints.txt" | cksum)
 stamp=$venv/.ready${extra:+-$extra}
-if [ -x "$venv/bin/ofa-ds" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+is_ready() { [ -x "$venv/bin/ofa-ds" ] && [ "$(cat "$1" 2>/dev/null)" = "$wanted" ]; }
+if is_ready "$stamp"; then exit 0; fi
 
 if ! new_enough "$venv/bin/python"; then
   python=$(find_python)
@@ -42,9 +43,13 @@ if ! new_enough "$venv/bin/python"; then
     fail "$python cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"
 fi
 : >"$log"
-torch=$(grep -E '^torch==' "$root/constraints.txt")
-echo "setup: installing $torch and what ofa-ds needs (a few minutes, once)"
-pip_install --constraint "$root/constraints.txt" --upgrade pip setuptools "$torch"
+if is_ready "$venv/.ready"; then
+  echo "setup: adding what $extra needs"
+else
+  torch=$(grep -E '^torch==' "$root/constraints.txt")
+  echo "setup: installing $torch and what ofa-ds needs (a few minutes, once)"
+  pip_install --constraint "$root/constraints.txt" --upgrade pip setuptools "$torch"
+fi
 # CUDA builds of torch bring the triton they were built with; elsewhere the pinned one is installed.
 constraints=$venv/constraints.txt
 if "$venv/bin/python" -c 'import triton' 2>/dev/null; then

@@ -24,7 +24,7 @@ log=$(mktemp "${TMPDIR:-/tmp}/ofa-ds-tests.XXXXXX")
 trap 'rm -f "$log"' EXIT
 code=0
 python -m pytest -q --durations=10 "${folders[@]}" "$@" </dev/null 2>&1 | tee "$log" || code=$?
-summary=$(tail -n 1 "$log")
+summary=$(grep . "$log" | tail -n 1 || true)
 if [ "$code" -eq 0 ]; then
   echo "tests: passed ($summary)"
 else
