@@ -98,6 +98,11 @@ class ModelConfig:
         return self.backbone.patch_size
 
     @property
+    def adds_decoder_positions(self) -> bool:
+        """Whether the decoder's embeddings hold the positions; OFASys looks at both flags, the original at one."""
+        return not self.disable_entangle and (self.entangle_position_embedding or not self.use_ofasys)
+
+    @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 

@@ -63,7 +63,7 @@ class Decoder(nn.Module):
         code_M = batch.code_mask[example_M]
         raw_UD, normed_UD, position_M, codes = self.positions(batch.decoder_position, code_M)
         x_MD = self.embed(
-            tokens_MD, code_M, None if self.config.disable_entangle else raw_UD.index_select(0, position_M)
+            tokens_MD, code_M, raw_UD.index_select(0, position_M) if self.config.adds_decoder_positions else None
         )
         tokens = Tokens(batch.decoder_offsets, position_M, normed_UD.shape[0])
         plans = (

@@ -66,7 +66,7 @@ class DecodingState:
         decoder, limit = self._decoder, self._decoder.embed_positions.num_embeddings
         if self.step >= limit and not bool(self._code_R.all()):
             raise ValueError(f"generation: step {self.step} is past the {limit} positions of text; stop earlier")
-        position_RD = None if decoder.config.disable_entangle else self.rows_of(self._raw_2CD[:, self.step])
+        position_RD = self.rows_of(self._raw_2CD[:, self.step]) if decoder.config.adds_decoder_positions else None
         x_RD = decoder.embed(tokens_RD, self._code_R, position_RD)
         self._memory.set_step(self._cross_2CHU, self.step, self._code_R)
         for layer, cores in zip(decoder.layers, self._caches, strict=True):

@@ -16,7 +16,7 @@ from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.init import Embedding, Linear
 from ofa_ds.model.inputs import PackedInput
 from ofa_ds.model.layers import EncoderLayer, PackedCore, RelativeTables, TokenEmbedding
-from ofa_ds.model.positions import RelativeRow, image_id_to_cell, num_image_rows, num_token_rows
+from ofa_ds.model.positions import RelativeRow, grid_ids, image_id_to_cell, num_image_rows, num_token_rows
 from ofa_ds.model.stem import build_backbone, normalize
 from ofa_kernels.attention import RelativeCodes, Tokens, plan_attention, position_logits
 
@@ -164,10 +164,10 @@ class Encoder(nn.Module):
         r, c = image_id_to_cell(batch.patch_position, bucket_size)
         vectors, ids, first_patch, first_row = [], [], 0, 0
         for num_images, height, width in grids:  # every group has its own rows, whether resized or not
-            group_ids = _grid_ids(height, width, bucket_size, image_P.device)
+            group_ids = grid_ids(height, width, bucket_size, image_P.device)
             resized = height * width > native**2
             vectors_XD = self.embed_image_positions(
-                _grid_ids(native, native, bucket_size, image_P.device) if resized else group_ids
+                grid_ids(native, native, bucket_size, image_P.device) if resized else group_ids
             )
             if resized:
                 square = vectors_XD.T.reshape(1, -1, native, native)
@@ -184,9 +184,3 @@ class Encoder(nn.Module):
 
     def _dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
-
-
-def _grid_ids(height: int, width: int, bucket_size: int, device: torch.device) -> Tensor:
-    """Position ids [height * width] of a whole grid, row by row."""
-    r, c = torch.arange(height, device=device), torch.arange(width, device=device)
-    return (r[:, None] * bucket_size + c + 1).flatten()

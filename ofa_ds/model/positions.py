@@ -42,6 +42,12 @@ def image_id_to_cell(image_id: Tensor, bucket_size: int) -> tuple[Tensor, Tensor
     return torch.div(cell, bucket_size, rounding_mode="floor"), cell.remainder(bucket_size)
 
 
+def grid_ids(height: int, width: int, bucket_size: int, device: torch.device | None = None) -> Tensor:
+    """Position ids [height * width] of a whole grid of patches, row by row."""
+    r, c = torch.arange(height, device=device), torch.arange(width, device=device)
+    return (r[:, None] * bucket_size + c + 1).flatten()
+
+
 def code_image_ids(code_image_size: int, bucket_size: int) -> Tensor:
     """Image position id of each decoder step of a sequence of image codes: 0, then the codes row by row.
 

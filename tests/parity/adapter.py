@@ -1,10 +1,11 @@
-"""From the fixtures' padded arrays to the model's packed batch and back, weights by rule, and the micro configurations."""
+"""From the fixtures' padded arrays to the model's packed batch and back, and the micro models with their weights."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,8 +15,6 @@ from ofa_ds.data.batch import Batch
 from ofa_ds.model.config import ModelConfig, ResNetConfig, ViTConfig
 
 PAD = 1
-ALIASES = ("decoder.embed_tokens.weight", "decoder.output_projection.weight")
-
 MICRO = ModelConfig(
     dim=32, ffn_dim=64, num_heads=4, encoder_layers=2, decoder_layers=2, backbone=ResNetConfig(depths=(1, 2, 1)),
     vocab_size=309, max_positions=64, token_bucket_size=8, image_bucket_size=6, code_image_size=32,
@@ -42,63 +41,61 @@ def pack_padded(
 ) -> tuple[Batch, Padded]:
     """The packed batch of a fixture's `in/*` arrays (names without the prefix), pads dropped.
 
-    An image whose patch mask is False is passed, and no token refers to it. A row without any previous token that is
-    not pad keeps its length: targets decide nothing here.
+    An image whose patch mask is False is passed, and no token refers to it. patch_orders [B, k]: the patches drawn.
     """
-    source = torch.from_numpy(np.asarray(inputs["src_tokens"]))
-    previous = torch.from_numpy(np.asarray(inputs["prev_output_tokens"]))
-    target = torch.from_numpy(np.asarray(inputs["target"])) if "target" in inputs else torch.full_like(previous, PAD)
+    source, previous = (torch.from_numpy(inputs[name]) for name in ("src_tokens", "prev_output_tokens"))
+    target = torch.from_numpy(inputs["target"]) if "target" in inputs else torch.full_like(previous, PAD)
     num_examples = len(source)
-    images: dict[str, tuple[Tensor, ...]] = {"images": (), "image_holes": (), "image_weight": ()}
-    patches = [np.zeros(0, np.int64)] * num_examples
-    width, per_image, max_patches = 1, 0, 0
-    if "patch_images" in inputs:
-        pixels = torch.from_numpy(np.asarray(inputs["patch_images"])).to(dtype)
-        height, width = (-(-side // config.patch_size) if isinstance(config.backbone, ResNetConfig) else side // config.patch_size
-                         for side in pixels.shape[2:])  # fmt: skip
-        per_image = max_patches = height * width
-        if patch_orders is not None:
-            max_patches = patch_orders.shape[1]
-        images = {
-            "images": (pixels,),
-            "image_holes": (torch.zeros(num_examples, 4, dtype=torch.int32),),
-            "image_weight": (torch.ones(num_examples),),
-        }
-        for e in np.flatnonzero(inputs["patch_masks"]):
-            patches[e] = np.arange(per_image) if patch_orders is None else patch_orders[e]
-    source_length = [int((row != PAD).sum()) for row in source]
-    decoder_length = [_length(row) for row in previous]
-    lengths = [len(p) + t for p, t in zip(patches, source_length, strict=True)]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    cell = np.concatenate(patches)
+    images, patches, grid_width, per_image = _images(inputs, config, dtype, patch_orders)
+    source_length = np.array([int((row != PAD).sum()) for row in source])
+    decoder_length = np.array([_length(row) for row in previous])
+    num_patches = np.array([len(cells) for cells in patches])
+    offsets = np.concatenate([[0], np.cumsum(num_patches + source_length)])
+    cells = np.concatenate(patches)
     batch = Batch(
         **images,
-        patch_index=_ids(np.concatenate([e * per_image + patches[e] for e in range(num_examples)])),
-        patch_position=_ids(cell // width * config.image_bucket_size + cell % width + 1),
-        patch_slot=_ids(np.concatenate([offsets[e] + np.arange(len(patches[e])) for e in range(num_examples)])),
+        patch_index=_ids(np.repeat(np.arange(num_examples) * per_image, num_patches) + cells),
+        patch_position=_ids(cells // grid_width * config.image_bucket_size + cells % grid_width + 1),
+        patch_slot=_ids(np.repeat(offsets[:-1], num_patches) + _counting(num_patches)),
         source_tokens=source[source != PAD],
-        source_position=_ids(np.concatenate([np.arange(t) for t in source_length])),
-        source_slot=_ids(
-            np.concatenate([offsets[e] + len(patches[e]) + np.arange(t) for e, t in enumerate(source_length)])
-        ),
+        source_position=_ids(_counting(source_length)),
+        source_slot=_ids(np.repeat(offsets[:-1] + num_patches, source_length) + _counting(source_length)),
         encoder_offsets=torch.from_numpy(offsets.astype(np.int32)),
-        num_patches=torch.tensor([len(p) for p in patches], dtype=torch.int32),
-        decoder_tokens=torch.cat([row[:n] for row, n in zip(previous, decoder_length, strict=True)]),
-        decoder_position=_ids(np.concatenate([np.arange(n) for n in decoder_length])),
+        num_patches=torch.from_numpy(num_patches.astype(np.int32)),
+        decoder_tokens=_trimmed(previous, decoder_length),
+        decoder_position=_ids(_counting(decoder_length)),
         decoder_offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(decoder_length)]).astype(np.int32)),
-        targets=torch.cat([row[:n] for row, n in zip(target, decoder_length, strict=True)]),
-        loss_weight=torch.ones(sum(decoder_length)),
+        targets=_trimmed(target, decoder_length),
+        loss_weight=torch.ones(int(decoder_length.sum())),
         code_mask=torch.from_numpy(np.asarray(inputs.get("code_masks", np.zeros(num_examples, bool)))),
         task=torch.zeros(num_examples, dtype=torch.int64),
         group=torch.zeros(num_examples, dtype=torch.int64),
     )
-    num_slots = max_patches + source.shape[1]
+    max_patches = 0 if not images["images"] else per_image if patch_orders is None else patch_orders.shape[1]
+    slots = np.arange(num_examples) * (max_patches + source.shape[1])
     encoder = [
-        e * num_slots + np.concatenate([np.arange(len(patches[e])), max_patches + np.arange(source_length[e])])
-        for e in range(num_examples)
+        slot + np.concatenate([np.arange(p), max_patches + np.arange(t)])
+        for slot, p, t in zip(slots, num_patches, source_length, strict=True)
     ]
-    decoder = [e * previous.shape[1] + np.arange(n) for e, n in enumerate(decoder_length)]
-    return batch, Padded(_ids(np.concatenate(encoder)), _ids(np.concatenate(decoder)), num_examples)
+    decoder = np.repeat(np.arange(num_examples) * previous.shape[1], decoder_length) + _counting(decoder_length)
+    return batch, Padded(_ids(np.concatenate(encoder)), _ids(decoder), num_examples)
+
+
+def _images(
+    inputs: Mapping[str, np.ndarray], config: ModelConfig, dtype: torch.dtype, patch_orders: np.ndarray | None
+) -> tuple[dict[str, tuple[Tensor, ...]], list[np.ndarray], int, int]:
+    """(image fields of the batch, patches of each example, width of the grid, patches per image)."""
+    num_examples = len(inputs["src_tokens"])
+    patches = [np.zeros(0, np.int64)] * num_examples
+    if "patch_images" not in inputs:
+        return {"images": (), "image_holes": (), "image_weight": ()}, patches, 1, 0
+    pixels = torch.from_numpy(inputs["patch_images"]).to(dtype)
+    rounding = config.patch_size - 1 if isinstance(config.backbone, ResNetConfig) else 0  # ResNets round up
+    height, width = ((side + rounding) // config.patch_size for side in pixels.shape[2:])
+    for e in np.flatnonzero(inputs["patch_masks"]):
+        patches[e] = np.arange(height * width) if patch_orders is None else patch_orders[e]
+    holes, weight = torch.zeros(num_examples, 4, dtype=torch.int32), torch.ones(num_examples)
+    return {"images": (pixels,), "image_holes": (holes,), "image_weight": (weight,)}, patches, width, height * width
 
 
 def packed(array: np.ndarray, rows: Tensor) -> Tensor:
@@ -133,16 +130,34 @@ def rule_weight(name: str, shape: Iterable[int]) -> Tensor:
     return torch.from_numpy(np.asarray(value, np.float32))
 
 
-def load(model: nn.Module, weights: Mapping[str, np.ndarray] | None) -> None:
-    """Set every parameter and floating-point buffer, from official names or by the rule (None)."""
-    state = model.state_dict()
-    used = {}
-    for name, value in state.items():
-        if not value.is_floating_point():
-            continue
-        stored = rule_weight(name, value.shape) if weights is None else torch.from_numpy(np.asarray(weights[name]))
-        used[name] = stored.to(value.dtype)
-    model.load_state_dict({**state, **used})
+def stored_weights(folder: Path, file: str) -> dict[str, np.ndarray] | None:
+    """Weights that a set of fixtures carries, or None where the rule makes them."""
+    path = folder / file
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def load(model: nn.Module, weights: Mapping[str, np.ndarray] | None, rename: Callable[[str], str] = str) -> None:
+    """Set every parameter and floating-point buffer from `weights`, or by the rule where that is None.
+
+    rename: from the model's names to those of `weights` and the rule.
+    """
+    with torch.no_grad():
+        for name, value in model.state_dict(keep_vars=True).items():
+            if value.is_floating_point():
+                name = rename(name)
+                value.copy_(rule_weight(name, value.shape) if weights is None else torch.from_numpy(weights[name]))
+
+
+def _counting(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ... for each length, one run after another."""
+    return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _trimmed(rows: Tensor, lengths: np.ndarray) -> Tensor:
+    return torch.cat([row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)])
 
 
 def _length(row: Tensor) -> int:
@@ -152,4 +167,4 @@ def _length(row: Tensor) -> int:
 
 
 def _ids(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64))
+    return torch.from_numpy(np.asarray(values, np.int64))
