@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ofa_ds.model.init import Linear
 from ofa_ds.model.resnet import DropPath
 
 MLP_RATIO = 4
@@ -26,7 +27,7 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def forward(self, x_IPC: Tensor) -> Tensor:
         """[I, P, C] -> [I, P, C]."""
@@ -41,8 +42,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(width, MLP_RATIO * width)
-        self.c_proj = nn.Linear(MLP_RATIO * width, width)
+        self.c_fc = Linear(width, MLP_RATIO * width)
+        self.c_proj = Linear(MLP_RATIO * width, width)
 
     def forward(self, x_IPC: Tensor) -> Tensor:
         """[I, P, C] -> [I, P, C]."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ofa_ds.config import PAD_ID
 from ofa_ds.model.config import ModelConfig, ViTConfig, preset
 from ofa_ds.model.ofa import OFA
 
@@ -30,9 +31,13 @@ def test_initial_weights_are_distributed_as_the_original(golden_file: Path) -> N
     for name, expected in json.loads(golden_file.read_text()).items():
         torch.manual_seed(0)
         parameters = dict(OFA(config_of(name)).named_parameters())
-        for key, stats in expected.items():
+        parameter_stats = {key: stats for key, stats in expected.items() if not key.startswith("__")}
+        assert parameter_stats.keys() == parameters.keys()
+        for key, stats in parameter_stats.items():
             assert list(parameters[key].shape) == stats["shape"]
             check_draw(key, parameters[key].detach(), stats)
+        pad_row = parameters["encoder.embed_tokens.weight"][PAD_ID]
+        assert (pad_row.abs().max().item() > 0) == (expected.get("__embed_pad_row_absmax", 1.0) > 0)
 
 
 def check_draw(key: str, value: torch.Tensor, stats: dict[str, float]) -> None:
