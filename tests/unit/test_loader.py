@@ -8,8 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
+import time
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -154,45 +155,52 @@ def test_batch_sizes_that_do_not_divide_are_refused_at_once(make):
         make(world_size=5)
 
 
-def test_ctrl_c_ends_the_workers_without_a_word(make, shards, tmp_path):
-    program = tmp_path / "consume.py"
-    program.write_text(
-        textwrap.dedent(
-            f"""
-            import json, multiprocessing, sys, time
-            from ofa_ds.config import BatchConfig, DataConfig
-            from ofa_ds.data.loader import Loader
-            from ofa_ds.data.shards import Shards
-            from ofa_ds.data.vocab import load_vocab
+PROGRAM = """
+import json, multiprocessing, sys, time
+from ofa_ds.config import BatchConfig, DataConfig
+from ofa_ds.data.loader import Loader
+from ofa_ds.data.shards import Shards
+from ofa_ds.data.vocab import load_vocab
 
-            if __name__ == "__main__":
-                data = DataConfig(image_size=64, infill_image_size=32, code_image_size=16, sample_patches=8, workers=2)
-                shards, vocab = Shards({str(shards.path)!r}), load_vocab({str(shards.path.parent / "vocab")!r})
-                batch = BatchConfig(global_rows=24, micro_rows=4)
-                loader = Loader(shards=shards, vocab=vocab, config=data, batch=batch, seed=1)
-                source = loader.steps()
-                next(source)
-                print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
-                try:
-                    time.sleep(60)
-                except KeyboardInterrupt:
-                    source.close()
-                    sys.exit(130)
-            """
-        )
-    )
+if __name__ == "__main__":
+    data = DataConfig(image_size=64, infill_image_size=32, code_image_size=16, sample_patches=8, workers=2)
+    shards, vocab = Shards(sys.argv[1]), load_vocab(sys.argv[2])
+    loader = Loader(shards=shards, vocab=vocab, config=data, batch=BatchConfig(global_rows=24, micro_rows=4), seed=1)
+    source = loader.steps()
+    next(source)
+    print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        source.close()
+        sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("ended_by, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_trainer_that_is_stopped_or_killed_leaves_no_worker(shards, tmp_path, ended_by, code):
+    (tmp_path / "consume.py").write_text(PROGRAM)
     process = subprocess.Popen(
-        [sys.executable, str(program)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+        [sys.executable, str(tmp_path / "consume.py"), str(shards.path), str(shards.path.parent / "vocab")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     workers = json.loads(process.stdout.readline())
     assert len(workers) == 2
-    os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to the whole group
+    if ended_by == signal.SIGINT:
+        os.killpg(process.pid, ended_by)  # the terminal sends it to the whole group
+    else:
+        process.kill()
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors == ""
-    for worker in workers:
-        with pytest.raises(ProcessLookupError):
-            os.kill(worker, 0)
+    assert process.returncode == code and "Traceback" not in errors
+    until = time.monotonic() + 30
+    while any(_alive(worker) for worker in workers):
+        assert time.monotonic() < until, "a worker outlived its trainer"
+        time.sleep(0.1)
+
+
+def _alive(process: int) -> bool:
+    """Whether it runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
