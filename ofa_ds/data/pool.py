@@ -21,22 +21,20 @@ def mpi_size() -> int:
     return max(int(os.environ.get(name, "1")) for name in _MPI_SIZES)
 
 
-def is_mpi_worker() -> bool:
-    """Whether this is a rank other than 0 of an MPI job; `serve` is then all that it has to do."""
+def serve_if_worker() -> None:
+    """On a rank other than 0 of an MPI job: run rank 0's jobs, and leave the program when it is done with them."""
     if mpi_size() == 1:
-        return False
-    from mpi4py import MPI
-
-    return MPI.COMM_WORLD.rank > 0
-
-
-def serve() -> None:
-    """Run rank 0's jobs until it is done with them."""
-    from mpi4py import MPI
-    from mpi4py.futures import MPICommExecutor
-
-    with MPICommExecutor(MPI.COMM_WORLD, root=0):
-        pass
+        return
+    try:
+        from mpi4py import MPI
+        from mpi4py.futures import MPICommExecutor
+    except ImportError as error:
+        message = f"started as an MPI job of {mpi_size()} ranks, but mpi4py is missing: pip install 'ofa-ds[mpi]'"
+        raise RuntimeError(message) from error
+    if MPI.COMM_WORLD.rank > 0:
+        with MPICommExecutor(MPI.COMM_WORLD, root=0):
+            pass
+        raise SystemExit(0)
 
 
 def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:

@@ -348,7 +348,7 @@ def build_shards(
     negative_sample directory; without it one is derived from the vision-language rows. on_error: what a bad line does:
     "stop" raises ValueError "file:line: column: reason" and leaves nothing behind, "quarantine" puts it into
     out/quarantine and counts it. The same sources and rows_per_shard give the same bytes with any number of workers.
-    Under MPI, rank 0 gives the work to the other ranks.
+    Under MPI, rank 0 gives the work to the other ranks, which leave the program when it is done.
     """
     from ofa_ds.data.shards_build import build  # not above: reading needs none of it
 

@@ -23,7 +23,7 @@ import xxhash
 from ofa_ds.config import FAMILIES
 from ofa_ds.data import tsv
 from ofa_ds.data.negative_files import derive_negatives, write_negatives
-from ofa_ds.data.pool import is_mpi_worker, run_jobs, serve
+from ofa_ds.data.pool import run_jobs, serve_if_worker
 from ofa_ds.data.progress import Progress
 from ofa_ds.data.shards import FORMAT, MANIFEST, SCHEMAS, to_columns
 
@@ -72,9 +72,7 @@ def build(
     on_error: str,
 ) -> dict[str, Any]:
     """See `shards.build_shards`."""
-    if is_mpi_worker():
-        serve()
-        return {}
+    serve_if_worker()
     if on_error not in ("stop", "quarantine"):
         raise ValueError(f"want on_error stop or quarantine, got {on_error!r}")
     unknown = set(sources) - set(FAMILIES)

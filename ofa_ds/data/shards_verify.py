@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ofa_ds.data.negative_files import checksums
-from ofa_ds.data.pool import is_mpi_worker, run_jobs, serve
+from ofa_ds.data.pool import run_jobs, serve_if_worker
 from ofa_ds.data.progress import Progress
 from ofa_ds.data.shards import MANIFEST, NEGATIVES, ShardFile, read_manifest
 from ofa_ds.data.shards_build import chain, fingerprint, row_digest
@@ -24,9 +24,7 @@ class Job:
 
 def verify(path: Path, workers: int) -> list[str]:
     """See `shards.verify_shards`."""
-    if is_mpi_worker():
-        serve()
-        return []
+    serve_if_worker()
     try:
         manifest = read_manifest(path)
     except ValueError as error:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -214,14 +215,14 @@ def train_from_shards(
 
 def shard_texts(shards: Shards) -> Iterator[str]:
     """Every text of the shards as the tasks present it: cleaned, with its leading space, inside its instruction."""
-    for family, count in shards.families.items():
-        for i in track(range(count), f"reading {family} texts", "rows"):
-            yield from _row_texts(family, shards.row(family, i))
-
-
-def _row_texts(family: str, row: dict) -> list[str]:
     from ofa_ds.data import tasks  # not above: tasks need a Vocab
 
+    for family, count in shards.families.items():
+        for i in track(range(count), f"reading {family} texts", "rows"):
+            yield from _row_texts(family, shards.row(family, i), tasks)
+
+
+def _row_texts(family: str, row: dict, tasks: ModuleType) -> list[str]:
     if family == "text":
         return [tasks.INFILL_TEXT_PROMPT[0], f" {row['text'].strip().lower()}", tasks.INFILL_TEXT_PROMPT[1]]
     if family == "image":
