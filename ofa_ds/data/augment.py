@@ -65,11 +65,12 @@ def brightness(image_HW3: np.ndarray, sign: int = 1) -> np.ndarray:
 
 def sharpness(image_HW3: np.ndarray, sign: int = 1) -> np.ndarray:
     """Away from the 3 x 3 mean whose centre counts five times; the outermost pixels stay as they are."""
-    wide = image_HW3.astype(np.float32)
+    wide = image_HW3.astype(np.uint16)
     rows = wide[:-2] + wide[1:-1] + wide[2:]
-    smooth = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * wide[1:-1, 1:-1]) / np.float32(13)
+    center = wide[1:-1, 1:-1]
+    smooth_times_13 = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * center
+    inner = center * np.float32(ENHANCE) + smooth_times_13 * np.float32((1 - ENHANCE) / 13)
     out_HW3 = image_HW3.copy()
-    inner = smooth + np.float32(ENHANCE) * (wide[1:-1, 1:-1] - smooth)
     out_HW3[1:-1, 1:-1] = inner.clip(0, 255).astype(np.uint8)  # the original wraps round here: white specks turn black
     return out_HW3
 

@@ -131,7 +131,10 @@ def test_waiting_is_counted(make):
 
 def test_one_buffer_carries_a_whole_batch(make):
     batch = take(make(), 1)[0][0]
-    assert_same(batch, from_buffer(*to_buffer(batch)))
+    buffer, layout = to_buffer(batch)
+    assert_same(batch, from_buffer(buffer, layout))
+    pinned_layout = [[name, dtype, list(shape), start] for name, dtype, shape, start in layout]
+    assert_same(batch, from_buffer(buffer, pinned_layout))  # pinning memory makes lists of tuples
 
 
 @pytest.mark.parametrize("workers", [0, 1])
