@@ -24,6 +24,8 @@ from ofa_ds.scores import Box, Objects
 EXPECTED, GENERATED = (60, 180, 75), (230, 25, 75)
 """Colours of the boxes: green and red."""
 
+_CODES_GAP = 8
+"""Pixels between expected and generated codes."""
 _NO_BOXES = np.empty((0, 4), np.float32)
 
 
@@ -81,18 +83,25 @@ def sample_sheet(
 
 
 def draw_answer(ctx: Context, example: Example, ids: Sequence[int], *, expected: bool = True) -> Image.Image:
-    """One card: expected boxes green, generated ones red; image codes of both."""
+    """One card: expected boxes green, generated ones red; image codes of both, the expected above."""
     given = objects_of(ctx, ids)
-    boxes = [(box, EXPECTED, name) for box, name in _expected_objects(example)] if expected else []
+    known = expected or example.task == "grounded_caption"  # whose region is part of the question
+    boxes = [(box, EXPECTED, name) for box, name in _expected_objects(example)] if known else []
     boxes += [(box, GENERATED, name) for box, name in given]
     texts = [("source", example.source_text)]
     if expected:
         texts.append(("expected (green)" if len(example.boxes) else "expected", example.target_text))
     texts.append(("generated (red)" if given else "generated", readable(ctx, ids)))
-    card = preview.draw_card(dataclasses.replace(example, boxes=_NO_BOXES, labels=()), texts)
+    target = example.target if expected else np.array([*ids, ctx.vocab.eos])
+    card = preview.draw_card(dataclasses.replace(example, boxes=_NO_BOXES, labels=(), target=target), texts)
     if example.image is not None:
         scale = preview.PICTURE_PIXELS / example.image.shape[1]
         _draw_boxes(card, [(np.array(box) * scale + preview.MARGIN_PIXELS, *rest) for box, *rest in boxes])
+    if example.code and expected and ids:
+        codes = preview.draw_codes(ids)
+        left = 2 * preview.MARGIN_PIXELS + preview.PICTURE_PIXELS
+        top = preview.MARGIN_PIXELS + preview.PICTURE_PIXELS - codes.height + _CODES_GAP
+        card.paste(codes.crop((0, 0, codes.width, codes.height - _CODES_GAP)), (left, top))
     return card
 
 
@@ -109,7 +118,9 @@ def _draw_boxes(card: Image.Image, boxes: Sequence[tuple[np.ndarray, tuple[int, 
         x0, y0, x1, y1 = (float(value) for value in box + np.array([inset, inset, -inset, -inset]))
         pen.rectangle([min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)], outline=colour, width=3)
         if name:
-            pen.text((x0 + 4, y0 + 2 if colour == EXPECTED else y1 - preview.FONT_PIXELS), name, fill=colour, font=font)
+            place = (x0 + 4, y0 + 2 if colour == EXPECTED else y1 - preview.FONT_PIXELS - 4)
+            pen.rectangle(pen.textbbox(place, name, font=font), fill="white")
+            pen.text(place, name, fill=colour, font=font)
 
 
 def readable(ctx: Context, ids: Sequence[int]) -> str:

@@ -120,7 +120,7 @@ def draw_card(example: Example, texts: Sequence[tuple[str, str]]) -> Image.Image
     font, bold = ImageFont.load_default(FONT_PIXELS), ImageFont.load_default(FONT_PIXELS + 4)
     columns = [_draw_picture(example)] if example.image is not None else []
     if example.code:
-        columns.append(_draw_codes(example))
+        columns.append(draw_codes(example.target[:-1].tolist()))
     left = sum(column.width + MARGIN_PIXELS for column in columns) + MARGIN_PIXELS
     lines: list[tuple[str, ImageFont.FreeTypeFont, tuple[int, int, int]]] = [(example.task, bold, (0, 0, 0))]
     for heading, text in texts:
@@ -180,13 +180,12 @@ def _draw_picture(example: Example) -> Image.Image:
     return picture
 
 
-def _draw_codes(example: Example) -> Image.Image:
-    """One colour per code: equal codes look equal, nothing else is meant."""
-    codes = example.target[:-1]
+def draw_codes(codes: Sequence[int]) -> Image.Image:
+    """One colour per code, the first square of them: equal codes look equal, nothing else is meant."""
     side = math.isqrt(len(codes))
     colours = [
         colorsys.hsv_to_rgb(code * 0.618034 % 1, 0.35 + code * 0.381966 % 0.6, 0.55 + code * 0.271 % 0.4)
-        for code in codes.tolist()
+        for code in codes[: side * side]
     ]
     pixels = (np.array(colours).reshape(side, side, 3) * 255).astype(np.uint8)
     return Image.fromarray(pixels).resize((PICTURE_PIXELS // 2, PICTURE_PIXELS // 2), Image.Resampling.NEAREST)
