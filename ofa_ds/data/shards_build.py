@@ -168,7 +168,7 @@ def build_one(job: Job) -> Built:
                 bad[1].write(f"{message}\n".encode("utf-8", "backslashreplace"))
                 built.quarantined += 1
                 continue
-            writer.add(row)
+            writer.add(row, len(line))
             if job.family == "vision_language":
                 built.types[row["type"]] += 1
             elif job.family == "image":
@@ -187,8 +187,8 @@ class _Writer:
         self._rows: list[dict[str, Any]] = []
         self._bytes = 0
 
-    def add(self, row: dict[str, Any]) -> None:
-        size = len(row.get("image", row.get("text", "")))
+    def add(self, row: dict[str, Any], size: int) -> None:
+        """size: of the TSV line, which is never less than what is written of it."""
         if self._rows and (len(self._rows) == MAX_BATCH_ROWS or self._bytes + size > MAX_BATCH_BYTES):
             self._flush()
         self._rows.append(to_columns(self._family, row))

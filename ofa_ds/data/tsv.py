@@ -175,7 +175,7 @@ def _codes(text: str, width: int, height: int) -> np.ndarray:
     if len(codes) != side * side:
         raise ValueError(f"code: want {side * side} codes for a picture of {width} x {height}, got {len(codes)}")
     for place, code in enumerate(codes):
-        if not (code.isascii() and code.isdigit()) or int(code) >= NUM_CODES:
+        if not (code.isascii() and code.isdigit() and len(code) <= 5) or int(code) >= NUM_CODES:
             raise ValueError(f"code: want whole numbers 0 ... {NUM_CODES - 1}, got {_short(code)} at place {place}")
     return np.array([int(code) for code in codes], np.int16)
 

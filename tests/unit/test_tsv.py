@@ -168,6 +168,7 @@ BAD = {
     "codes too few": ("image", image(b"1 2 3"), "code: want 16 codes for a picture of 64 x 64, got 3"),
     "codes too many": ("image", image(CODES + b" 1"), "code: want 16 codes .* got 17"),
     "code too large": ("image", image(CODES.replace(b"15", b"8192")), "code: .* got '8192' at place 15"),
+    "code endless": ("image", image(CODES.replace(b"15", b"1" * 9999)), "code: .* got '1111"),
     "code below zero": ("image", image(CODES.replace(b"15", b"-1")), "code: .* got '-1'"),
     "code in words": ("image", image(CODES.replace(b"15", b"x")), "code: .* got 'x'"),
     "picture not square": ("image", image(CODES, IMAGE), "image: want a square .* got 64 x 48"),
