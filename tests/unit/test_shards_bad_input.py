@@ -1,4 +1,4 @@
-"""Bad input: `stop` names file, line, column and reason and leaves nothing; `quarantine` keeps the line and counts it."""
+"""Bad input: `stop` names file, line, column, reason and leaves nothing; `quarantine` keeps the line and counts it."""
 
 from __future__ import annotations
 
