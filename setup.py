@@ -29,22 +29,20 @@ setup(
         "torch>=2.6",
         "deepspeed>=0.19",
         "numpy>=1.26",
-        "opencv-python-headless>=4.9",
         "pillow>=10.3",
-        "psutil>=5.9",
         "pyarrow>=16",
         "pydantic>=2.7",
-        "safetensors>=0.4.3",
         "simplejpeg>=1.7.2",
         "tensorboard>=2.16",
         "tokenizers>=0.19",
         "tomli>=2; python_version < '3.11'",
         "tqdm>=4.66",
-        "triton>=3.2; platform_system == 'Linux'",
         "xxhash>=3.4",
     ],
     extras_require={
-        "dev": ["hypothesis>=6.100", "pytest>=8", "ruff>=0.5"],
-        "mpi": ["mpi4py>=4"],
+        "dev": ["hypothesis>=6.100", "pycocoevalcap>=1.2", "pytest>=8", "ruff>=0.5", "safetensors>=0.4.3"],
+        "eval": ["pycocoevalcap>=1.2"],  # CIDEr in `ofa-ds evaluate`
+        "gpu": ["triton>=3.2"],  # comes with torch's CUDA builds
+        "mpi": ["mpi4py>=4"],  # `ofa-ds shards build` over many hosts
     },
 )

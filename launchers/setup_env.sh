@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv beside this checkout and installs ofa-ds there, in the versions of constraints.txt.
 #
-#   bash launchers/setup_env.sh [EXTRA]      EXTRA: dev (tests), mpi
+#   bash launchers/setup_env.sh [EXTRA]      EXTRA: dev (what the tests need), eval, mpi; see setup.py
 #
 # A second run sees that nothing changed and returns at once. PYTHON=... chooses the interpreter (3.10 or newer);
 # OFA_DS_VENV=... another place than .venv. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply.
@@ -30,7 +30,7 @@ pip_install() {
   fail "pip could not install ${*: -1}; the whole story is in $log"
 }
 
-case $extra in ''|dev|mpi) ;; *) fail "EXTRA $extra: want dev or mpi" ;; esac
+case $extra in ''|dev|eval|mpi) ;; *) fail "EXTRA $extra: want dev, eval or mpi" ;; esac
 wanted=$(cat "$root/setup.py" "$root/constraints.txt" | cksum)
 stamp=$venv/.ready${extra:+-$extra}
 is_ready() { [ -x "$venv/bin/ofa-ds" ] && [ "$(cat "$1" 2>/dev/null)" = "$wanted" ]; }
@@ -50,14 +50,7 @@ else
   echo "setup: installing $torch and what ofa-ds needs (a few minutes, once)"
   pip_install --constraint "$root/constraints.txt" --upgrade pip setuptools "$torch"
 fi
-# CUDA builds of torch bring the triton they were built with; elsewhere the pinned one is installed.
-constraints=$venv/constraints.txt
-if "$venv/bin/python" -c 'import triton' 2>/dev/null; then
-  grep -v -E '^triton==' "$root/constraints.txt" >"$constraints"
-else
-  cp "$root/constraints.txt" "$constraints"
-fi
-pip_install --constraint "$constraints" --editable "$root${extra:+[$extra]}"
+pip_install --constraint "$root/constraints.txt" --editable "$root${extra:+[$extra]}"
 [ -x "$venv/bin/ofa-ds" ] || fail "$venv/bin/ofa-ds is missing after the installation; see $log"
 echo "$wanted" >"$stamp"
 echo "$wanted" >"$venv/.ready"
