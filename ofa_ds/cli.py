@@ -117,7 +117,7 @@ def _add_shards(commands) -> None:  # noqa: ANN001
 def _shards_build(options: argparse.Namespace) -> None:
     from ofa_ds.data.shards import build_shards
 
-    build_shards(
+    manifest = build_shards(
         options.out,
         vision_language=options.vision_language,
         text=options.text,
@@ -128,6 +128,13 @@ def _shards_build(options: argparse.Namespace) -> None:
         workers=options.workers,
         on_error=options.on_error,
     )
+    for family, part in manifest["families"].items():
+        print(f"{family:16} {part['rows']:>10} rows{_quarantined(part['quarantined'])}")
+    print(f"shards in {options.out}")
+
+
+def _quarantined(count: int) -> str:
+    return f", {count} bad lines in quarantine" if count else ""
 
 
 def _shards_verify(options: argparse.Namespace) -> int:
