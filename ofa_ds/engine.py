@@ -65,9 +65,12 @@ def load_deepspeed_config(name_or_path: str | Path) -> dict[str, Any]:
     for key, recipe_key in _OWNED_BY_RECIPE.items():
         if key in config:
             raise ValueError(f"{path} sets {key}, which the recipe sets as {recipe_key}; remove it from {path.name}")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise ValueError(f"{path}: zero_optimization.stage {stage!r}: want 0, 1, 2 or 3")
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise ValueError(f"{path}: zero_optimization.stage {zero['stage']!r}: want 0, 1, 2 or 3")
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device") == "nvme":
+            raise ValueError(f"{path}: {key} to nvme cannot be put into checkpoints; use device cpu, as in zero3_offload")
     return config
 
 
@@ -126,6 +129,7 @@ def init_distributed(device: str | None = None) -> Ranks:
         torch.cuda.set_device(place)
     else:  # a shared-memory all-reduce that only DeepSpeed's inference calls: compiling it takes a minute and g++
         _deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _deepspeed.utils.nvtx.enable_nvtx = False  # marks for a GPU profiler, two calls around each hook
     minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", _TIMEOUT_MINUTES))
     _deepspeed.init_distributed(
         dist_backend="nccl" if place.type == "cuda" else "gloo",
@@ -278,6 +282,14 @@ class Engine:
         if self._ranks.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of every rank, by rank; all ranks must call it together."""
+        if self._ranks.world_size == 1:
+            return [value]
+        values = [None] * self._ranks.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def full_weights(self) -> dict[str, Tensor] | None:
         """Every parameter and buffer, whole, on the CPU of rank 0 (None elsewhere). All ranks must call it together."""

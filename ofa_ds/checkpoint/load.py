@@ -90,9 +90,8 @@ def resume(engine: Engine, run_dir: str | Path) -> Manifest | None:
 
     Raises ValueError where that checkpoint is of another model.
     """
-    names = [[directory.name for _, directory in step_directories(Path(run_dir))]]
-    dist.broadcast_object_list(names, src=0)
-    for name in names[0]:
+    names = [directory.name for _, directory in step_directories(Path(run_dir))]
+    for name in engine.gather(names)[0]:
         try:
             return load(engine, Path(run_dir) / name)
         except DamagedError as error:
@@ -108,9 +107,7 @@ def load(engine: Engine, path: str | Path) -> Manifest:
     """
     directory = Path(path)
     manifest, problem = _checked(engine, directory)
-    problems: list[str | None] = [None] * engine.ranks.world_size
-    dist.all_gather_object(problems, problem)
-    found = [text for text in problems if text]
+    found = [text for text in engine.gather(problem) if text]
     if manifest is None or found:
         raise DamagedError(found[0])
     _compare_parameters(directory, manifest, engine.parameter_shapes(), set(engine.buffers()))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import ofa_ds
@@ -52,19 +51,18 @@ def save(engine: Engine, run_dir: str | Path, step: int, extra: Mapping[str, Any
     partial, final = run_dir / f"{_PARTIAL}{directory_name(step)}", run_dir / directory_name(step)
     first = engine.ranks.rank == 0
     engine.agree_on_buffers()
-    with _together(f"checkpoint {final}"):
+    with _together(engine, final):
         if first:
             _remove_leftovers(run_dir)
             partial.mkdir(parents=True)
     report: dict[str, Any] = {}
-    with _together(f"checkpoint {final}"):
+    with _together(engine, final):
         try:
             report = _write_rank(engine, partial)
         except FileNotFoundError as error:
             raise OSError(f"{error}; run_dir must be on a file system that all hosts share") from error
-    reports: list[dict[str, Any]] = [{}] * engine.ranks.world_size
-    dist.all_gather_object(reports, report)
-    with _together(f"checkpoint {final}"):
+    reports = engine.gather(report)
+    with _together(engine, final):
         if first:
             write_manifest(partial / MANIFEST, _manifest(engine, step, extra, reports))
             _commit(run_dir, partial, final)
@@ -73,20 +71,18 @@ def save(engine: Engine, run_dir: str | Path, step: int, extra: Mapping[str, Any
 
 
 @contextmanager
-def _together(what: str) -> Iterator[None]:
+def _together(engine: Engine, final: Path) -> Iterator[None]:
     """All ranks leave this block together; an OSError of one is a RuntimeError on all."""
     problem: str | None = None
     cause: OSError | None = None
     try:
         yield
     except OSError as error:
-        problem, cause = f"rank {dist.get_rank()}: {error}", error
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    failed = [text for text in problems if text]
+        problem, cause = f"rank {engine.ranks.rank}: {error}", error
+    failed = [text for text in engine.gather(problem) if text]
     if failed:
         why = "; ".join(failed[:3])
-        raise RuntimeError(f"{what} was not written ({why}); the ones before it are untouched") from cause
+        raise RuntimeError(f"{final} was not written ({why}); the checkpoints before it are untouched") from cause
 
 
 def _write_rank(engine: Engine, partial: Path) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""What the distributed tests run, and how; light enough to import while tests are collected."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+WORKER = Path(__file__).with_name("engine_worker.py")
+TIMEOUT_S = 600
+
+VOCAB = 220
+STEPS = 20
+KINDS = "vtvidvvtvvdi"
+"""Examples of a global batch: 12, so that 1, 2 and 3 ranks and up to 3 accumulation steps divide it."""
+
+PARITY = {
+    1: [(0, 2), (1, 3), (2, 1), (3, 2)],
+    2: [(0, 3), (1, 1), (2, 2), (3, 1), (3, 3)],
+    3: [(0, 1), (1, 2), (2, 2), (3, 2)],
+}
+"""World size -> (ZeRO stage, accumulation steps)."""
+
+RESUME = ("fp32_0", "fp32_1", "fp32_2", "fp32_3", "bf16_1", "bf16_3")
+RESHARD = {1: (3, 0), 3: (0, 1, 2, 3)}
+"""World size -> stages that load what two ranks saved."""
+RESHARD_SOURCES = ("fp32_0", "fp32_2", "fp32_3", "bf16_1")
+
+JOBS = {2: ("parity", "precision", "resume"), 3: ("parity", "reshard"), 1: ("parity", "reshard")}
+"""World size -> jobs of its launch; the launch of 2 ranks saves what the others load."""
+
+
+def result_file(folder: Path, world_size: int) -> Path:
+    return folder / f"results_{world_size}.json"
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
+
+
+def launch(folder: Path, world_size: int, *jobs: str) -> dict[str, Any]:
+    """Run jobs of the worker on `world_size` ranks under torchrun; returns what rank 0 wrote."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size),
+               str(WORKER), str(folder), *jobs]  # fmt: skip
+    done = subprocess.run(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return json.loads(result_file(folder, world_size).read_text())

@@ -1,0 +1,252 @@
+"""What each rank of a distributed test runs: `torchrun ... engine_worker.py FOLDER JOB...`. Rank 0 writes the results.
+
+One launch does many cases, since starting a rank takes seconds. Cases share no state but the process group.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from batches import random_batch
+from engine_cases import KINDS, PARITY, RESHARD, RESHARD_SOURCES, STEPS, VOCAB, result_file
+from torch import Tensor, nn
+from toy import Toy, toy_batch
+
+from ofa_ds import checkpoint
+from ofa_ds.checkpoint.format import read_manifest
+from ofa_ds.checkpoint.load import Reader
+from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
+from ofa_ds.engine import Engine, build, init_distributed, load_deepspeed_config
+from ofa_ds.loss import group_counts, group_sums
+from ofa_ds.model.config import preset
+from ofa_ds.model.ofa import OFA
+from ofa_ds.schedule import polynomial_lr
+
+OPTIM = OptimConfig(peak_lr=1e-3, warmup_steps=3, eps=1e-6, clip_norm=0.5)
+TRAIN = TrainConfig(num_steps=30, seed=3)
+
+
+def make_ofa() -> OFA:
+    return OFA(preset("nano", vocab_size=VOCAB, dim=32, ffn_dim=64, num_heads=2))
+
+
+def make_toy() -> Toy:
+    return Toy(dropout=0.1)
+
+
+def ds_config(stage: int, **more: Any) -> dict[str, Any]:
+    if not stage:
+        return {"zero_optimization": {"stage": 0}, **more}
+    return {**load_deepspeed_config(f"zero{stage}"), **more}
+
+
+def build_engine(ranks: Any, make: Callable[[], nn.Module], config: dict[str, Any], accumulation: int) -> Engine:
+    rows = 12 // (ranks.world_size * accumulation)
+    batch = BatchConfig(global_rows=12, micro_rows=rows)
+    return build(make, deepspeed=config, optim=OPTIM, batch=batch, train=TRAIN, ranks=ranks)
+
+
+def dispose(engine: Engine) -> None:
+    engine._wrapped.destroy()
+    del engine
+    gc.collect()
+
+
+def one_process() -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Plain torch on whole global batches: losses, gradient norms and final weights."""
+    torch.manual_seed(TRAIN.seed)
+    model = make_ofa()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay)
+    losses, norms = [], []
+    for step in range(STEPS):
+        batch = random_batch((step,), kinds=KINDS, vocab_size=VOCAB)
+        loss = (group_sums(model(batch)[0], batch) / group_counts(batch)).sum()
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm).item())
+        for group in optimizer.param_groups:
+            group["lr"] = polynomial_lr(step, peak_lr=OPTIM.peak_lr, warmup_steps=OPTIM.warmup_steps, num_steps=30)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms, {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def train_ofa(engine: Engine, steps: int, accumulation: int, world_size: int) -> tuple[list[float], list[float]]:
+    size = len(KINDS) // (world_size * accumulation)
+    losses, norms = [], []
+    for step in range(steps):
+        first = [(micro * world_size + engine.ranks.rank) * size for micro in range(accumulation)]
+        batches = [random_batch((step,), kinds=KINDS[at : at + size], first=at, vocab_size=VOCAB) for at in first]
+        counts = engine.all_reduce(torch.stack([group_counts(batch) for batch in batches]).sum(0))
+        total = torch.zeros(())
+        for batch in batches:
+            loss = (group_sums(engine(batch)[0].float(), batch) / counts).sum()
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach()
+        losses.append(engine.all_reduce(total).item())
+        norms.append(engine.grad_norm)
+    return losses, norms
+
+
+def parity(ranks: Any) -> list[dict[str, Any]]:
+    want_losses, want_norms, want_weights = one_process()
+    results = []
+    for stage, accumulation in PARITY[ranks.world_size]:
+        engine = build_engine(ranks, make_ofa, ds_config(stage), accumulation)
+        losses, norms = train_ofa(engine, STEPS, accumulation, ranks.world_size)
+        weights = engine.full_weights()
+        if weights is not None:
+            assert weights.keys() == want_weights.keys()
+            # The gradient of a key's bias is mathematically zero, so AdamW turns rounding into steps there.
+            compared = [name for name in want_weights if not name.endswith(("k_proj.bias", "k_linear.bias"))]
+            apart = {name: _apart(weights[name], want_weights[name]) for name in compared}
+            worst = max(apart, key=apart.get)
+            results.append({
+                "stage": stage, "accumulation": accumulation, "losses": losses,
+                "loss_error": max(abs(a - b) / b for a, b in zip(losses, want_losses, strict=True)),
+                "norm_error": max(abs(a - b) / b for a, b in zip(norms, want_norms, strict=True)),
+                "weight_error": apart[worst], "worst": worst,
+            })  # fmt: skip
+        dispose(engine)
+    return results
+
+
+def _apart(tensor: Tensor, want: Tensor) -> float:
+    """Relative to the norm of the whole tensor."""
+    difference = (tensor.double() - want.double()).norm().item()
+    return difference / max(want.double().norm().item(), 1e-12) if difference else 0.0
+
+
+def precision(ranks: Any) -> list[dict[str, Any]]:
+    """bf16 with fp32 accumulation and reduction at stages 1-3, fp16 with its loss scale: the course of the loss."""
+    results = []
+    shipped_fp16 = load_deepspeed_config("zero3_fp16")
+    configs = [(f"bf16 stage {stage}", ds_config(stage, bf16={"enabled": True})) for stage in (1, 2, 3)]
+    for name, config in [*configs, ("fp16 stage 3", shipped_fp16)]:
+        engine = build_engine(ranks, make_ofa, config, 2)
+        losses, norms = train_ofa(engine, STEPS, 2, ranks.world_size)
+        results.append({"name": name, "losses": losses, "norms": norms, "updates": engine.num_updates})
+        results[-1]["buffers"] = sorted({str(buffer.dtype) for buffer in engine.buffers().values()})
+        dispose(engine)
+    return results
+
+
+def train_toy(engine: Engine, first: int, last: int, world_size: int) -> None:
+    for step in range(first, last):
+        batches = [toy_batch(step, micro * world_size + engine.ranks.rank, 2) for micro in range(2)]
+        count = engine.all_reduce(torch.tensor(float(sum(batch.count for batch in batches))))
+        for batch in batches:
+            engine.backward(engine(batch).sum() / count)
+            engine.step()
+
+
+def state_of(engine: Engine) -> dict[str, Tensor]:
+    """Everything of this rank that a checkpoint must bring back."""
+    pieces = {f"{kind}|{piece.name}": tensor for piece in engine.pieces() for kind, tensor in piece.tensors.items()}
+    state = pieces | engine.buffers() | engine.rng_states()
+    counters = {key: torch.tensor(float(value)) for key, value in engine.counters().items() if key != "loss_scaler"}
+    return {name: tensor.detach().clone() for name, tensor in (state | counters).items()}
+
+
+def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    both = one.keys() & other.keys()
+    return sorted(one.keys() ^ other.keys()) + sorted(name for name in both if not torch.equal(one[name], other[name]))
+
+
+def resume_exactly(ranks: Any, folder: Path) -> list[dict[str, Any]]:
+    """8 steps with a save after 4, against 4 steps loaded into a fresh engine of another seed and 4 more."""
+    results = []
+    configs = {f"fp32_{stage}": ds_config(stage) for stage in range(4)}
+    configs |= {f"bf16_{stage}": ds_config(stage, bf16={"enabled": True}) for stage in (1, 3)}
+    for name, config in configs.items():
+        run_dir = folder / f"saved_{name}"
+        engine = build_engine(ranks, make_toy, config, 2)
+        train_toy(engine, 0, 4, ranks.world_size)
+        path = checkpoint.save(engine, run_dir, 4, extra={"note": name})
+        train_toy(engine, 4, 8, ranks.world_size)
+        want = state_of(engine)
+        dispose(engine)
+        torch.manual_seed(99)
+        engine = build_engine(ranks, lambda: make_toy(), config, 2)
+        manifest = checkpoint.resume(engine, run_dir)
+        train_toy(engine, 4, 8, ranks.world_size)
+        wrong = different(state_of(engine), want)
+        counts = engine.all_reduce(torch.tensor(float(len(wrong))))
+        results.append({
+            "name": name, "different": int(counts), "first": wrong[:3], "extra": manifest["extra"],
+            "step": manifest["step"], "problems": checkpoint.verify(path), "tensors": len(want),
+        })  # fmt: skip
+        dispose(engine)
+    return results
+
+
+def reshard(ranks: Any, folder: Path) -> list[dict[str, Any]]:
+    """What two ranks saved, loaded here at each stage and saved again: every tensor whole and bit-identical."""
+    results = []
+    for source in RESHARD_SOURCES:
+        original = folder / f"saved_{source}" / "step_00000004"
+        for stage in RESHARD[ranks.world_size]:
+            engine = build_engine(ranks, make_toy, ds_config(stage), 2)
+            checkpoint.load(engine, original)
+            path = checkpoint.save(engine, folder / f"again_{source}_{stage}_{ranks.world_size}", 4, extra={})
+            train_toy(engine, 4, 5, ranks.world_size)
+            if ranks.rank == 0:
+                wrong = different(whole_tensors(path), whole_tensors(original))
+                results.append({"source": source, "stage": stage, "different": wrong, "norm": engine.grad_norm})
+            dispose(engine)
+    return results
+
+
+def whole_tensors(path: Path) -> dict[str, Tensor]:
+    """Every parameter's weight and moments and every buffer, put together from all files."""
+    reader = Reader(path, read_manifest(path), check=True)
+    result = {name: reader.buffer(name) for name in reader.manifest["buffers"]}
+    for name, tensor in reader.manifest["tensors"].items():
+        for kind in ("weight", "exp_avg", "exp_avg_sq") if tensor["trainable"] else ("weight",):
+            result[f"{kind}|{name}"] = reader.read(name, kind, 0, torch.Size(tensor["shape"]).numel())
+    return result
+
+
+def fuzz(ranks: Any, folder: Path) -> dict[str, Any]:
+    """300 micro-steps under ZeRO-3 in which each rank draws its own mixture, now and then of one kind only."""
+    engine = build_engine(ranks, make_ofa, ds_config(3), 3)
+    generator = torch.Generator().manual_seed(ranks.rank)
+    done = 0
+    for step in range(100):
+        for _ in range(3):
+            only = torch.randint(6, (1,), generator=generator).item()
+            drawn = torch.randint(4, (int(torch.randint(1, 6, (1,), generator=generator)),), generator=generator)
+            kinds = "vitd"[only] * 3 if only < 4 else "".join("vitd"[n] for n in drawn)
+            batch = random_batch((step, ranks.rank), kinds=kinds, vocab_size=VOCAB)
+            engine.backward((group_sums(engine(batch)[0], batch) / 30).sum())
+            engine.step()
+            done += 1
+            (folder / f"heartbeat_{ranks.rank}").write_text(str(done))
+    result = {"micro_steps": done, "updates": engine.num_updates, "norm": engine.grad_norm}
+    dispose(engine)
+    return result
+
+
+def main(folder: Path, *jobs: str) -> None:
+    ranks = init_distributed("cpu")
+    functions = {
+        "parity": lambda: parity(ranks),
+        "precision": lambda: precision(ranks),
+        "resume": lambda: resume_exactly(ranks, folder),
+        "reshard": lambda: reshard(ranks, folder),
+        "fuzz": lambda: fuzz(ranks, folder),
+    }
+    results = {job: functions[job]() for job in jobs}
+    if ranks.rank == 0:
+        result_file(folder, ranks.world_size).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

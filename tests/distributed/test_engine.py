@@ -1,0 +1,74 @@
+"""One optimizer step on any ranks, stage and accumulation split is the step of one process; real ranks over gloo."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from engine_cases import PARITY, RESHARD, RESHARD_SOURCES, RESUME, WORKER, environment, result_file
+
+TOLERANCE = 1e-5
+HANG_S = 120
+"""Silence of all ranks for this long is a hang."""
+
+PARITY_CASES = [(ranks, stage, split) for ranks, cases in PARITY.items() for stage, split in cases]
+
+
+@pytest.mark.parametrize("ranks, stage, accumulation", PARITY_CASES)
+def test_twenty_steps_equal_one_process(results, ranks, stage, accumulation):
+    cases = {(case["stage"], case["accumulation"]): case for case in results(ranks, "parity")}
+    case = cases[stage, accumulation]
+    assert len(case["losses"]) == 20
+    assert case["loss_error"] < TOLERANCE, case
+    assert case["norm_error"] < TOLERANCE, case
+    assert case["weight_error"] < TOLERANCE, case
+
+
+@pytest.mark.parametrize("name", ["bf16 stage 1", "bf16 stage 2", "bf16 stage 3", "fp16 stage 3"])
+def test_low_precision_follows_the_course_of_fp32(results, name):
+    case = next(case for case in results(2, "precision") if case["name"] == name)
+    exact = results(2, "parity")[0]["losses"]
+    assert case["losses"] == pytest.approx(exact, rel=1e-2)
+    assert case["updates"] == len(exact)
+
+
+@pytest.mark.parametrize("name", RESUME)
+def test_four_steps_saved_and_four_more_are_eight_to_the_bit(results, name):
+    case = next(case for case in results(2, "resume") if case["name"] == name)
+    assert case["tensors"] > 40
+    assert case["different"] == 0, case["first"]
+    assert case["step"] == 4 and case["extra"] == {"note": name}
+    assert case["problems"] == []
+
+
+@pytest.mark.parametrize("source", RESHARD_SOURCES)
+@pytest.mark.parametrize("ranks, stage", [(ranks, stage) for ranks, stages in RESHARD.items() for stage in stages])
+def test_what_two_ranks_saved_loads_at_any_other_world_size_and_stage(results, ranks, stage, source):
+    cases = {(case["source"], case["stage"]): case for case in results(ranks, "reshard")}
+    case = cases[source, stage]
+    assert case["different"] == []
+    assert case["norm"] > 0
+
+
+def test_ranks_with_random_task_mixtures_stay_in_step(tmp_path: Path):
+    """300 micro-steps under DeepSpeed's launcher; a watchdog ends a hang and says where it was."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank", "--master_port",
+               "29712", str(WORKER), str(tmp_path), "fuzz"]  # fmt: skip
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+        last, since = [], time.monotonic()
+        while process.poll() is None:
+            time.sleep(0.5)
+            beats = [path.read_text() for path in sorted(tmp_path.glob("heartbeat_*"))]
+            if beats != last:
+                last, since = beats, time.monotonic()
+            if time.monotonic() - since > HANG_S:
+                process.terminate()
+                pytest.fail(f"no rank moved for {HANG_S} s; micro-steps done: {last}")
+    assert process.returncode == 0, (tmp_path / "log").read_text()[-4000:]
+    result = json.loads(result_file(tmp_path, 2).read_text())["fuzz"]
+    assert result["micro_steps"] == 300 and result["updates"] == 100 and 0 < result["norm"] < 1e4

@@ -1,0 +1,42 @@
+"""A save that dies by SIGKILL, at any file operation or any moment, leaves a checkpoint that loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("kill_worker.py")
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(tmp_path_factory.mktemp("kill"))],
+        env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_save_killed_at_each_file_operation_leaves_a_valid_checkpoint(outcome):
+    assert outcome["problems"] == []
+    new_step, same_step = outcome["operations"]
+    assert len(new_step) > 12 and len(same_step) > len(new_step)
+    assert new_step[0] == 2 and new_step[-1] == 3, "the step before the save, until the new one is complete"
+    assert new_step == sorted(new_step)
+    assert set(same_step) == {3}
+
+
+def test_a_save_killed_at_a_hundred_moments_leaves_a_valid_checkpoint(outcome):
+    assert outcome["timed"] >= 100
+    assert outcome["problems"] == []
+
+
+def test_the_next_save_removes_what_killed_ones_left(outcome):
+    assert outcome["after"] == ["latest", "step_00000006"]
