@@ -40,7 +40,15 @@ setup(
         "xxhash>=3.4",
     ],
     extras_require={
-        "dev": ["hypothesis>=6.100", "pycocoevalcap>=1.2", "pytest>=8", "ruff>=0.5", "safetensors>=0.4.3"],
+        "dev": [
+            "hypothesis>=6.100",
+            "opencv-python-headless>=4.9",  # the original's image operations, to compare with
+            "psutil>=5.9",
+            "pycocoevalcap>=1.2",
+            "pytest>=8",
+            "ruff>=0.5",
+            "safetensors>=0.4.3",
+        ],
         "eval": ["pycocoevalcap>=1.2"],  # CIDEr in `ofa-ds evaluate`
         "gpu": ["triton>=3.2"],  # comes with torch's CUDA builds
         "mpi": ["mpi4py>=4"],  # `ofa-ds shards build` over many hosts

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"config", "engine_state", "processes", "schedule"},
     "checkpoint": {"config"},
     "cluster": {"config"},
-    "generate": {"config", "data", "model", "loss"},
+    "generate": {"config", "criteria", "data", "model", "loss"},
     "inference": {"config", "checkpoint", "data", "generate", "model"},
     "report": {"config"},
     "samples": {"config", "data", "generate", "inference", "model", "report", "scores"},
