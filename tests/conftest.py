@@ -27,7 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     folder = config.getoption("golden")
     if not folder.is_dir():
-        raise pytest.UsageError(f"--golden {folder}: no such folder; want one in the format of tests/parity/golden/README.md")
+        raise pytest.UsageError(
+            f"--golden {folder}: no such folder; want one in the format of tests/parity/golden/README.md"
+        )
 
 
 def golden_folders(config: pytest.Config) -> tuple[Path, Path]:
