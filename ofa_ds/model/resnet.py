@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 BATCH_NORM_MODES = ("frozen", "batch", "sync")
 EXPANSION = 4
@@ -82,7 +81,7 @@ class BatchNorm(nn.Module):
         offset = local_mean - self.running_mean
         sums = torch.cat([count, count * offset, count * (local_var + offset.square())])
         if synchronize:
-            sums = all_reduce(sums)
+            sums = _AllReduce.apply(sums)
         num_channels = x.shape[1]
         total = sums[:1].detach()
         first, second = (sums[1:] / total.clamp(min=1)).split(num_channels)
@@ -231,6 +230,22 @@ class ResNet(nn.Module):
             for block in stage:
                 x = block(x, counted)
         return x
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over ranks. Every rank's result depends on every rank's input, so the gradients are summed too."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
 
 
 def _channels(value_C: Tensor) -> Tensor:
