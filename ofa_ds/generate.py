@@ -71,7 +71,7 @@ class GenerationConfig:
     """Sample among the most probable tokens that together reach this probability; 0 for all."""
 
     def __post_init__(self) -> None:
-        if self.beams < 1 or self.temperature <= 0 or not 0 <= self.min_len <= max(self.max_len_b, self.min_len):
+        if self.beams < 1 or self.temperature <= 0 or self.min_len < 0:
             raise ValueError(f"want beams >= 1, temperature > 0, min_len >= 0, got {self}")
         if (self.top_k or self.top_p) and not self.sampling:
             raise ValueError("top_k and top_p choose among samples; set sampling=True, or leave them out")
