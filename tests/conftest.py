@@ -15,15 +15,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         default=DEFAULT_GOLDEN,
         metavar="DIR",
-        help="recorded numbers of the original: a folder with fixtures/ and manifests/ inside, or with the files themselves",
+        help="recorded numbers of the original: a folder with fixtures/ and manifests/ inside, or with their files",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "golden(pattern, without=()): runs once per file of --golden that matches, as `golden_file` where the test takes "
-        "it; left out where there is none",
+        "golden(pattern, without=()): runs once per file of --golden that matches, as `golden_file` where the test "
+        "takes it; left out where there is none",
     )
     folder = config.getoption("golden")
     if not folder.is_dir():

@@ -1,1 +1,1 @@
-"""Operators of OFA on packed tokens. Each public function has its plain-torch reference beside it: that is the CPU path."""
+"""Operators of OFA on packed tokens. Each has its plain-torch reference beside it, which is also the CPU path."""

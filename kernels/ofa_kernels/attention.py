@@ -2,14 +2,14 @@
 
     logits = scale * q.k + scale * pos_q.pos_k + row[key code - query code],  out = c_attn * softmax(logits) v
 
-The positional vectors exist once per *position*, not per token, and are shared by all layers; `row` is one line per head
-and layer that holds both relative tables of spec 01 section 4 (see `ofa_ds.model.positions` for the codes). Tokens of
-different examples never see each other. `plan_attention` is called once per batch and kind, `position_logits` once per
-forward, `attention` in every layer.
+The positional vectors exist once per *position*, not per token, and are shared by all layers; `row` is one line per
+head and layer that holds both relative tables of spec 01 section 4 (see `ofa_ds.model.positions` for the codes). Tokens
+of different examples never see each other. `plan_attention` is called once per batch and kind, `position_logits` once
+per forward, `attention` in every layer.
 
-This is the plain-torch reference and the CPU path: it pads inside the call, into buckets of examples of similar length.
-Shapes: N query tokens, M key tokens, E examples, H heads, d head dim, U and V rows of query and key positions, R entries
-of `row`; inside a bucket b examples of Q queries and K keys.
+This is the plain-torch reference and the CPU path: it pads inside the call, into buckets of examples of similar
+length. Shapes: N query tokens, M key tokens, E examples, H heads, d head dim, U and V rows of query and key positions,
+R entries of `row`; inside a bucket b examples of Q queries and K keys.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def position_logits(pos_q_UD: Tensor, pos_k_VD: Tensor, num_heads: int, scale: f
 
 
 def relative_logits(row_HR: Tensor, codes: RelativeCodes) -> Tensor:
-    """The relative term of every pair of positions, [H, U, V]: what `attention` adds, for a caller that attends itself."""
+    """The relative term of every pair of positions, [H, U, V], for a caller that does not use `attention`."""
     return _look_up(row_HR, codes.row_index()).view(row_HR.shape[0], len(codes.query), len(codes.key))
 
 
@@ -59,21 +59,21 @@ def attention(
 ) -> Tensor:
     """Attention of each example over itself or over its own keys -> [N, H * d], in the dtype of q.
 
-    qkv: q [N, H * d], k and v [M, H * d]. positions: from `position_logits`, or () for none. row_HR: the relative term of
-    this layer, or None. Softmax runs in at least fp32. Raises ValueError where shapes and plan disagree.
+    qkv: q [N, H * d], k and v [M, H * d]. positions: from `position_logits`, or () for none. row_HR: the relative
+    term of this layer, or None. Softmax runs in at least fp32. Raises ValueError where shapes and plan disagree.
     """
     q_ND, k_MD, v_MD = qkv
     if q_ND.shape[0] != plan.num_queries or k_MD.shape[0] != plan.num_keys:
         raise ValueError(
-            f"attention: the plan is for {plan.num_queries} queries and {plan.num_keys} keys, got q {tuple(q_ND.shape)} "
-            f"and k {tuple(k_MD.shape)}; plan again for this batch"
+            f"attention: the plan is for {plan.num_queries} queries and {plan.num_keys} keys, got q "
+            f"{tuple(q_ND.shape)} and k {tuple(k_MD.shape)}; plan again for this batch"
         )
     if (row_HR is None) != (plan.row_index is None):
         raise ValueError(
             "attention: want a relative row exactly where the plan has relative codes; pass both or neither"
         )
     absolute_HUV = positions[0] if positions else None
-    return _PackedAttention.apply(q_ND, k_MD, v_MD, absolute_HUV, row_HR, head_scale_H, plan, scale, dropout)
+    return _PackedAttention.apply(q_ND, k_MD, v_MD, absolute_HUV, row_HR, head_scale_H, (plan, scale, dropout))
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -86,10 +86,9 @@ class _PackedAttention(torch.autograd.Function):
         absolute_HUV: Tensor | None,
         row_HR: Tensor | None,
         head_scale_H: Tensor,
-        plan: AttentionPlan,
-        scale: float,
-        dropout: float,
+        settings: tuple[AttentionPlan, float, float],
     ) -> Tensor:
+        plan, scale, dropout = settings
         num_heads = head_scale_H.shape[0]
         q, k, v = (
             _pad(x, gather) for x, gather in ((q_ND, plan.query_token), (k_MD, plan.key_token), (v_MD, plan.key_token))
@@ -141,7 +140,7 @@ class _PackedAttention(torch.autograd.Function):
                 bucket.add_bias_grad(dbias_HX, dlogits)
         dq_ND = dq.flatten(1).index_select(0, plan.query_slot).to(ctx.dtype)
         dk_MD, dv_MD = (x.flatten(1).index_select(0, plan.key_slot).to(ctx.dtype) for x in (dk, dv))
-        return dq_ND, dk_MD, dv_MD, *_bias_grads(dbias_HX, plan, ctx.bias_meta), dhead_H, None, None, None
+        return dq_ND, dk_MD, dv_MD, *_bias_grads(dbias_HX, plan, ctx.bias_meta), dhead_H, None
 
 
 def _wide(x: Tensor) -> Tensor:

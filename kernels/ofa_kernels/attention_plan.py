@@ -1,8 +1,8 @@
-"""Where the tokens of a packed batch go when the reference attention pads them: made once per batch, used by every layer.
+"""Where the tokens of a packed batch go when the reference attention pads them: once per batch, for all layers.
 
 Examples of similar length share a bucket, so that little is padded. Inside a bucket the `lead` tokens of all examples
-(image patches) start at the same place and the rest (text) starts at the same place; then one slot shows one position in
-most batches, and the positional bias of the bucket needs no batch axis.
+(image patches) start at the same place and the rest (text) starts at the same place; then one slot shows one position
+in most batches, and the positional bias of the bucket needs no batch axis.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def plan_attention(
 ) -> AttentionPlan:
     """Sort the examples into buckets and say where each token goes.
 
-    kind [E]: examples of different kinds never share a bucket (their positions could not agree). For self-attention pass
-    the same object as queries and keys. Raises ValueError for an example that has queries but no keys.
+    kind [E]: examples of different kinds never share a bucket (their positions could not agree). For self-attention
+    pass the same object as queries and keys. Raises ValueError for an example that has queries but no keys.
     """
     query_side = _Side(queries)
     key_side = query_side if queries is keys else _Side(keys)

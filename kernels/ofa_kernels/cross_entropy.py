@@ -30,8 +30,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, nll, correct) of each token: two [M] in at least fp32, unreduced, and [M] bool; only loss has a gradient.
 
-    chunk: rows of logits held at once; None for what fits 64 MiB. The gradient of the weight is computed in the backward
-    and accumulated in at least fp32. Raises ValueError where shapes disagree.
+    chunk: rows of logits held at once; None for what fits 64 MiB. The gradient of the weight is computed in the
+    backward and accumulated in at least fp32. Raises ValueError where shapes disagree.
     """
     if hidden_MD.shape[0] != target_M.shape[0] or hidden_MD.shape[1] != weight_VD.shape[1]:
         raise ValueError(

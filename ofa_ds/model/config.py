@@ -1,4 +1,4 @@
-"""Sizes and switches of OFA. `preset("tiny")` is the official model of that name; parameters and defaults follow spec 01."""
+"""Sizes and switches of OFA. `preset("tiny")` is the official model of that name; defaults follow spec 01."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ModelConfig:
     """Positions of a grid larger than `orig_patch_image_size` are resized from that grid's."""
     orig_patch_image_size: int = 256
     disable_entangle: bool = True
-    """False adds the positions to the decoder's embeddings too (the original's meaning of the flag, spec 01 section 6)."""
+    """False adds the positions to the decoder's embeddings too (the original's meaning, spec 01 section 6)."""
 
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -116,8 +116,8 @@ _R50, _R101, _R152 = (ResNetConfig(depths=depths) for depths in ((3, 4, 6), (3, 
 _VIT_HUGE = ViTConfig(resolution=224, patch_size=14, channels=1280, layers=24, heads=16)
 
 _NANO = ModelConfig(
-    dim=128, ffn_dim=512, num_heads=4, encoder_layers=2, decoder_layers=2, backbone=ConvConfig(patch_size=16, channels=128),
-    max_positions=512, image_bucket_size=16, code_image_size=32, init_std=128**-0.5,
+    dim=128, ffn_dim=512, num_heads=4, encoder_layers=2, decoder_layers=2, init_std=128**-0.5,
+    backbone=ConvConfig(patch_size=16, channels=128), max_positions=512, image_bucket_size=16, code_image_size=32,
 )  # fmt: skip
 _6B = ModelConfig(
     dim=2560, ffn_dim=10240, num_heads=32, encoder_layers=36, decoder_layers=24, backbone=_VIT_HUGE,

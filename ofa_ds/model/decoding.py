@@ -1,8 +1,8 @@
 """Generation one token at a time: cached keys and values, beams that share their example's memory, reordering.
 
-Legend: R rows (examples x beams, example-major), E examples, H heads, d head dim, K memory tokens of the longest example,
-C steps the caches have room for, U distinct positions of the memory, D channels. Tables with a leading 2 have one part
-for text rows and one for rows of image codes.
+Legend: R rows (examples x beams, example-major), E examples, H heads, d head dim, K memory tokens of the longest
+example, C steps the caches have room for, U distinct positions of the memory, D channels. Tables with a leading 2 have
+one part for text rows and one for rows of image codes.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from ofa_kernels.attention import relative_logits
 from torch import Tensor
 
 from ofa_ds.model.decoder import Decoder
 from ofa_ds.model.encoder import Encoded
 from ofa_ds.model.inputs import PackedInput
+from ofa_kernels.attention import relative_logits
 
 MASKED = -1e30
 _FIRST_ROOM = 32

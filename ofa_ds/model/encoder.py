@@ -1,6 +1,7 @@
 """OFA's encoder on packed tokens: image patches and text of each example, with positions that stay out of the content.
 
-Legend: N = P + T encoder tokens (P patches, T text), D channels, Q patches of all images, U distinct positions, E examples.
+Legend: N = P + T encoder tokens (P patches, T text), D channels, Q patches of all images, U distinct positions,
+E examples.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class Encoder(nn.Module):
         return features_QC.index_select(0, batch.patch_index), grids
 
     def _positions(self, batch: PackedInput, grids: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, RelativeCodes]:
-        """Positional vectors [U, D] of the distinct positions, [N] which one each token has, and their relative codes."""
+        """Vectors [U, D] of the distinct positions, [N] which one each token has, and their relative codes."""
         text_ids, text_T = batch.source_position.unique(return_inverse=True)
         text_UD = self.embed_positions(text_ids)
         if not self.config.use_ofasys:

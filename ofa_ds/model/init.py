@@ -1,8 +1,8 @@
 """Linear and Embedding with OFA's initialisation: weights N(0, std), biases 0 (spec 01 section 9).
 
 Each module initialises itself while it is built, because under ZeRO-3's `zero.Init` its parameters are cut into pieces
-right after. Draws come from torch's global generator. A position table has no zero row: in the original the last pass over
-the module tree overwrites it.
+right after. Draws come from torch's global generator. No table has a zero row: in the original the last pass over the
+module tree overwrites it.
 """
 
 from __future__ import annotations

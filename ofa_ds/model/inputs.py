@@ -1,4 +1,4 @@
-"""What the model reads of a packed batch. `ofa_ds.data.batch.Batch` has these attributes; the model does not import it."""
+"""What the model reads of a packed batch: attributes of `ofa_ds.data.batch.Batch`, which it does not import."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class TokenEmbedding(nn.Module):
     def forward(
         self, x: Tensor, targets: Tensor | None = None, label_smoothing: float = 0.0
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """ids [...] -> embeddings [..., D]; hidden [M, D] -> logits [M, V]; hidden and targets [M] -> (loss, nll, correct)."""
+        """ids [...] -> embeddings [..., D]; hidden [M, D] -> logits [M, V]; both -> (loss, nll, correct), [M] each."""
         if not x.is_floating_point():
             return F.embedding(x, self.weight)
         if targets is None:
@@ -40,7 +40,7 @@ class TokenEmbedding(nn.Module):
 
 
 class RelativeTables(nn.Module):
-    """The relative rows of a stack's layers. The tables are the stack's own lists, so that they keep the official names."""
+    """The relative rows of a stack's layers. The tables belong to the stack, so that they keep the official names."""
 
     def __init__(self, arithmetic: RelativeRow) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Attention(nn.Module):
 
 
 class Branch(nn.Module):
-    """How the output of an attention or feed-forward block joins the residual stream: dropout, drop-path per example."""
+    """How the output of a block joins the residual stream: dropout, then drop-path per example."""
 
     def __init__(self, dropout: float, drop_path: float) -> None:
         super().__init__()

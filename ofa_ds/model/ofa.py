@@ -51,10 +51,10 @@ class OFA(nn.Module):
 
     @torch.no_grad()
     def start_decoding(self, batch: PackedInput, beams: int = 1) -> DecodingState:
-        """Encode the batch and prepare generation of `beams` rows per example, example-major. Only targets go unread."""
+        """Encode the batch and prepare generation of `beams` rows per example; its decoder side goes unread."""
         return DecodingState(self.decoder, batch, self.encode(batch), beams)
 
     @torch.no_grad()
     def decode_step(self, tokens_R: Tensor, state: DecodingState) -> Tensor:
-        """Logits [R, V] after one more token per row; the first tokens are bos. Raises ValueError past the position table."""
+        """Logits [R, V] after one more token per row, bos first. Raises ValueError past the position table."""
         return self.logits(state.advance(self.encoder.embed_tokens(tokens_R)))

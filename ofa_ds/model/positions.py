@@ -1,7 +1,8 @@
 """Which rows of the position and relative tables a token uses.
 
-A text position is its index; an image position is r * n + c + 1 in a grid of at most n x n patches (n = image_bucket_size),
-and 0 is the start token of a sequence of image codes. Relative biases (spec 01 section 4) are a look-up in
+A text position is its index; an image position is r * n + c + 1 in a grid of at most n x n patches, n being
+`image_bucket_size`, and 0 is the start token of a sequence of image codes. Relative biases (spec 01 section 4) are a
+look-up in
 
     row = [ text: one entry per distance | images: one entry per (dr, dc) | start token's entries ]
 
@@ -106,8 +107,8 @@ class RelativeRow:
     def image_codes(self, image_id: Tensor) -> tuple[Tensor, Tensor]:
         """(query codes, key codes) of image positions.
 
-        Query codes are so low that an image query and a text key differ by less than 0, and key codes so much lower that
-        a text query and an image key differ by at least the length of the row.
+        Query codes are so low that an image query and a text key differ by less than 0, and key codes so much lower
+        that a text query and an image key differ by at least the length of the row.
         """
         r, c = image_id_to_cell(image_id, self.bucket_size)
         m = r * (2 * self.bucket_size - 1) + c

@@ -53,7 +53,7 @@ def build_backbone(config: ModelConfig) -> nn.Module:
 
 
 def normalize(images: Tensor, holes: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 pixels [I, 3, h, w] -> [-1, 1] with the hole (y0, x0, y1, x1) of each image [I, 4] at 0; floats pass as they are."""
+    """uint8 pixels [I, 3, h, w] -> [-1, 1], each image's hole (y0, x0, y1, x1) at 0; floats pass as they are."""
     if images.is_floating_point():
         return images.to(dtype)
     pixels = images.to(dtype).mul_(1 / 127.5).sub_(1)

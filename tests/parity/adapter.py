@@ -71,12 +71,10 @@ def pack_padded(
         task=torch.zeros(num_examples, dtype=torch.int64),
         group=torch.zeros(num_examples, dtype=torch.int64),
     )
-    max_patches = 0 if not images["images"] else per_image if patch_orders is None else patch_orders.shape[1]
+    max_patches = per_image if patch_orders is None else patch_orders.shape[1]
     slots = np.arange(num_examples) * (max_patches + source.shape[1])
-    encoder = [
-        slot + np.concatenate([np.arange(p), max_patches + np.arange(t)])
-        for slot, p, t in zip(slots, num_patches, source_length, strict=True)
-    ]
+    sizes = zip(slots, num_patches, source_length, strict=True)
+    encoder = [slot + np.concatenate([np.arange(p), max_patches + np.arange(t)]) for slot, p, t in sizes]
     decoder = np.repeat(np.arange(num_examples) * previous.shape[1], decoder_length) + _counting(decoder_length)
     return batch, Padded(_ids(np.concatenate(encoder)), _ids(decoder), num_examples)
 
