@@ -252,11 +252,13 @@ def _whole_numbers(values: list[Any]) -> list[int]:
 
 def overlaps(tensor: Mapping[str, Any], world_size: int, start: int, numel: int) -> Iterator[tuple[int, int, int]]:
     """(rank, its first element, its number of elements) of the parts that hold elements start : start + numel."""
+    if not numel:
+        return
     end = start + numel
     if tensor["parts"] != "even":
         yield from ((rank, at, size) for rank, at, size in tensor["parts"] if at < end and at + size > start)
         return
     total = math.prod(tensor["shape"])
     part = -(-total // world_size)
-    for rank in range(start // part if part else 0, -(-end // part) if part else 0):
+    for rank in range(start // part, -(-end // part)):
         yield rank, rank * part, min(part, total - rank * part)

@@ -24,10 +24,12 @@ PARITY = {
 }
 """World size -> (ZeRO stage, accumulation steps)."""
 
-RESUME = ("fp32_0", "fp32_1", "fp32_2", "fp32_3", "bf16_1", "bf16_3")
-RESHARD = {1: (3, 0), 3: (0, 1, 2, 3)}
-"""World size -> stages that load what two ranks saved."""
-RESHARD_SOURCES = ("fp32_0", "fp32_2", "fp32_3", "bf16_1")
+RESUME = ("fp32_0", "fp32_1", "fp32_2", "fp32_3", "bf16_1", "bf16_3", "fp16_3")
+RESHARD = {
+    1: [("fp32_3", 0), ("fp32_2", 3), ("bf16_1", 3)],
+    3: [("fp32_0", 2), ("fp32_2", 3), ("fp32_3", 1), ("fp32_3", 3), ("bf16_1", 0), ("fp16_3", 3)],
+}
+"""World size -> (what two ranks saved, ZeRO stage that loads it)."""
 
 JOBS = {2: ("parity", "precision", "resume"), 3: ("parity", "reshard"), 1: ("parity", "reshard")}
 """World size -> jobs of its launch; the launch of 2 ranks saves what the others load."""

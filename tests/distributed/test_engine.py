@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from engine_cases import PARITY, RESHARD, RESHARD_SOURCES, RESUME, WORKER, environment, result_file
+from engine_cases import PARITY, RESHARD, RESUME, WORKER, environment, result_file
 
 TOLERANCE = 1e-5
 HANG_S = 120
@@ -32,8 +32,8 @@ def test_twenty_steps_equal_one_process(results, ranks, stage, accumulation):
 def test_low_precision_follows_the_course_of_fp32(results, name):
     case = next(case for case in results(2, "precision") if case["name"] == name)
     exact = results(2, "parity")[0]["losses"]
-    assert case["losses"] == pytest.approx(exact, rel=1e-2)
-    assert case["updates"] == len(exact)
+    assert case["losses"] == pytest.approx(exact[:10], rel=1e-3)
+    assert case["updates"] == len(case["losses"]) == 10
 
 
 @pytest.mark.parametrize("name", RESUME)
@@ -45,9 +45,15 @@ def test_four_steps_saved_and_four_more_are_eight_to_the_bit(results, name):
     assert case["problems"] == []
 
 
-@pytest.mark.parametrize("source", RESHARD_SOURCES)
-@pytest.mark.parametrize("ranks, stage", [(ranks, stage) for ranks, stages in RESHARD.items() for stage in stages])
-def test_what_two_ranks_saved_loads_at_any_other_world_size_and_stage(results, ranks, stage, source):
+def test_fp16_skips_overflowing_steps_and_saves_the_loss_scale(results):
+    saved = next(case for case in results(2, "resume") if case["name"] == "fp16_3")["saved"]
+    assert 0 < saved["skipped_steps"] < saved["global_steps"] == 4
+    assert saved["adam_step"] == 4 - saved["skipped_steps"]
+    assert saved["loss_scaler"]["cur_scale"] == 2.0 ** (20 - saved["skipped_steps"])
+
+
+@pytest.mark.parametrize("ranks, source, stage", [(ranks, *case) for ranks, cases in RESHARD.items() for case in cases])
+def test_what_two_ranks_saved_loads_at_another_world_size_and_stage(results, ranks, source, stage):
     cases = {(case["source"], case["stage"]): case for case in results(ranks, "reshard")}
     case = cases[source, stage]
     assert case["different"] == []
