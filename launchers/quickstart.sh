@@ -17,7 +17,7 @@ while [[ ${1:-} == --* ]]; do
   esac
 done
 recipe=pretrain-nano run=runs/nano data=data/scenes
-train_rows=12000 heldout_rows=1600
+train_rows=12000 heldout_rows=1300
 text_entries=512 codes=128 bins=1000
 
 started=$SECONDS
@@ -102,7 +102,7 @@ stopped="evaluating"
 if [ ! -f "$run/evaluation.json" ] || [ ! -f "$run/tasks.png" ] || [ "$run/finished" -nt "$run/evaluation.json" ]; then
   step "evaluating on held-out scenes"
   unset OMP_NUM_THREADS  # one process now: it may have all cores
-  ofa-ds evaluate "$run" --shards "$data/heldout" --json --png "$run/tasks.png" >"$run/evaluation.json.part"
+  ofa-ds evaluate "$run" --shards "$data/heldout" --rows 400 --json --png "$run/tasks.png" >"$run/evaluation.json.part"
   mv "$run/evaluation.json.part" "$run/evaluation.json"
 fi
 took=$((SECONDS - started))
