@@ -70,7 +70,7 @@ def load_deepspeed_config(name_or_path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: zero_optimization.stage {zero['stage']!r}: want 0, 1, 2 or 3")
     for key in ("offload_optimizer", "offload_param"):
         if zero.get(key, {}).get("device") == "nvme":
-            raise ValueError(f"{path}: {key} to nvme cannot be put into checkpoints; use device cpu, as in zero3_offload")
+            raise ValueError(f"{path}: {key} on nvme cannot go into checkpoints; use device cpu, as zero3_offload does")
     return config
 
 

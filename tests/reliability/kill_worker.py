@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -120,6 +121,39 @@ def every_operation(engine: Engine, pristine: Path, run_dir: Path, allowed: dict
     return found
 
 
+def refusals(engine: Engine, run_dir: Path) -> dict[str, str]:
+    """What is said where a save or a load cannot be done."""
+    found: dict[str, str] = {}
+
+    def told(name: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+            found[name] = "nothing was said"
+        except (RuntimeError, ValueError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+
+    for step in (7, 8):
+        checkpoint.save(engine, run_dir, step, extra={}, keep=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the disk takes no more
+    told("full disk", lambda: checkpoint.save(engine, run_dir, 9, extra={}))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    found["after full disk"] = str(checkpoint.latest(run_dir).name)
+    newest = checkpoint.latest(run_dir)
+    kept = engine.module.blocks
+    engine.module.blocks = kept[:2]
+    told("another model", lambda: checkpoint.load(engine, newest))
+    engine.module.blocks = kept
+    damaged = newest / "rank_00000.safetensors"
+    raw = bytearray(damaged.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    damaged.write_bytes(raw)
+    told("damaged", lambda: checkpoint.load(engine, newest))
+    manifest = checkpoint.resume(engine, run_dir)
+    found["resumed step"] = str(manifest and manifest["step"])
+    return found
+
+
 def main(folder: Path) -> None:
     ranks = init_distributed("cpu")
     batch, optim, steps = BatchConfig(global_rows=3, micro_rows=3), OptimConfig(eps=1e-6), TrainConfig(num_steps=9)
@@ -157,9 +191,11 @@ def main(folder: Path) -> None:
         problems += judge(run_dir, allowed, f"timed kill {n}")[1]
     leftovers = sorted(path.name for path in run_dir.iterdir())
     checkpoint.save(engine, run_dir, 6, extra={}, keep=1)
+    after = sorted(path.name for path in run_dir.iterdir())
     print(json.dumps({
+        "refusals": refusals(engine, folder / "refusals"),
         "operations": operations, "timed": TIMED_KILLS, "problems": problems,
-        "leftovers": leftovers, "after": sorted(path.name for path in run_dir.iterdir()),
+        "leftovers": leftovers, "after": after,
     }))  # fmt: skip
 
 

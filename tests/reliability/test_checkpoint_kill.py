@@ -40,3 +40,16 @@ def test_a_save_killed_at_a_hundred_moments_leaves_a_valid_checkpoint(outcome):
 
 def test_the_next_save_removes_what_killed_ones_left(outcome):
     assert outcome["after"] == ["latest", "step_00000006"]
+
+
+def test_a_save_that_the_disk_cannot_take_is_an_error_and_harms_nothing(outcome):
+    message = outcome["refusals"]["full disk"]
+    assert message.startswith("RuntimeError") and "step_00000009 was not written" in message and "rank 0" in message
+    assert outcome["refusals"]["after full disk"] == "step_00000008"
+
+
+def test_another_model_or_a_damaged_file_is_refused_and_resume_takes_the_one_before(outcome):
+    refusals = outcome["refusals"]
+    assert refusals["another model"].startswith("ValueError") and "model's (blocks.2" in refusals["another model"]
+    assert refusals["damaged"].startswith("DamagedError") and "rank_00000.safetensors: checksum" in refusals["damaged"]
+    assert refusals["resumed step"] == "7"
