@@ -118,8 +118,9 @@ class _PackedAttention(torch.autograd.Function):
         num_heads = head_scale_H.shape[0]
         dout_NHd = _wide(dout_ND).view_as(out_NHd)
         dhead_H = (dout_NHd * out_NHd).sum((0, 2)).to(head_scale_H.dtype)
-        dout = dout_NHd.new_zeros(plan.query_token.shape[0], dout_ND.shape[1])
-        dout.index_copy_(0, plan.query_slot, (dout_NHd * head_scale_H[:, None]).flatten(1))  # pads stay 0
+        with_zero = dout_NHd.new_zeros(plan.num_queries + 1, *dout_NHd.shape[1:])
+        torch.mul(dout_NHd, head_scale_H[:, None], out=with_zero[:-1])
+        dout = with_zero.flatten(1).index_select(0, plan.query_source)
         dq, dk, dv = (
             dout.new_empty(token.shape[0], *out_NHd.shape[1:]) for token in (plan.query_token, *[plan.key_token] * 2)
         )

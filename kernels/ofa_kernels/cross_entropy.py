@@ -70,19 +70,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         correct_M = torch.zeros_like(target_M, dtype=torch.bool)
         kept = (target_M != ignore_index).nonzero()[:, 0]
         eps_i = smoothing / (weight_VD.shape[0] - 1)
-        logits_cV = None
+        logp_cV = None
         for rows in kept.split(chunk):
-            target_c = target_M[rows, None]
-            logits_cV = (hidden_MD[rows] @ weight_VD.T).to(wide)
-            lse_c = logits_cV.logsumexp(-1)
-            nll_c = lse_c - logits_cV.gather(1, target_c)[:, 0]
-            nll_M[rows] = nll_c
-            loss_c = (1 - smoothing - eps_i) * nll_c
+            logp_cV = (hidden_MD[rows] @ weight_VD.T).to(wide).log_softmax(-1)
+            target_logp_c = logp_cV.gather(1, target_M[rows, None])[:, 0]
+            nll_M[rows] = -target_logp_c
+            loss_c = (smoothing + eps_i - 1) * target_logp_c
             if smoothing:
-                loss_c += eps_i * (weight_VD.shape[0] * lse_c - logits_cV.sum(-1))
+                loss_c -= eps_i * logp_cV.sum(-1)
             loss_M[rows] = loss_c
-            correct_M[rows] = logits_cV.argmax(-1) == target_c[:, 0]
-        only_chunk = logits_cV if len(kept) <= chunk else None  # saves computing it again
+            correct_M[rows] = target_logp_c >= logp_cV.amax(-1)  # argmax is several times slower on a CPU
+        only_chunk = logp_cV if len(kept) <= chunk else None  # saves computing it again
         ctx.save_for_backward(hidden_MD, weight_VD, target_M, kept, only_chunk)
         ctx.smoothing, ctx.chunk = smoothing, chunk
         ctx.mark_non_differentiable(nll_M, correct_M)
@@ -98,8 +96,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight_VD = None
         for rows in kept.split(ctx.chunk):
             hidden_cD = hidden_MD[rows]
-            logits_cV = only_chunk if only_chunk is not None else (hidden_cD @ weight_VD.T).to(wide)
-            dlogits_cV = logits_cV.softmax(-1)
+            if only_chunk is not None:
+                dlogits_cV = only_chunk.exp()
+            else:
+                dlogits_cV = (hidden_cD @ weight_VD.T).to(wide).softmax(-1)
             if ctx.smoothing:
                 dlogits_cV.sub_(eps_i)
             hit_c1 = torch.full_like(rows[:, None], ctx.smoothing + eps_i - 1, dtype=wide)
