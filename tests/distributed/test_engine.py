@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -60,10 +61,16 @@ def test_what_two_ranks_saved_loads_at_another_world_size_and_stage(results, ran
     assert case["norm"] > 0
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def test_ranks_with_random_task_mixtures_stay_in_step(tmp_path: Path):
     """300 micro-steps under DeepSpeed's launcher; a watchdog ends a hang and says where it was."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank", "--master_port",
-               "29712", str(WORKER), str(tmp_path), "fuzz"]  # fmt: skip
+               str(free_port()), str(WORKER), str(tmp_path), "fuzz"]  # fmt: skip
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
         last, since = [], time.monotonic()
