@@ -1,4 +1,4 @@
-"""Linear and Embedding with OFA's initialisation: weights N(0, std), biases 0 (spec 01 section 9).
+"""Modules with OFA's initialisation (spec 01 section 9): weights N(0, std), convolutions Kaiming-normal, biases 0.
 
 Each module initialises itself while it is built, because under ZeRO-3's `zero.Init` its parameters are cut into pieces
 right after. Draws come from torch's global generator. No table has a zero row: in the original the last pass over the
@@ -20,6 +20,13 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
         nn.init.zeros_(self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class Embedding(nn.Embedding):

@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ofa_ds.model.init import Conv2d
+
 BATCH_NORM_MODES = ("frozen", "batch", "sync")
 EXPANSION = 4
 OUT_CHANNELS = 256 * EXPANSION
@@ -141,7 +143,7 @@ class DropPath(nn.Module):
         return x * (mask / keep).view(-1, *[1] * (x.ndim - 1))
 
 
-class PointwiseConv(nn.Conv2d):
+class PointwiseConv(Conv2d):
     """1x1 convolution without bias, as one matrix product over all pixels."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
@@ -166,7 +168,7 @@ class Bottleneck(nn.Module):
         out_channels = channels * EXPANSION
         self.conv1 = PointwiseConv(in_channels, channels)
         self.bn1 = BatchNorm(channels, mode)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
         self.bn2 = BatchNorm(channels, mode)
         self.conv3 = PointwiseConv(channels, out_channels)
         self.bn3 = BatchNorm(out_channels, mode)
@@ -197,7 +199,7 @@ class ResNet(nn.Module):
         super().__init__()
         if len(depths) != len(STAGE_CHANNELS) or min(depths) < 1:
             raise ValueError(f"ResNet depths {tuple(depths)}: want {len(STAGE_CHANNELS)} numbers of blocks, each >= 1")
-        self.conv1 = nn.Conv2d(3, STAGE_CHANNELS[0], 7, stride=2, padding=3, bias=False)
+        self.conv1 = Conv2d(3, STAGE_CHANNELS[0], 7, stride=2, padding=3, bias=False)
         self.bn1 = BatchNorm(STAGE_CHANNELS[0], batch_norm)
         in_channels = STAGE_CHANNELS[0]
         for i, (channels, depth) in enumerate(zip(STAGE_CHANNELS, depths, strict=True)):
@@ -208,13 +210,6 @@ class ResNet(nn.Module):
                 blocks.append(Bottleneck(in_channels, channels, stride, batch_norm, rate))
                 in_channels = channels * EXPANSION
             setattr(self, f"layer{i + 1}", blocks)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Convolutions Kaiming-normal over their outputs; norms keep weight 1, bias 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor, weight: Tensor) -> Tensor:
         """images [I, 3, h, w] float -> [I, 1024, h / 16, w / 16] (rounded up), channels-last.

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ofa_ds.model.config import ConvConfig, ModelConfig, ViTConfig
+from ofa_ds.model.init import Conv2d
 from ofa_ds.model.resnet import ResNet
 from ofa_ds.model.vit import ViT
 
@@ -25,12 +26,7 @@ class ConvStem(nn.Module):
         if 2**num_convs != config.patch_size:
             raise ValueError(f"convolutional stem: want a patch size that is a power of 2, got {config.patch_size}")
         widths = [3, *(config.channels >> (num_convs - 1 - i) for i in range(num_convs))]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1) for i in range(num_convs)
-        )
-        for conv in self.convs:
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
+        self.convs = nn.ModuleList(Conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1) for i in range(num_convs))
 
     def forward(self, images: Tensor, weight: Tensor) -> Tensor:
         """images [I, 3, h, w] float -> [I, C, h / patch, w / patch]. `weight` is unused: nothing here mixes images."""

@@ -25,7 +25,7 @@ class SelfAttention(nn.Module):
         if width % heads:
             raise ValueError(f"ViT width {width} is not a multiple of its {heads} heads")
         self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = Linear(width, width)
 
@@ -101,17 +101,9 @@ class ViT(nn.Module):
         self.grid = image_size // patch
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         # Row 0 is the class token's; nothing reads it, official checkpoints have it.
-        self.positional_embedding = nn.Parameter(torch.empty(self.grid**2 + 1, width))
+        self.positional_embedding = nn.Parameter(torch.empty(self.grid**2 + 1, width).normal_(std=width**-0.5))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, drop_path)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Positions N(0, width^-1/2), Xavier-uniform q, k, v projections; the rest keeps torch's or the model's own."""
-        nn.init.normal_(self.positional_embedding, std=self.positional_embedding.shape[1] ** -0.5)
-        for block in self.transformer.resblocks:
-            nn.init.xavier_uniform_(block.attn.in_proj_weight)
-            nn.init.zeros_(block.attn.in_proj_bias)
 
     def forward(self, images: Tensor, weight: Tensor) -> Tensor:
         """images [I, 3, h, w] float -> [I, C, h / patch, w / patch]. `weight` is unused: nothing here mixes images."""
