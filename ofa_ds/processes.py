@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import socket
 from collections.abc import Mapping, MutableMapping
@@ -14,6 +15,9 @@ import torch
 
 _STANDARD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _DEFAULT_PORT = 29500
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,21 @@ def choose_device(local_rank: int, env: MutableMapping[str, str], wanted: str | 
         raise RuntimeError("a GPU was asked for and torch finds none; check nvidia-smi and the torch build, or use cpu")
     env["DS_ACCELERATOR"] = kind
     if kind == "cpu":
+        keep_freed_memory()
         return torch.device("cpu")
     index = local_rank % torch.cuda.device_count()  # srun may show each process just its own GPU
     env["LOCAL_RANK"] = str(index)
     return torch.device("cuda", index)
+
+
+def keep_freed_memory() -> bool:
+    """Lets malloc keep large freed blocks for the next step, on a CPU. Returns whether this C library can (glibc).
+
+    By default each large tensor is a mapping of its own, which the kernel takes back and zeroes anew: 45,000 page
+    faults and a tenth of the time in a step of tiny.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
