@@ -17,8 +17,8 @@ while [[ ${1:-} == --* ]]; do
   esac
 done
 recipe=pretrain-nano run=runs/nano data=data/scenes
-train_rows=12000 heldout_rows=1300
-text_entries=512 codes=128 bins=1000
+train_rows=24000 heldout_rows=1300
+text_entries=512 codes=128 bins=65
 
 started=$SECONDS
 step() { printf 'quickstart %3d s: %s\n' "$((SECONDS - started))" "$1"; }

@@ -119,7 +119,8 @@ class BatchConfig:
         if left or not steps:
             raise ValueError(
                 f"batch.global_rows {self.global_rows} is not a multiple of batch.micro_rows {self.micro_rows} x "
-                f"{world_size} ranks = {per_forward}; use global_rows {max(steps, 1) * per_forward}, or change micro_rows"
+                f"{world_size} ranks = {per_forward}; use global_rows {max(steps, 1) * per_forward}, "
+                f"or change micro_rows"
             )
         return steps
 

@@ -61,7 +61,7 @@ def judge_tasks(
 ) -> dict[str, Any]:
     """{task: {"examples", "loss", "token_accuracy", "scores", "by_type" (vqa)}} of the tasks that the shards have.
 
-    Shares are 0 ... 1, losses nats per token, each as in `beside_blind`. Raises ValueError where there is nothing to ask.
+    Shares are 0 ... 1, losses nats per token, each as in `beside_blind`. Raises ValueError: there is nothing to ask.
     """
     ctx = subject.context(shards.negatives)
     wanted = [task for task in TASKS if tasks is None or task in tasks]

@@ -6,6 +6,7 @@ of g, summed over groups: the original's L1/n1 + L2/n2 (spec 03 section 2) made 
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,19 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
 
 from ofa_ds import checkpoint
-from ofa_ds.config import Recipe, recipe_to_dict, recipe_to_toml
+from ofa_ds.config import TASKS, Recipe, recipe_to_dict, recipe_to_toml
 from ofa_ds.data.batch import Batch
 from ofa_ds.data.loader import Loader
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
 from ofa_ds.engine import Engine, Ranks, build, init_distributed
+from ofa_ds.inference import Subject, model_config
 from ofa_ds.loss import group_counts, group_sums, task_sums
 from ofa_ds.metrics import MetricsWriter, Window, peak_memory_MiB
-from ofa_ds.model.config import ModelConfig, preset
 from ofa_ds.model.ofa import OFA
+from ofa_ds.samples import sample_sheet
 
 STOPPED = 130
 """Exit code after a signal: the state is saved, the run is not finished."""
@@ -56,21 +59,6 @@ class StopSignal:
 class StepResult:
     stop: bool
     """Some rank was asked to stop."""
-
-
-def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
-    """The preset with the recipe's regularisation."""
-    options = recipe.model
-    return preset(
-        options.preset,
-        vocab_size=vocab_size,
-        dropout=options.dropout,
-        attention_dropout=options.attention_dropout,
-        drop_path=options.drop_path,
-        activation_checkpointing=options.activation_checkpointing,
-        batch_norm=options.batch_norm,
-        code_image_size=recipe.data.code_image_size,
-    )
 
 
 def train_step(
@@ -156,6 +144,8 @@ def _train(
             waited_s = loader.wait_seconds
             if step % train.log_every == 0 or step == train.num_steps:
                 _log(engine, window, writer, step)
+            if train.sample_every and step % train.sample_every == 0:
+                _show_samples(engine, recipe, loader, writer, step)
             if step % train.save_every == 0 or step == train.num_steps or result.stop:
                 _save(engine, recipe, step, identity)
             if result.stop and step < train.num_steps:
@@ -176,6 +166,23 @@ def _log(engine: Engine, window: Window, writer: MetricsWriter | None, step: int
     values = {**window.close(engine.all_reduce), **values}
     if writer is not None:
         writer.write(step, values)
+
+
+def _show_samples(engine: Engine, recipe: Recipe, loader: Loader, writer: MetricsWriter | None, step: int) -> None:
+    """A picture per task of what the model generates, by a whole copy of it on rank 0."""
+    weights = engine.full_weights()
+    if writer is None or weights is None:
+        return
+    config = dataclasses.replace(model_config(recipe, loader.vocab.size), activation_checkpointing=False)
+    model = OFA(config)
+    model.load_state_dict(weights)
+    subject = Subject(model=model.to(engine.device).eval(), vocab=loader.vocab, recipe=recipe, step=step)
+    for task in TASKS:
+        try:
+            sheet = sample_sheet(subject, loader.shards, tasks=[task])
+        except ValueError:  # the shards have no row of this task
+            continue
+        writer.picture(step, f"sample/{task}", np.asarray(sheet.convert("RGB")))
 
 
 def _save(engine: Engine, recipe: Recipe, step: int, identity: dict[str, str]) -> None:
