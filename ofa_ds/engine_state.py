@@ -135,7 +135,7 @@ def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def agree_on_buffers(module: nn.Module) -> None:
-    """Make buffers the same on all ranks: the mean of those that differ (running statistics); counters from rank 0."""
+    """Make buffers the same on all ranks: the mean of those that differ (running statistics); the largest counter."""
     world_size = dist.get_world_size()
     if world_size == 1:
         return
@@ -149,7 +149,7 @@ def agree_on_buffers(module: nn.Module) -> None:
             dist.all_reduce(buffer)
             buffer.div_(world_size)
         else:
-            dist.broadcast(buffer, src=0)
+            buffer.copy_(high)
 
 
 def counters(wrapped: Any) -> dict[str, Any]:

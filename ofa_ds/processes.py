@@ -109,7 +109,7 @@ def keep_freed_memory() -> bool:
     """Lets malloc keep large freed blocks for the next step, on a CPU. Returns whether this C library can (glibc).
 
     By default each large tensor is a mapping of its own, which the kernel takes back and zeroes anew: 45,000 page
-    faults and a tenth of the time in a step of tiny.
+    faults in a step of tiny, against 3,000 with this.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -2,7 +2,7 @@
 
 Legend: I images, C channels, h w height and width. Parameter names are the original's: conv1, bn1, layer1.0.conv1, ...,
 layer1.0.downsample.0 (convolution) and .1 (norm). Features are kept channels-last: 1x1 convolutions are then matrix
-products without a copy, and batch-norm and pooling run over contiguous channels (25 % of a CPU step).
+products without a copy, and batch-norm and pooling run over contiguous channels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class BatchNorm(nn.Module):
 
     mode "frozen": running statistics, weight and bias are constants (buffers).
     mode "batch": the statistics of this rank's images; running averages are kept, and differ between ranks until
-        `average_batch_norm_statistics`.
+        a checkpoint takes their mean (`engine_state.agree_on_buffers`).
     mode "sync": the statistics of the images of all ranks (one all-reduce forward, one backward), eps 1e-3 as in the
         original.
     In evaluation every mode uses the running statistics. Training in "batch" or "sync" mode updates them, so the module
@@ -105,26 +105,6 @@ class BatchNorm(nn.Module):
             if buffer.dtype in (torch.bfloat16, torch.float16):
                 self._buffers[name] = before[name].to(buffer.device)
         return self
-
-
-def average_batch_norm_statistics(module: nn.Module) -> None:
-    """Replaces the running statistics of `module` by their mean over ranks. Every rank must call it.
-
-    Makes them identical everywhere before a checkpoint. "frozen" and "sync" statistics already are.
-    """
-    layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm) and layer.mode == "batch"]
-    if not layers or _world_size() == 1:
-        return
-    buffers = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var)]
-    flat = torch.cat(buffers)
-    dist.all_reduce(flat)
-    flat /= _world_size()
-    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(mean)
-    counters = torch.stack([layer.num_batches_tracked for layer in layers])
-    dist.all_reduce(counters, op=dist.ReduceOp.MAX)
-    for layer, counter in zip(layers, counters, strict=True):
-        layer.num_batches_tracked.copy_(counter)
 
 
 class DropPath(nn.Module):

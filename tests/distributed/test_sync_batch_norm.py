@@ -10,7 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from ofa_ds.model.resnet import BatchNorm, ResNet, average_batch_norm_statistics
+from ofa_ds.engine_state import agree_on_buffers
+from ofa_ds.model.resnet import BatchNorm, ResNet
 
 WORLD_SIZE = 2
 CHANNELS = 5
@@ -69,7 +70,7 @@ def run_averaging(rank: int) -> dict[str, object]:
     for _ in range(rank + 1):
         norm(torch.full((2, CHANNELS, 3, 3), float(10 * rank)))
     before = norm.running_mean.clone()
-    average_batch_norm_statistics(norm)
+    agree_on_buffers(norm)
     return {"before": before, "mean": norm.running_mean, "var": norm.running_var, "count": norm.num_batches_tracked}
 
 
