@@ -101,10 +101,17 @@ def pack(
 
     image_sizes: (h, w) of each image group; repeated sizes are one group. An image object that several examples share
     is packed once; a size with no image gets a stand-in of weight 0, so that every rank calls the backbone alike.
-    Raises ValueError: an image of another size, or a feature map larger than the position table.
+    Raises ValueError: an image of another size, one that does not divide into patches, or a feature map larger than the
+    position table.
     """
     sizes = list(dict.fromkeys(image_sizes))
     for height, width in sizes:
+        if height % patch_size or width % patch_size:
+            side = max(height // patch_size, 1) * patch_size
+            raise ValueError(
+                f"a picture of {height} x {width} does not divide into patches of {patch_size} x {patch_size}; "
+                f"use a size such as {side} for data.image_size and data.infill_image_size"
+            )
         if max(height, width) // patch_size > image_bucket_size:
             raise ValueError(
                 f"a picture of {height} x {width} has more than {image_bucket_size} rows or columns of {patch_size} x "

@@ -158,3 +158,8 @@ def test_a_picture_of_another_size_is_named():
 def test_more_patches_than_the_position_table_has_is_an_error():
     with pytest.raises(ValueError, match="more than 5 rows or columns"):
         pack([], SIZES, PATCH, 5)
+
+
+def test_a_picture_that_does_not_divide_into_patches_is_refused_with_a_size_that_does():
+    with pytest.raises(ValueError, match="480 x 480 does not divide into patches of 14 x 14; use a size such as 476"):
+        pack([], [(480, 480)], 14, 42)
