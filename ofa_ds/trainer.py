@@ -24,12 +24,16 @@ from ofa_ds.data.batch import Batch
 from ofa_ds.data.loader import Loader
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
-from ofa_ds.engine import Engine, Ranks, build, init_distributed
+from ofa_ds.engine import Engine, Ranks, build, init_distributed, load_deepspeed_config
 from ofa_ds.inference import Subject, model_config
 from ofa_ds.loss import group_counts, group_sums, task_sums
 from ofa_ds.metrics import MetricsWriter, Window, peak_memory_MiB
+from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.ofa import OFA
 from ofa_ds.samples import sample_sheet
+
+MAX_WHOLE_PARAMETERS = 500_000_000
+"""A larger model is built in pieces under ZeRO-3: 2 GB of fp32 weights a rank, many ranks on a host."""
 
 STOPPED = 130
 """Exit code after a signal: the state is saved, the run is not finished."""
@@ -96,6 +100,7 @@ def run(recipe: Recipe) -> int:
         batch=recipe.batch,
         train=recipe.train,
         ranks=ranks,
+        zero_init=_needs_pieces(recipe, config),
     )
     identity = {"data": shards.fingerprint, "vocab": vocab.fingerprint}
     first_step = _resume(engine, recipe, identity)
@@ -112,6 +117,14 @@ def run(recipe: Recipe) -> int:
     )
     with StopSignal().listening() as stop:
         return _train(engine, loader, recipe, ranks, first_step=first_step, identity=identity, stop=stop)
+
+
+def _needs_pieces(recipe: Recipe, config: ModelConfig) -> bool:
+    """Whether the model is partitioned while it is built, so that no process ever holds it whole."""
+    if load_deepspeed_config(recipe.deepspeed).get("zero_optimization", {}).get("stage") != 3:
+        return False
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in OFA(config).parameters()) > MAX_WHOLE_PARAMETERS
 
 
 def _train(
