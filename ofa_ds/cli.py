@@ -143,7 +143,7 @@ def _shards_verify(options: argparse.Namespace) -> int:
     problems = verify_shards(options.dir)
     for problem in problems:
         print(problem)
-    print(f"{options.dir}: {f'{len(problems)} problems' if problems else 'every checksum and picture is right'}")
+    print(f"{options.dir}: {f'problems: {len(problems)}' if problems else 'every checksum and picture is right'}")
     return 1 if problems else 0
 
 

@@ -34,11 +34,11 @@ def test_a_wrong_recipe_is_exit_code_2_and_one_line(capsys):
     assert error == "ofa-ds: pretrain-nano: unknown key optim.peak_rl; did you mean peak_lr?\n"
 
 
-def test_missing_shards_are_exit_code_1_and_one_line_that_names_the_directory(tmp_path, capsys):
+def test_missing_shards_are_exit_code_1_and_a_problem_that_names_the_directory(tmp_path, capsys):
     assert main(["shards", "verify", str(tmp_path / "nowhere")]) == 1
-    error = capsys.readouterr().err
-    assert "nowhere" in error
-    assert error.count("\n") == 1
+    problem, verdict = capsys.readouterr().out.splitlines()
+    assert "nowhere" in problem
+    assert verdict.endswith("nowhere: problems: 1")
 
 
 def test_an_unknown_command_is_wrong_usage():

@@ -171,8 +171,8 @@ if __name__ == "__main__":
     loader = Loader(shards=shards, vocab=vocab, config=data, batch=BatchConfig(global_rows=24, micro_rows=4), seed=1)
     source = loader.steps()
     next(source)
-    print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
     try:
+        print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         source.close()
