@@ -7,8 +7,10 @@ of g, summed over groups: the original's L1/n1 + L2/n2 (spec 03 section 2) made 
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,19 +37,29 @@ from ofa_ds.samples import sample_sheet
 MAX_WHOLE_PARAMETERS = 500_000_000
 """A larger model is built in pieces under ZeRO-3: 2 GB of fp32 weights a rank, many ranks on a host."""
 
+DUPLICATE_S = 5.0
+
 STOPPED = 130
 """Exit code after a signal: the state is saved, the run is not finished."""
 
 
 class StopSignal:
-    """SIGINT or SIGTERM asks for a checkpoint after the running step; a second one ends the process at once."""
+    """SIGINT or SIGTERM asks for a checkpoint after the running step; a later one ends the process at once.
+
+    A launcher passes a signal on that the ranks have had already: what comes within DUPLICATE_S is the same request.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self._asked_at_s = 0.0
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
+        now_s = time.monotonic()
+        if not self.asked:
+            self.asked, self._asked_at_s = True, now_s
+        elif now_s - self._asked_at_s > DUPLICATE_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     @contextmanager
     def listening(self) -> Iterator[StopSignal]:
