@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -71,16 +70,10 @@ class StopSignal:
                 signal.signal(number, handler)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    stop: bool
-    """Some rank was asked to stop."""
-
-
 def train_step(
     engine: Engine, micro_batches: list[Batch], window: Window, *, label_smoothing: float, stop: bool
-) -> StepResult:
-    """One optimizer step over the micro-batches of this rank, equal to one process on those of all ranks."""
+) -> bool:
+    """One optimizer step, equal to one process on all ranks' micro-batches. Returns whether any rank is to stop."""
     device = engine.device
     shared = torch.stack([group_counts(batch) for batch in micro_batches]).sum(0).double()
     shared = torch.cat([shared, torch.tensor([float(stop)], dtype=torch.float64)]).to(device)
@@ -96,7 +89,7 @@ def train_step(
             sums = task_sums(loss_M, nll_M, correct_M, batch)
             window.add_micro_batch(sums, loss.detach(), num_tokens=batch.num_tokens, num_examples=batch.num_examples)
     window.num_steps += 1
-    return StepResult(stop=bool(shared[-1].item() > 0))
+    return bool(shared[-1].item() > 0)
 
 
 def run(recipe: Recipe) -> int:
@@ -161,7 +154,7 @@ def _train(
     try:
         while step < train.num_steps:
             micro_batches = next(source)
-            result = train_step(
+            stopping = train_step(
                 engine, micro_batches, window, label_smoothing=recipe.optim.label_smoothing, stop=stop.asked
             )
             step += 1
@@ -171,9 +164,9 @@ def _train(
                 _log(engine, window, writer, step)
             if train.sample_every and step % train.sample_every == 0:
                 _show_samples(engine, recipe, loader, writer, step)
-            if step % train.save_every == 0 or step == train.num_steps or result.stop:
+            if step % train.save_every == 0 or step == train.num_steps or stopping:
                 _save(engine, recipe, step, identity)
-            if result.stop and step < train.num_steps:
+            if stopping and step < train.num_steps:
                 if ranks.rank == 0:
                     print(f"stopped at step {step}; the same command goes on from there", file=sys.stderr)
                 return STOPPED
