@@ -103,7 +103,7 @@ def compile_one(index: int, arch: str) -> Compiled:
     registers, stack, spill, code = _inspect(built.asm["cubin"])
     shared = built.metadata.shared
     per_warp = -(-registers * 32 // 256) * 256
-    blocks = min(REGISTERS // (per_warp * case.num_warps), SHARED_LIMIT[arch] // (shared + 1024), WARPS // case.num_warps)
+    fits = (REGISTERS // (per_warp * case.num_warps), SHARED_LIMIT[arch] // (shared + 1024), WARPS // case.num_warps)
     return Compiled(
         kernel=case.kernel,
         size_name="head_dim" if case.kernel.startswith("attention") else "width",
@@ -114,7 +114,7 @@ def compile_one(index: int, arch: str) -> Compiled:
         spill_bytes=spill,
         stack_bytes=stack,
         shared_bytes=shared,
-        warps=blocks * case.num_warps,
+        warps=min(fits) * case.num_warps,
         tensor_instructions=len(re.findall(r"\b[HQ]G?MMA\b", code)),
         wants_tensor_cores=case.tensor_cores,
     )
@@ -164,8 +164,8 @@ HEADER = f"| {'kernel':34} | size | dtype | arch | registers | spilled B | stack
 def table_row(built: Compiled) -> str:
     shared = f"{built.shared_bytes / 1024:.1f}"
     return (
-        f"| {built.kernel:34} | {built.size} | {built.dtype} | {built.arch} | {built.registers} | {built.spill_bytes} | "
-        f"{built.stack_bytes} | {shared} | {built.warps} |"
+        f"| {built.kernel:34} | {built.size} | {built.dtype} | {built.arch} | {built.registers} | "
+        f"{built.spill_bytes} | {built.stack_bytes} | {shared} | {built.warps} |"
     )
 
 

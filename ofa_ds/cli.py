@@ -78,12 +78,15 @@ def _add_scenes(commands) -> None:  # noqa: ANN001
     )
     parser.add_argument("--seed", type=int, default=1, help="the same seed draws the same files")
     parser.add_argument("--split", default="train", choices=("train", "heldout"), help="the two never share a scene")
+    parser.add_argument(
+        "--questions", type=int, default=4, metavar="N", help="of ten vision-language rows, N are questions"
+    )
 
 
 def _scenes(options: argparse.Namespace) -> None:
     from ofa_ds.data.scenes import write_scenes
 
-    write_scenes(options.out, rows=options.rows, seed=options.seed, split=options.split)
+    write_scenes(options.out, rows=options.rows, seed=options.seed, split=options.split, questions=options.questions)
     print(f"scenes: {options.rows} vision-language rows in {options.out}")
 
 

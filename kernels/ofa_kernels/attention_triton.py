@@ -9,7 +9,7 @@ Each output is owned by one program, so that nothing depends on the order in whi
 
 The gradient of the relative row is the one that many programs share. It is summed in 64-bit integers, whose sum does
 not depend on order, after scaling by a power of two that no sum can overflow (`_fixed_point`); or, `deterministic`
-off, in fp32 atomics. Positional gradients are summed from tokens to positions by `_gather_sum_kernel`, in a fixed order.
+off, in fp32 atomics. `_gather_sum_kernel` sums positional gradients from tokens to positions, in a fixed order.
 
 A head dim that is no power of two is two pieces, such as 80 = 64 + 16. Softmax runs in base 2: lse is log2 of the sum.
 Shapes: N query tokens, M key tokens, U and V positions, E examples, H heads, D = H * d, R row entries, T tiles.
@@ -236,9 +236,7 @@ def _forward_kernel(
         total = total * shrink + tl.sum(probs, 1)
         highest = new_highest
         if DROPOUT:
-            probs = probs * _kept(
-                seed_ptr, example, num_heads, head, query[:, None], key[None, :], key_length, dropout
-            )
+            probs = probs * _kept(seed_ptr, example, num_heads, head, query[:, None], key[None, :], key_length, dropout)
         v = _load_piece(v_base, key, key_valid, stride_v, 0, FIRST, HEAD_DIM)
         out = out * shrink[:, None] + _dot(probs.to(v.dtype), v)
         if SECOND > 0:

@@ -15,7 +15,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,7 +53,9 @@ _BIG_SIZES = (40, 44, 48)
 _HELDOUT_SHARE = 8
 _NUM_NEGATIVE_CAPTIONS = 2000
 _FAMILY_SHARES = {"text_examples": 4, "image_examples": 8, "detection_examples": 8}
-_ROW_TYPES = (*("caption", "qa", "visual_grounding") * 3, "qa")
+_QUESTION_PLACES = (1, 4, 7, 9, 0, 3, 6, 2, 5, 8)
+"""Of ten rows, those that are questions: the first `questions` of these. Captions and regions take turns in the rest."""
+QUESTIONS = 4
 
 T = TypeVar("T")
 
@@ -93,22 +95,25 @@ Scene = tuple[Shape, ...]
 """Top to bottom."""
 
 
-def write_scenes(out: Path, rows: int, seed: int, split: str = "train") -> dict[str, int]:
+def write_scenes(out: Path, rows: int, seed: int, split: str = "train", questions: int = QUESTIONS) -> dict[str, int]:
     """Write `rows` vision-language rows, a quarter as many text rows, an eighth as many image and detection rows each.
 
+    Of ten vision-language rows, `questions` are questions, the others captions and regions by halves.
     Files: {vision_language,text,image,detection}_examples.tsv and negative_sample/; existing ones are overwritten.
-    Returns the number of rows of each TSV. Raises ValueError for an unknown split or fewer than one row.
+    Returns the number of rows of each TSV. Raises ValueError for an unknown split, fewer than one row or a wrong share.
     """
     if split not in SPLITS:
         raise ValueError(f"scenes: unknown split {split!r}; want one of {', '.join(SPLITS)}")
     if rows < 1:
         raise ValueError(f"scenes: want at least 1 row, got {rows}")
+    if not 0 <= questions <= len(_QUESTION_PLACES):
+        raise ValueError(f"scenes: want 0 to {len(_QUESTION_PLACES)} questions in ten rows, got {questions}")
     if seed < 0:
         raise ValueError(f"scenes: want a seed of at least 0, got {seed}")
     out = Path(out)
     (out / "negative_sample").mkdir(parents=True, exist_ok=True)
     numbers = {"vision_language_examples": rows} | {name: max(rows // n, 1) for name, n in _FAMILY_SHARES.items()}
-    makers = (_vision_language_row, _text_row, _image_row, _detection_row)
+    makers = (partial(_vision_language_row, questions=questions), _text_row, _image_row, _detection_row)
     for number, (name, maker) in enumerate(zip(numbers, makers, strict=True)):
         with open(out / f"{name}.tsv", "w", encoding="utf-8", newline="\n") as file:
             for i in range(numbers[name]):
@@ -261,8 +266,16 @@ _QUESTIONS: tuple[Callable[[_Draw], Question], ...] = (
 )  # fmt: skip
 
 
-def _vision_language_row(draw: _Draw, row: int) -> tuple[str, ...]:
-    kind = _ROW_TYPES[row % len(_ROW_TYPES)]
+def _row_type(row: int, questions: int) -> str:
+    cycle, place = divmod(row, len(_QUESTION_PLACES))
+    if place in _QUESTION_PLACES[:questions]:
+        return "qa"
+    others = sorted(_QUESTION_PLACES[questions:])
+    return ("caption", "visual_grounding")[(cycle * len(others) + others.index(place)) % 2]
+
+
+def _vision_language_row(draw: _Draw, row: int, questions: int) -> tuple[str, ...]:
+    kind = _row_type(row, questions)
     if kind == "qa":
         scene, question, answer = draw.until_own(draw.pick(_QUESTIONS))
         return _picture(scene), "", question, f"1.0|!+{answer}", "", "scenes", kind

@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"*"},
     "trainer": {"*"},
     "bench": {"*"},
+    "bench_padded": {"config", "data", "model", "ofa_kernels"},
     "cli": {"*"},
     "pretrain": {"cli"},
 }

@@ -193,9 +193,26 @@ def test_each_answer_type_holds_every_answer_of_its_questions(folder: Path) -> N
     assert {row[4].removeprefix("1.0|!+") for row in read(folder, "vision_language") if row[7] == "qa"} <= known
 
 
+@pytest.mark.parametrize("questions", range(11))
+def test_the_share_of_questions_is_exact_and_captions_and_regions_share_the_rest(questions: int) -> None:
+    kinds = Counter(scenes._row_type(row, questions) for row in range(40))
+    assert kinds["qa"] == 4 * questions
+    assert kinds["caption"] == kinds["visual_grounding"] == 2 * (10 - questions)
+
+
+def test_the_default_share_keeps_the_order_of_row_types() -> None:
+    cycle = [*("caption", "qa", "visual_grounding") * 3, "qa"]
+    assert [scenes._row_type(row, scenes.QUESTIONS) for row in range(20)] == 2 * cycle
+
+
 @pytest.mark.parametrize(
     "arguments, message",
-    [({"rows": 0}, "at least 1 row"), ({"split": "test"}, "train, heldout"), ({"seed": -1}, "seed")],
+    [
+        ({"questions": 11}, "0 to 10 questions"),
+        ({"rows": 0}, "at least 1 row"),
+        ({"split": "test"}, "train, heldout"),
+        ({"seed": -1}, "seed"),
+    ],
 )
 def test_wrong_arguments_are_named(tmp_path: Path, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
