@@ -54,7 +54,7 @@ _HELDOUT_SHARE = 8
 _NUM_NEGATIVE_CAPTIONS = 2000
 _FAMILY_SHARES = {"text_examples": 4, "image_examples": 8, "detection_examples": 8}
 _QUESTION_PLACES = (1, 4, 7, 9, 0, 3, 6, 2, 5, 8)
-"""Of ten rows, those that are questions: the first `questions` of these. Captions and regions take turns in the rest."""
+"""Of ten rows, those that are questions: the first `questions` of these. The rest are captions and regions in turn."""
 QUESTIONS = 4
 
 T = TypeVar("T")
