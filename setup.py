@@ -48,6 +48,7 @@ setup(
             "pytest>=8",
             "ruff>=0.5",
             "safetensors>=0.4.3",
+            "triton>=3.2",  # its interpreter and its compiler need no GPU
         ],
         "eval": ["pycocoevalcap>=1.2"],  # CIDEr in `ofa-ds evaluate`
         "gpu": ["triton>=3.2"],  # comes with torch's CUDA builds

@@ -56,6 +56,20 @@ class ModelOptions:
     """ResNet statistics: from the buffers, from this rank's images, or from the images of all ranks."""
 
 
+Kernel = Literal["auto", "triton", "torch"]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class KernelConfig:
+    """auto: Triton on a GPU where it pays, torch elsewhere; triton: always; torch: never."""
+
+    attention: Kernel = "auto"
+    layer_norm: Literal["auto", "triton", "torch", "apex"] = "auto"
+    cross_entropy: Kernel = "auto"
+    deterministic: bool = True
+    """Gradients of the relative tables with the same bits in every run; false is faster."""
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class MixConfig:
     """Rows drawn from each family, relative to each other; a family the shards lack is left out."""
@@ -165,6 +179,7 @@ class Recipe:
     deepspeed: str = "zero3"
     """A file of ds_configs (by name) or a path: memory layout and precision."""
     model: ModelOptions = ModelOptions()
+    kernels: KernelConfig = KernelConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()

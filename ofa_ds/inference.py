@@ -40,6 +40,7 @@ def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
         activation_checkpointing=options.activation_checkpointing,
         batch_norm=options.batch_norm,
         code_image_size=recipe.data.code_image_size,
+        kernels=recipe.kernels,
     )
 
 

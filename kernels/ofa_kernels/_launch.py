@@ -39,7 +39,7 @@ def use_triton(kernel: str, x: Tensor, pays: bool = True) -> bool:
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel {kernel!r}: want one of {', '.join(KERNELS)}")
-    if kernel == "torch" or torch.is_grad_enabled() and x.dtype == torch.float64 and kernel == "auto":
+    if kernel == "torch" or kernel == "auto" and x.dtype == torch.float64:
         return False
     able = has_triton() and (x.is_cuda or interpreting())
     if kernel == "triton" and not able:

@@ -7,19 +7,26 @@ head and layer that holds both relative tables of spec 01 section 4 (see `ofa_ds
 of different examples never see each other. `plan_attention` is called once per batch and kind, `position_logits` once
 per forward, `attention` in every layer.
 
-This is the plain-torch reference and the CPU path: it pads inside the call, into buckets of examples of similar
-length. Shapes: N query tokens, M key tokens, E examples, H heads, d head dim, U and V rows of query and key positions,
-R entries of `row`; inside a bucket b examples of Q queries and K keys.
+On a GPU that is the Triton kernels of `attention_triton.py`, chosen when the plan is made. Here is the plain-torch
+reference and the CPU path: it pads inside the call, into buckets of examples of similar length. Shapes: N query tokens,
+M key tokens, E examples, H heads, d head dim, U and V rows of query and key positions, R entries of `row`; inside a
+bucket b examples of Q queries and K keys.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ofa_kernels.attention_plan import MASKED, AttentionPlan, Bucket, RelativeCodes, Tokens, plan_attention
+from ofa_kernels._launch import use_triton
+from ofa_kernels.attention_plan import MASKED, AttentionPlan, Bucket, RelativeCodes, Tokens, plan_padded
+
+if TYPE_CHECKING:
+    from ofa_kernels.attention_triton import TritonPlan
+
+    Plan = AttentionPlan | TritonPlan
 
 __all__ = [
     "AttentionPlan",
@@ -28,15 +35,48 @@ __all__ = [
     "attention",
     "plan_attention",
     "position_logits",
+    "position_terms",
     "relative_logits",
 ]
 
 
-def position_logits(pos_q_UD: Tensor, pos_k_VD: Tensor, num_heads: int, scale: float) -> tuple[Tensor]:
-    """What `attention` wants as `positions`: the absolute term, (logits [H, U, V] in at least fp32,).
+def plan_attention(
+    queries: Tokens,
+    keys: Tokens,
+    *,
+    relative: RelativeCodes | None,
+    causal: bool,
+    kind: Tensor | None = None,
+    kernel: str = "auto",
+    deterministic: bool = True,
+    like: Tensor | None = None,
+) -> Plan:
+    """Once per batch and kind of attention: where tokens go, for the implementation that will run.
 
-    A tuple, because a kernel that never materialises the logits takes (pos_q, pos_k) at the same place.
+    kind [E]: the reference pads examples of different kinds apart. For self-attention pass the same object as queries
+    and keys. kernel: see `ofa_kernels._launch.KERNELS`; like: a tensor on the device and in the dtype of q.
+    deterministic: the gradient of the relative row has the same bits in every run; False is faster with Triton.
+    Raises ValueError for an example that has queries but no keys (the kernels give it zeros, without looking).
     """
+    if use_triton(kernel, queries.position if like is None else like):
+        from ofa_kernels.attention_triton import plan_triton
+
+        return plan_triton(queries, keys, relative=relative, causal=causal, deterministic=deterministic)
+    return plan_padded(queries, keys, relative=relative, causal=causal, kind=kind)
+
+
+def position_terms(pos_q_UD: Tensor, pos_k_VD: Tensor, num_heads: int, scale: float, plan: Plan) -> tuple[Tensor, ...]:
+    """What `attention` wants as `positions`, once per forward: the kernels never hold the logits.
+
+    They get the vectors, in fp32 so that the gradients of all layers add up there.
+    """
+    if isinstance(plan, AttentionPlan):
+        return position_logits(pos_q_UD, pos_k_VD, num_heads, scale)
+    return _wide(pos_q_UD), _wide(pos_k_VD)
+
+
+def position_logits(pos_q_UD: Tensor, pos_k_VD: Tensor, num_heads: int, scale: float) -> tuple[Tensor]:
+    """The absolute term as the reference wants it: (logits [H, U, V] in at least fp32,)."""
     q_HUd = _wide(pos_q_UD).view(pos_q_UD.shape[0], num_heads, -1).transpose(0, 1)
     k_HdV = _wide(pos_k_VD).view(pos_k_VD.shape[0], num_heads, -1).permute(1, 2, 0)
     return (torch.matmul(q_HUd, k_HdV) * scale,)
@@ -49,7 +89,7 @@ def relative_logits(row_HR: Tensor, codes: RelativeCodes) -> Tensor:
 
 def attention(
     qkv: tuple[Tensor, Tensor, Tensor],
-    plan: AttentionPlan,
+    plan: Plan,
     positions: tuple[Tensor, ...],
     row_HR: Tensor | None,
     head_scale_H: Tensor,
@@ -59,7 +99,7 @@ def attention(
 ) -> Tensor:
     """Attention of each example over itself or over its own keys -> [N, H * d], in the dtype of q.
 
-    qkv: q [N, H * d], k and v [M, H * d]. positions: from `position_logits`, or () for none. row_HR: the relative
+    qkv: q [N, H * d], k and v [M, H * d]. positions: from `position_terms`, or () for none. row_HR: the relative
     term of this layer, or None. Softmax runs in at least fp32. Raises ValueError where shapes and plan disagree.
     """
     q_ND, k_MD, v_MD = qkv
@@ -68,10 +108,14 @@ def attention(
             f"attention: the plan is for {plan.num_queries} queries and {plan.num_keys} keys, got q "
             f"{tuple(q_ND.shape)} and k {tuple(k_MD.shape)}; plan again for this batch"
         )
-    if (row_HR is None) != (plan.row_index is None):
+    if (row_HR is None) == plan.is_relative:
         raise ValueError(
             "attention: want a relative row exactly where the plan has relative codes; pass both or neither"
         )
+    if not isinstance(plan, AttentionPlan):
+        from ofa_kernels.attention_triton import attention_triton
+
+        return attention_triton(qkv, plan, positions, row_HR, head_scale_H, scale=scale, dropout=dropout)
     absolute_HUV = positions[0] if positions else None
     return _PackedAttention.apply(q_ND, k_MD, v_MD, absolute_HUV, row_HR, head_scale_H, (plan, scale, dropout))
 

@@ -122,8 +122,12 @@ class AttentionPlan:
     """[U * V] entry of the relative row; one past the last for none."""
     buckets: tuple[Bucket, ...]
 
+    @property
+    def is_relative(self) -> bool:
+        return self.row_index is not None
 
-def plan_attention(
+
+def plan_padded(
     queries: Tokens, keys: Tokens, *, relative: RelativeCodes | None, causal: bool, kind: Tensor | None = None
 ) -> AttentionPlan:
     """Sort the examples into buckets and say where each token goes.

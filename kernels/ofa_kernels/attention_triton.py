@@ -63,9 +63,17 @@ class TritonPlan:
     num_entries: int
     """Of the relative row; 0 for none."""
     causal: bool
+    deterministic: bool
+    """Whether the gradient of the relative row has the same bits in every run."""
+
+    @property
+    def is_relative(self) -> bool:
+        return self.num_entries > 0
 
 
-def plan_triton(queries: Tokens, keys: Tokens, *, relative: RelativeCodes | None, causal: bool) -> TritonPlan:
+def plan_triton(
+    queries: Tokens, keys: Tokens, *, relative: RelativeCodes | None, causal: bool, deterministic: bool
+) -> TritonPlan:
     """Made on the device without waiting for it. An example that has queries but no keys gets zeros."""
     query_side = _side(queries, None if relative is None else relative.query)
     same = queries is keys and relative is None
@@ -76,6 +84,7 @@ def plan_triton(queries: Tokens, keys: Tokens, *, relative: RelativeCodes | None
         keys=query_side if same else _side(keys, None if relative is None else relative.key),
         num_entries=0 if relative is None else relative.num_entries,
         causal=causal,
+        deterministic=deterministic,
     )
 
 
@@ -692,7 +701,6 @@ def attention_triton(
     *,
     scale: float,
     dropout: float,
-    deterministic: bool,
 ) -> Tensor:
     """`attention` of a TritonPlan. positions: (pos_q [U, D], pos_k [V, D]) or (), fp32 where q is narrower."""
     q = qkv[0]
@@ -708,7 +716,7 @@ def attention_triton(
     # on the device, so that nothing waits for it; drawn only where it is needed, to leave the generator alone
     seed = torch.randint(2**62, (1,), device=q.device) if dropout else q.new_zeros(1, dtype=torch.int64)
     sides = [*plan.queries.tensors(), *plan.keys.tensors()]
-    settings = (plan.num_entries, plan.causal, scale, dropout, deterministic)
+    settings = (plan.num_entries, plan.causal, scale, dropout, plan.deterministic)
     return _forward(q, k, v, pq, pk, pq_low, pk_low, row, head_scale_H, seed, sides, *settings)[0]
 
 

@@ -7,6 +7,8 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ofa_ds.config import KernelConfig
+
 VOCAB_SIZE = 59457
 """English OFA: 50265 text ids, 8192 image codes, 1000 coordinate bins."""
 
@@ -75,6 +77,9 @@ class ModelConfig:
     batch_norm_eps: float = 1e-5
     activation_checkpointing: bool = False
     init_std: float = 0.02
+
+    kernels: KernelConfig = KernelConfig()
+    """Which operators run as Triton kernels. Does not change what the model computes."""
 
     use_ofasys: bool = False
     """The 6B's structure (spec 01 section 11): positions without norm, no image codes in the decoder."""

@@ -16,7 +16,7 @@ from ofa_ds.model.init import Embedding, Linear
 from ofa_ds.model.inputs import PackedInput
 from ofa_ds.model.layers import DecoderLayer, PackedCore, RelativeTables
 from ofa_ds.model.positions import RelativeRow, code_image_ids, num_image_rows, num_token_rows
-from ofa_kernels.attention import RelativeCodes, Tokens, plan_attention, position_logits
+from ofa_kernels.attention import RelativeCodes, Tokens, plan_attention, position_terms
 
 
 class Decoder(nn.Module):
@@ -66,11 +66,19 @@ class Decoder(nn.Module):
             tokens_MD, code_M, raw_UD.index_select(0, position_M) if self.config.adds_decoder_positions else None
         )
         tokens = Tokens(batch.decoder_offsets, position_M, normed_UD.shape[0])
+        kernels = self.config.kernels
+        options = {
+            "kind": batch.code_mask, "kernel": kernels.attention, "deterministic": kernels.deterministic, "like": x_MD
+        }  # fmt: skip
         plans = (
-            plan_attention(tokens, tokens, relative=codes, causal=True, kind=batch.code_mask),
-            plan_attention(tokens, memory, relative=None, causal=False, kind=batch.code_mask),
+            plan_attention(tokens, tokens, relative=codes, causal=True, **options),
+            plan_attention(tokens, memory, relative=None, causal=False, **options),
         )
-        self_positions, cross_positions = self.position_logits(normed_UD, encoded.position_UD)
+        vectors = self.position_vectors(normed_UD, encoded.position_UD)
+        sizes = (self.config.num_heads, self.config.attention_scale)
+        self_positions, cross_positions = (
+            position_terms(*pair, *sizes, plan) if pair else () for pair, plan in zip(vectors, plans, strict=True)
+        )
         scale = self.config.attention_scale
         cross_core = PackedCore(plans[1], cross_positions, None, scale)
         for i, layer in enumerate(self.layers):
@@ -114,11 +122,9 @@ class Decoder(nn.Module):
         codes = RelativeCodes(query, key, self.arithmetic.num_entries)
         return torch.cat([text_UD, image_UD]), normed_UD, index_M, codes
 
-    def position_logits(self, own_UD: Tensor, memory_VD: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The absolute terms of self- and cross-attention, the same in every layer."""
+    def position_vectors(self, own_UD: Tensor, memory_VD: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(queries' and keys' vectors of self-attention, of cross-attention), the same in every layer; () for none."""
         if self.config.entangle_position_embedding:
             return (), ()
-        sizes = (self.config.num_heads, self.config.attention_scale)
-        own = position_logits(self.self_pos_q_linear(own_UD), self.self_pos_k_linear(own_UD), *sizes)
-        cross = position_logits(self.cross_pos_q_linear(own_UD), self.cross_pos_k_linear(memory_VD), *sizes)
-        return own, cross
+        own = (self.self_pos_q_linear(own_UD), self.self_pos_k_linear(own_UD))
+        return own, (self.cross_pos_q_linear(own_UD), self.cross_pos_k_linear(memory_VD))

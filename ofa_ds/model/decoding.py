@@ -15,7 +15,7 @@ from torch import Tensor
 from ofa_ds.model.decoder import Decoder
 from ofa_ds.model.encoder import Encoded
 from ofa_ds.model.inputs import PackedInput
-from ofa_kernels.attention import relative_logits
+from ofa_kernels.attention import position_logits, relative_logits
 
 MASKED = -1e30
 _FIRST_ROOM = 32
@@ -92,7 +92,11 @@ class DecodingState:
         raw_VD, normed_VD, row_2C, codes = decoder.positions(torch.cat([text_C, code_C]), is_code)
         row_2C = row_2C.view(2, room)
         self._raw_2CD = raw_VD[row_2C]
-        own, cross = decoder.position_logits(normed_VD, self._position_UD)
+        sizes = (decoder.config.num_heads, decoder.config.attention_scale)
+        own, cross = (
+            position_logits(*pair, *sizes) if pair else ()
+            for pair in decoder.position_vectors(normed_VD, self._position_UD)
+        )
         self._cross_2CHU = cross[0].transpose(0, 1)[row_2C] if cross else None
         for i, (cache, _) in enumerate(self._caches):
             row_HR = decoder.relative(i, decoder.token_rel_pos_table_list, decoder.image_rel_pos_table_list)

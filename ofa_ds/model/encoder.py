@@ -19,7 +19,7 @@ from ofa_ds.model.inputs import PackedInput
 from ofa_ds.model.layers import EncoderLayer, PackedCore, RelativeTables, TokenEmbedding
 from ofa_ds.model.positions import RelativeRow, grid_ids, image_id_to_cell, num_image_rows, num_token_rows
 from ofa_ds.model.stem import build_backbone, normalize
-from ofa_kernels.attention import RelativeCodes, Tokens, plan_attention, position_logits
+from ofa_kernels.attention import RelativeCodes, Tokens, plan_attention, position_terms
 
 
 class Encoded(NamedTuple):
@@ -106,11 +106,15 @@ class Encoder(nn.Module):
         self, x_ND: Tensor, batch: PackedInput, position_UD: Tensor, position_N: Tensor, codes: RelativeCodes
     ) -> Tensor:
         tokens = Tokens(batch.encoder_offsets, position_N, position_UD.shape[0], batch.num_patches)
-        plan = plan_attention(tokens, tokens, relative=codes, causal=False)
+        kernels = self.config.kernels
+        plan = plan_attention(
+            tokens, tokens, relative=codes, causal=False, kernel=kernels.attention, like=x_ND,
+            deterministic=kernels.deterministic,
+        )  # fmt: skip
         positions: tuple[Tensor, ...] = ()
         if not self.config.entangle_position_embedding:
             pos_q_UD, pos_k_UD = self.pos_q_linear(position_UD), self.pos_k_linear(position_UD)
-            positions = position_logits(pos_q_UD, pos_k_UD, self.config.num_heads, self.config.attention_scale)
+            positions = position_terms(pos_q_UD, pos_k_UD, self.config.num_heads, self.config.attention_scale, plan)
         example_N, num_examples = example_of_token(batch.encoder_offsets), len(batch.num_patches)
         for i, layer in enumerate(self.layers):
             row_HR = self.relative(i, self.token_rel_pos_table_list, self.image_rel_pos_table_list)
