@@ -14,7 +14,7 @@ from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.encoder import Encoded, example_of_token, linear_schedule
 from ofa_ds.model.init import Embedding, Linear
 from ofa_ds.model.inputs import PackedInput
-from ofa_ds.model.layers import DecoderLayer, PackedCore, RelativeTables
+from ofa_ds.model.layers import DecoderLayer, LayerNorm, PackedCore, RelativeTables
 from ofa_ds.model.positions import RelativeRow, code_image_ids, num_image_rows, num_token_rows
 from ofa_kernels.attention import RelativeCodes, Tokens, plan_attention, position_terms
 
@@ -24,8 +24,8 @@ class Decoder(nn.Module):
         super().__init__()
         dim, std = config.dim, config.init_std
         self.config = config
-        self.layernorm_embedding = nn.LayerNorm(dim)
-        self.code_layernorm_embedding = nn.LayerNorm(dim)
+        self.layernorm_embedding = LayerNorm(dim, config.kernels)
+        self.code_layernorm_embedding = LayerNorm(dim, config.kernels)
         self.embed_positions = Embedding(config.max_positions + 2, dim, std)
         num_tables = 1 if config.share_attn_bias else config.decoder_layers
         token_rows = num_token_rows(config.token_bucket_size)
@@ -37,8 +37,8 @@ class Decoder(nn.Module):
             self.type_embedding = Embedding(1, dim, std)  # a parameter that nothing reads
         else:
             self.embed_image_positions = Embedding(config.image_bucket_size**2 + 1, dim, std)
-            self.pos_ln = nn.LayerNorm(dim)
-            self.image_pos_ln = nn.LayerNorm(dim)
+            self.pos_ln = LayerNorm(dim, config.kernels)
+            self.image_pos_ln = LayerNorm(dim, config.kernels)
             image_rows = num_image_rows(config.image_bucket_size)
             self.image_rel_pos_table_list = nn.ModuleList(
                 Embedding(image_rows, config.num_heads, std) for _ in range(num_tables)
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         self.cross_pos_k_linear = Linear(dim, dim, std)
         rates = linear_schedule(config.drop_path, config.decoder_layers)
         self.layers = nn.ModuleList(DecoderLayer(config, rate) for rate in rates)
-        self.layer_norm = nn.LayerNorm(dim)
+        self.layer_norm = LayerNorm(dim, config.kernels)
         image_bucket_size = None if config.use_ofasys else config.image_bucket_size
         self.arithmetic = RelativeRow(config.token_bucket_size, image_bucket_size, config.max_positions, True)
         self.relative = RelativeTables(self.arithmetic)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.init import Embedding, Linear
 from ofa_ds.model.inputs import PackedInput
-from ofa_ds.model.layers import EncoderLayer, PackedCore, RelativeTables, TokenEmbedding
+from ofa_ds.model.layers import EncoderLayer, LayerNorm, PackedCore, RelativeTables, TokenEmbedding
 from ofa_ds.model.positions import RelativeRow, grid_ids, image_id_to_cell, num_image_rows, num_token_rows
 from ofa_ds.model.stem import build_backbone, normalize
 from ofa_kernels.attention import RelativeCodes, Tokens, plan_attention, position_terms
@@ -49,23 +49,23 @@ class Encoder(nn.Module):
         super().__init__()
         dim, std = config.dim, config.init_std
         self.config = config
-        self.embed_tokens = TokenEmbedding(config.vocab_size, dim, std)
-        self.layernorm_embedding = nn.LayerNorm(dim)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, dim, std, config.kernels.cross_entropy)
+        self.layernorm_embedding = LayerNorm(dim, config.kernels)
         self.type_embedding = Embedding(2, dim, std)
         self.embed_images = build_backbone(config)
         self.image_proj = Linear(config.backbone.channels, dim, std)
-        self.patch_layernorm_embedding = nn.LayerNorm(dim)
+        self.patch_layernorm_embedding = LayerNorm(dim, config.kernels)
         self.embed_positions = Embedding(config.max_positions + 2, dim, std)
         self.embed_image_positions = Embedding(config.image_bucket_size**2 + 1, dim, std)
         if not config.use_ofasys:
-            self.pos_ln = nn.LayerNorm(dim)
-        self.image_pos_ln = nn.LayerNorm(dim)  # in OFASys it is a parameter that nothing reads
+            self.pos_ln = LayerNorm(dim, config.kernels)
+        self.image_pos_ln = LayerNorm(dim, config.kernels)  # in OFASys it is a parameter that nothing reads
         if not config.entangle_position_embedding:
             self.pos_q_linear = Linear(dim, dim, std)
             self.pos_k_linear = Linear(dim, dim, std)
         rates = linear_schedule(config.drop_path, config.encoder_layers)
         self.layers = nn.ModuleList(EncoderLayer(config, rate) for rate in rates)
-        self.layer_norm = nn.LayerNorm(dim)
+        self.layer_norm = LayerNorm(dim, config.kernels)
         num_tables = 1 if config.share_attn_bias else config.encoder_layers
         sizes = num_token_rows(config.token_bucket_size), num_image_rows(config.image_bucket_size)
         self.token_rel_pos_table_list = nn.ModuleList(

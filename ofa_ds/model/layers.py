@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ofa_ds.config import PAD_ID
+from ofa_ds.config import PAD_ID, KernelConfig
 from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.init import Linear
 from ofa_ds.model.positions import RelativeRow
 from ofa_kernels.attention import AttentionPlan, attention
 from ofa_kernels.cross_entropy import linear_cross_entropy
+from ofa_kernels.layer_norm import add_branch, add_layer_norm, gelu_layer_norm, layer_norm
 
 
 class TokenEmbedding(nn.Module):
@@ -23,8 +24,9 @@ class TokenEmbedding(nn.Module):
     Under ZeRO-3 a weight exists only inside its module's call.
     """
 
-    def __init__(self, vocab_size: int, dim: int, std: float) -> None:
+    def __init__(self, vocab_size: int, dim: int, std: float, kernel: str = "auto") -> None:
         super().__init__()
+        self.kernel = kernel
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
         nn.init.normal_(self.weight, std=std)
 
@@ -36,7 +38,9 @@ class TokenEmbedding(nn.Module):
             return F.embedding(x, self.weight)
         if targets is None:
             return F.linear(x, self.weight)
-        return linear_cross_entropy(x, self.weight, targets, label_smoothing=label_smoothing, ignore_index=PAD_ID)
+        return linear_cross_entropy(
+            x, self.weight, targets, label_smoothing=label_smoothing, ignore_index=PAD_ID, kernel=self.kernel
+        )
 
 
 class RelativeTables(nn.Module):
@@ -100,25 +104,68 @@ class Attention(nn.Module):
         return self.out_proj(core(q_ND, k_MD, v_MD, self.c_attn, self.dropout if self.training else 0.0))
 
 
-class Branch(nn.Module):
-    """How the output of a block joins the residual stream: dropout, then drop-path per example."""
+class LayerNorm(nn.LayerNorm):
+    """A norm of packed tokens, with what comes before it where one kernel can do both.
 
-    def __init__(self, dropout: float, drop_path: float) -> None:
+    Called as a module in every form, since under ZeRO-3 its weights exist only inside its own call.
+    """
+
+    def __init__(self, dim: int, kernels: KernelConfig) -> None:
+        super().__init__(dim)
+        self.kernel = kernels.layer_norm
+
+    def forward(
+        self, x_ND: Tensor, residual_ND: Tensor | None = None, branch: BranchOptions | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with a residual (residual + branch(x), its norm). Leading axes [..., D] count as one."""
+        options = {"eps": self.eps, "kernel": self.kernel}
+        shape, x_ND = x_ND.shape, x_ND.flatten(0, -2)
+        if residual_ND is None:
+            return layer_norm(x_ND, self.weight, self.bias, **options).view(shape)
+        residual_ND = residual_ND.flatten(0, -2)
+        out = add_layer_norm(residual_ND, x_ND, self.weight, self.bias, **branch, **options)
+        return out[0].view(shape), out[1].view(shape)
+
+
+class GeluLayerNorm(LayerNorm):
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """The norm of gelu(x)."""
+        out = gelu_layer_norm(x_ND.flatten(0, -2), self.weight, self.bias, eps=self.eps, kernel=self.kernel)
+        return out.view(x_ND.shape)
+
+
+class BranchOptions(TypedDict):
+    """How the output of a block joins the residual stream, as `add_branch` takes it."""
+
+    dropout: float
+    gamma_D: Tensor | None
+    example_N: Tensor | None
+    keep_E: Tensor | None
+
+
+class Branch(nn.Module):
+    """Dropout, scale per channel, drop-path per example: drawn anew for every block."""
+
+    def __init__(self, config: ModelConfig, drop_path: float) -> None:
         super().__init__()
-        self.dropout, self.drop_path = dropout, drop_path
+        self.dropout, self.drop_path, self.kernel = config.dropout, drop_path, config.kernels.layer_norm
+
+    def options(self, example_N: Tensor, num_examples: int, gamma_D: Tensor | None) -> BranchOptions:
+        keep_E = None
+        if self.training and self.drop_path:
+            keep = 1 - self.drop_path
+            keep_E = torch.rand(num_examples, device=example_N.device).add_(keep).floor_().div_(keep)
+        return {
+            "dropout": self.dropout if self.training else 0.0, "gamma_D": gamma_D,
+            "example_N": None if keep_E is None else example_N, "keep_E": keep_E,
+        }  # fmt: skip
 
     def forward(
         self, residual_ND: Tensor, x_ND: Tensor, example_N: Tensor, num_examples: int, gamma_D: Tensor | None
     ) -> Tensor:
-        if self.training and self.dropout:
-            x_ND = F.dropout(x_ND, self.dropout)
-        if gamma_D is not None:
-            x_ND = x_ND * gamma_D
-        if self.training and self.drop_path:
-            keep = 1 - self.drop_path
-            mask_E = torch.rand(num_examples, device=x_ND.device).add_(keep).floor_().div_(keep)
-            x_ND = x_ND * mask_E.to(x_ND.dtype)[example_N, None]
-        return residual_ND + x_ND
+        options = self.options(example_N, num_examples, gamma_D)
+        rows = (residual_ND.flatten(0, -2), x_ND.flatten(0, -2))
+        return add_branch(*rows, **options, kernel=self.kernel).view(x_ND.shape)
 
 
 class FeedForward(nn.Module):
@@ -128,11 +175,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.fc1 = Linear(config.dim, config.ffn_dim, config.init_std)
         self.fc2 = Linear(config.ffn_dim, config.dim, config.init_std)
-        self.ffn_layernorm = nn.LayerNorm(config.ffn_dim)
-        self.final_layer_norm = nn.LayerNorm(config.dim)
+        self.ffn_layernorm = GeluLayerNorm(config.ffn_dim, config.kernels)
+        self.final_layer_norm = LayerNorm(config.dim, config.kernels)
 
-    def feed_forward(self, x_ND: Tensor) -> Tensor:
-        return self.fc2(self.ffn_layernorm(F.gelu(self.fc1(self.final_layer_norm(x_ND)))))
+    def feed_forward(self, normed_ND: Tensor) -> Tensor:
+        return self.fc2(self.ffn_layernorm(self.fc1(normed_ND)))
 
 
 def gamma_parameter(config: ModelConfig) -> nn.Parameter | None:
@@ -144,16 +191,17 @@ class EncoderLayer(FeedForward):
     def __init__(self, config: ModelConfig, drop_path: float) -> None:
         super().__init__(config)
         self.self_attn = Attention(config)
-        self.self_attn_layer_norm = nn.LayerNorm(config.dim)
-        self.attn_ln = nn.LayerNorm(config.dim)
-        self.branch = Branch(config.dropout, drop_path)
+        self.self_attn_layer_norm = LayerNorm(config.dim, config.kernels)
+        self.attn_ln = LayerNorm(config.dim, config.kernels)
+        self.branch = Branch(config, drop_path)
         self.weight_self_attn, self.weight_ffn = gamma_parameter(config), gamma_parameter(config)
 
     def forward(self, x_ND: Tensor, core: AttentionCore, example_N: Tensor, num_examples: int) -> Tensor:
         normed_ND = self.self_attn_layer_norm(x_ND)
         attended_ND = self.attn_ln(self.self_attn(normed_ND, normed_ND, core))
-        x_ND = self.branch(x_ND, attended_ND, example_N, num_examples, self.weight_self_attn)
-        return self.branch(x_ND, self.feed_forward(x_ND), example_N, num_examples, self.weight_ffn)
+        branch = self.branch.options(example_N, num_examples, self.weight_self_attn)
+        x_ND, normed_ND = self.final_layer_norm(attended_ND, x_ND, branch)
+        return self.branch(x_ND, self.feed_forward(normed_ND), example_N, num_examples, self.weight_ffn)
 
 
 class DecoderLayer(FeedForward):
@@ -161,11 +209,11 @@ class DecoderLayer(FeedForward):
         super().__init__(config)
         self.self_attn = Attention(config)
         self.encoder_attn = Attention(config)
-        self.self_attn_layer_norm = nn.LayerNorm(config.dim)
-        self.self_attn_ln = nn.LayerNorm(config.dim)
-        self.encoder_attn_layer_norm = nn.LayerNorm(config.dim)
-        self.cross_attn_ln = nn.LayerNorm(config.dim)
-        self.branch = Branch(config.dropout, drop_path)
+        self.self_attn_layer_norm = LayerNorm(config.dim, config.kernels)
+        self.self_attn_ln = LayerNorm(config.dim, config.kernels)
+        self.encoder_attn_layer_norm = LayerNorm(config.dim, config.kernels)
+        self.cross_attn_ln = LayerNorm(config.dim, config.kernels)
+        self.branch = Branch(config, drop_path)
         self.weight_self_attn, self.weight_cross_attn = gamma_parameter(config), gamma_parameter(config)
         self.weight_ffn = gamma_parameter(config)
 
@@ -181,7 +229,9 @@ class DecoderLayer(FeedForward):
         examples = (example_N, num_examples)
         normed_ND = self.self_attn_layer_norm(x_ND)
         attended_ND = self.self_attn_ln(self.self_attn(normed_ND, normed_ND, cores[0]))
-        x_ND = self.branch(x_ND, attended_ND, *examples, self.weight_self_attn)
-        attended_ND = self.encoder_attn(self.encoder_attn_layer_norm(x_ND), memory_MD, cores[1])
-        x_ND = self.branch(x_ND, self.cross_attn_ln(attended_ND), *examples, self.weight_cross_attn)
-        return self.branch(x_ND, self.feed_forward(x_ND), *examples, self.weight_ffn)
+        branch = self.branch.options(*examples, self.weight_self_attn)
+        x_ND, normed_ND = self.encoder_attn_layer_norm(attended_ND, x_ND, branch)
+        attended_ND = self.cross_attn_ln(self.encoder_attn(normed_ND, memory_MD, cores[1]))
+        branch = self.branch.options(*examples, self.weight_cross_attn)
+        x_ND, normed_ND = self.final_layer_norm(attended_ND, x_ND, branch)
+        return self.branch(x_ND, self.feed_forward(normed_ND), *examples, self.weight_ffn)

@@ -136,7 +136,7 @@ def test_dropout_and_drop_path_act_in_training_only() -> None:
 
 
 def test_drop_path_drops_whole_examples_and_keeps_the_mean() -> None:
-    branch = Branch(dropout=0.0, drop_path=0.25).train()
+    branch = Branch(CONFIG, drop_path=0.25).train()
     torch.manual_seed(0)
     num_examples = 4000
     example_N = torch.arange(num_examples).repeat_interleave(3)
