@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that need not be there, or time it on the one that is.
 
-    python kernels/bench.py --compile [--json] [--arch sm_80 sm_90] [--only NAME]
+    python kernels/bench.py --compile [--every] [--json] [--arch sm_80 sm_90] [--only NAME]
 
 --compile builds each kernel, head dim or width, dtype and architecture with Triton's own ptxas, and fails on a spilled
 byte, on more shared memory than a block has, and on a product without tensor cores. ALLOWED_STACK lists exceptions.
@@ -73,20 +73,22 @@ class Compiled:
         return values
 
 
-def compile_cases() -> list[CompileCase]:
+@functools.cache
+def compile_cases(every: bool) -> list[CompileCase]:
+    """every: attention at head dims that no preset has, too."""
     from ofa_kernels import attention_triton, cross_entropy_triton, layer_norm_triton
 
-    modules = (attention_triton, layer_norm_triton, cross_entropy_triton)
-    return [case for module in modules for case in module.compile_cases()]
+    cases = attention_triton.compile_cases(every)
+    return cases + layer_norm_triton.compile_cases() + cross_entropy_triton.compile_cases()
 
 
-def compile_one(index: int, arch: str) -> Compiled:
-    """Build case `index` of `compile_cases()` for `arch` and read what ptxas made of it."""
+def compile_one(every: bool, index: int, arch: str) -> Compiled:
+    """Build case `index` of `compile_cases(every)` for `arch` and read what ptxas made of it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    case = _cases()[index]
+    case = compile_cases(every)[index]
     names = case.function.arg_names
     signature = {
         name: "constexpr" if name in case.constants else case.arguments[name].replace("*x", f"*{_DTYPES[case.dtype]}")
@@ -120,11 +122,6 @@ def compile_one(index: int, arch: str) -> Compiled:
     )
 
 
-@functools.cache
-def _cases() -> list[CompileCase]:
-    return compile_cases()
-
-
 def _inspect(cubin: bytes) -> tuple[int, int, int, str]:
     """(registers, stack bytes, spilled bytes, machine code) of the one kernel in a cubin.
 
@@ -145,9 +142,10 @@ def _inspect(cubin: bytes) -> tuple[int, int, int, str]:
     return registers, stack, sum(sizes), code
 
 
-def compile_all(archs: Sequence[str], only: str, workers: int) -> Iterable[Compiled]:
+def compile_all(every: bool, archs: Sequence[str], only: str, workers: int) -> Iterable[Compiled]:
     """In the order of the table; built in parallel. Ctrl-C stops the builds that have not begun."""
-    wanted = [(i, arch) for i, case in enumerate(_cases()) for arch in archs if only in case.kernel]
+    cases = enumerate(compile_cases(every))
+    wanted = [(every, i, arch) for i, case in cases for arch in archs if only in case.kernel]
     with ProcessPoolExecutor(workers) as pool:
         futures = [pool.submit(compile_one, *each) for each in wanted]
         try:
@@ -176,7 +174,7 @@ def run_compile(options: argparse.Namespace) -> int:
         print(HEADER)
         print("|" + "---|" * (HEADER.count("|") - 1))
     results, faults = [], []
-    for built in compile_all(options.arch, options.only, options.workers):
+    for built in compile_all(options.every, options.arch, options.only, options.workers):
         results.append(built)
         faults += [f"{built.kernel} {built.size} {built.dtype} {built.arch}: {fault}" for fault in built.faults()]
         if not options.json:
@@ -192,6 +190,7 @@ def run_compile(options: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=__doc__, formatter_class=_Help)
     parser.add_argument("--compile", action="store_true", help="compile every kernel for --arch; needs no GPU")
+    parser.add_argument("--every", action="store_true", help="attention at head dims that no preset has, too")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     parser.add_argument("--arch", nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
     parser.add_argument("--only", default="", metavar="NAME", help="kernels whose name contains NAME")

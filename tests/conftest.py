@@ -22,6 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="recorded numbers of the original: a folder with fixtures/ and manifests/ inside, or with their files",
     )
 
+    parser.addoption(
+        "--kernels",
+        choices=("auto", "triton"),
+        default="auto",
+        help="triton: parity of the forward and backward with every kernel on, in fp32 (in the interpreter: minutes)",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
@@ -64,6 +71,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if without_file:
         config.hook.pytest_deselected(items=without_file)
         items[:] = [item for item in items if item not in without_file]
+
+
+@pytest.fixture(scope="session")
+def kernels(request: pytest.FixtureRequest) -> str:
+    """The value of --kernels."""
+    return request.config.getoption("kernels")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import torch
 from adapter import MICRO, MICRO_6B_VIT, MICRO_VIT, Padded, load, pack_padded, stored_weights
 from torch import Tensor, nn
 
+from ofa_ds.config import KernelConfig
 from ofa_ds.data.batch import Batch
 from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.encoder import Encoded
@@ -25,8 +26,9 @@ BATCH_NORM = {"default": "batch", "frozen": "frozen", "sync": "sync"}
 class Case:
     """A fixture file with its arrays, by name."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, kernels: KernelConfig | None = None) -> None:
         self.file = file
+        self.kernels = kernels or KernelConfig()
         with np.load(file, allow_pickle=False) as stored:
             self.arrays = {name: stored[name] for name in stored.files}
         self.inputs = self.part("in")
@@ -53,7 +55,7 @@ class Case:
         return dataclasses.replace(MICRO, **changes)
 
     def model(self, dtype: torch.dtype) -> OFA:
-        config = self.config()
+        config = dataclasses.replace(self.config(), kernels=self.kernels)
         model = OFA(config).to(dtype).train(self.trains)
         if self.is_6b:
             load(model, self.part("state") or None, to_port_name)

@@ -1,8 +1,8 @@
 """The model against everything recorded of the original in one forward and backward: states, loss, logits, gradients.
 
-Runs `case_*` and `variant_*` files of --golden in float64 and float32. Content of pad positions is unspecified and not
-compared. `k_proj.bias` and `*pos_k_linear.bias` shift all logits of a row alike, so their gradient is mathematically
-zero: it is compared against the size of the other gradients.
+Runs `case_*` and `variant_*` files of --golden in float64 and float32, or with `--kernels triton` in float32 with every
+kernel on. Content of pad positions is unspecified and not compared. `k_proj.bias` and `*pos_k_linear.bias` shift all
+logits of a row alike, so their gradient is mathematically zero: it is compared against the size of the other gradients.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from adapter import packed
 from cases import Case, Run, run_case
 from numerics import TOLERANCE, assert_close
 
+from ofa_ds.config import KernelConfig
 from ofa_ds.model.names import to_port_name
 
 NOT_SUPPORTED = {
@@ -41,22 +42,40 @@ CROSS_ATTENTION_TOLERANCE = 1e-6
 """The original hands its attention probabilities out in float32, whatever the model's precision."""
 
 
+KERNELS_ON = KernelConfig(attention="triton", layer_norm="triton", cross_entropy="triton")
+
+
 @pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["fp64", "fp32"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+def dtype(request: pytest.FixtureRequest, kernels: str) -> torch.dtype:
+    if kernels == "triton" and request.param == torch.float64:
+        pytest.skip("kernels compute in fp32")
     return request.param
 
 
+@pytest.fixture(scope="module")
+def chosen(kernels: str) -> KernelConfig:
+    return KERNELS_ON if kernels == "triton" else KernelConfig()
+
+
 @pytest.mark.golden("case_[!f]*.npz")
-def test_case_is_the_original(golden_file: Path, dtype: torch.dtype) -> None:
-    case = Case(golden_file)
+def test_case_is_the_original(golden_file: Path, dtype: torch.dtype, chosen: KernelConfig) -> None:
+    case = Case(golden_file, chosen)
     run = run_case(case, dtype)
     check_outputs(case, run, TOLERANCE[dtype])
     check_gradients(case, run, TOLERANCE[dtype])
 
 
+@pytest.mark.golden("case_d2_*.npz")
+def test_a_case_with_text_pictures_and_codes_is_the_original_with_every_kernel_on(golden_file: Path) -> None:
+    case = Case(golden_file, KERNELS_ON)
+    run = run_case(case, torch.float32)
+    check_outputs(case, run, TOLERANCE[torch.float32])
+    check_gradients(case, run, TOLERANCE[torch.float32])
+
+
 @pytest.mark.golden("variant_*.npz", without=tuple(NOT_SUPPORTED))
-def test_variant_is_the_original(golden_file: Path, dtype: torch.dtype) -> None:
-    case = Case(golden_file)
+def test_variant_is_the_original(golden_file: Path, dtype: torch.dtype, chosen: KernelConfig) -> None:
+    case = Case(golden_file, chosen)
     run = run_case(case, dtype)
     check_outputs(case, run, TOLERANCE[dtype])
     check_gradients(case, run, TOLERANCE[dtype])
