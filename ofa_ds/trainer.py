@@ -31,8 +31,11 @@ from ofa_ds.loss import group_counts, group_sums, task_sums
 from ofa_ds.metrics import MetricsWriter, Window, peak_memory_MiB
 from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.ofa import OFA
+from ofa_ds.processes import release_freed_memory
 from ofa_ds.samples import sample_sheet
 
+RELEASE_EVERY = 10
+"""Steps between two returns of freed memory on a CPU."""
 MAX_WHOLE_PARAMETERS = 500_000_000
 """A larger model is built in pieces under ZeRO-3: 2 GB of fp32 weights a rank, many ranks on a host."""
 
@@ -162,6 +165,8 @@ def _train(
             waited_s = loader.wait_seconds
             if step % train.log_every == 0 or step == train.num_steps:
                 _log(engine, window, writer, step)
+            if engine.device.type == "cpu" and step % RELEASE_EVERY == 0:
+                release_freed_memory()
             if train.sample_every and step % train.sample_every == 0:
                 _show_samples(engine, recipe, loader, writer, step)
             if step % train.save_every == 0 or step == train.num_steps or stopping:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 
-from ofa_ds.processes import keep_freed_memory
+from ofa_ds.processes import keep_freed_memory, release_freed_memory
 
 SIZE = 64 << 20
 
@@ -26,3 +27,25 @@ def test_a_large_block_takes_the_memory_of_the_freed_one_without_new_page_faults
     if keep_freed_memory():
         page_faults_of_a_block()
         assert page_faults_of_a_block() < SIZE // resource.getpagesize() // 8
+
+
+def resident_bytes() -> int:
+    with open(f"/proc/{os.getpid()}/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def test_released_memory_goes_back_to_the_system_also_from_below_a_block_in_use() -> None:
+    library = ctypes.CDLL(None)
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.argtypes = [ctypes.c_void_p]
+    if not keep_freed_memory():
+        return
+    blocks = [library.malloc(SIZE) for _ in range(4)]
+    for block in blocks:
+        ctypes.memset(block, 1, SIZE)
+    for block in blocks[:3]:  # the last one keeps the heap from shrinking
+        library.free(block)
+    before = resident_bytes()
+    release_freed_memory()
+    library.free(blocks[3])
+    assert before - resident_bytes() > 2 * SIZE
