@@ -1,5 +1,6 @@
-"""Compile every kernel for GPUs that need not be there, or time it on the one that is.
+"""Compile every kernel for GPUs that need not be there, or say what it would take on them at best.
 
+    python kernels/bench.py --roofline
     python kernels/bench.py --compile [--every] [--json] [--arch sm_80 sm_90] [--only NAME]
 
 --compile builds each kernel, head dim or width, dtype and architecture with Triton's own ptxas, and fails on a spilled
@@ -195,9 +196,15 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
     parser.add_argument("--only", default="", metavar="NAME", help="kernels whose name contains NAME")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--roofline", action="store_true", help="print what each kernel takes at best, by arithmetic")
     options = parser.parse_args()
+    if options.roofline:
+        from roofline import print_table
+
+        print_table()
+        return 0
     if not options.compile:
-        parser.error("nothing to do; want --compile")
+        parser.error("nothing to do; want --compile or --roofline")
     return run_compile(options)
 
 

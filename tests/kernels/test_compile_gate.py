@@ -84,3 +84,13 @@ def test_compiling_under_the_interpreter_is_refused() -> None:
 def test_nothing_to_do_says_what_there_is() -> None:
     result = run()
     assert result.returncode == 2 and "--compile" in result.stderr
+
+
+def test_the_roofline_counts_products_of_examples_and_not_of_the_batch() -> None:
+    result = run("--roofline")
+    assert result.returncode == 0, result.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()[2:]]
+    (encoder,) = (row for row in rows if row[:2] == ["attention encoder, mix, forward", "6b"])
+    pairs = 17 * 216**2 + 2 * 260**2 + 267**2
+    assert float(encoder[3]) == pytest.approx(6 * 80 * 32 * pairs / 1e9, abs=0.05)
+    assert all(float(row[-2]) > float(row[-1]) > 0 for row in rows), "an H200 is faster than an A100 everywhere"
