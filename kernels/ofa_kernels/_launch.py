@@ -6,7 +6,6 @@ nor one with every kernel switched off needs it.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from dataclasses import dataclass, field
@@ -21,9 +20,7 @@ KERNELS = ("auto", "triton", "torch")
 INTERPRET_VARIABLE = "TRITON_INTERPRET"
 
 
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -41,7 +38,7 @@ def use_triton(kernel: str, x: Tensor, pays: bool = True) -> bool:
         raise ValueError(f"kernel {kernel!r}: want one of {', '.join(KERNELS)}")
     if kernel == "torch" or kernel == "auto" and x.dtype == torch.float64:
         return False
-    able = has_triton() and (x.is_cuda or interpreting())
+    able = HAS_TRITON and (x.is_cuda or interpreting())
     if kernel == "triton" and not able:
         raise RuntimeError(
             f"kernel 'triton' on {x.device}: it needs a GPU and the triton package (or {INTERPRET_VARIABLE}=1, to "
