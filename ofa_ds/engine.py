@@ -338,9 +338,7 @@ class Engine:
         engine_state.set_rng_states(self.device, states)
         self.rng_state = states.get("torch")
 
-    def restore(
-        self, read: engine_state.Read, read_buffer: Callable[[str], Tensor], saved: dict[str, Any]
-    ) -> None:
+    def restore(self, read: engine_state.Read, read_buffer: Callable[[str], Tensor], saved: dict[str, Any]) -> None:
         """Weights, moments, buffers and counters from a checkpoint of any stage and world size."""
         engine_state.restore(self._wrapped, read, saved)
         with torch.no_grad():

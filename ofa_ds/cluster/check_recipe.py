@@ -1,6 +1,6 @@
 """Refuses a recipe that would fail on every rank, before anything is started on a cluster.
 
-    python -m ofa_ds.cluster.check_recipe RANKS RECIPE [KEY=VALUE ...]     silent where it is right, else exit code 2
+python -m ofa_ds.cluster.check_recipe RANKS RECIPE [KEY=VALUE ...]     silent where it is right, else exit code 2
 """
 
 from __future__ import annotations
