@@ -28,9 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="auto",
         help="triton: parity of the forward and backward with every kernel on, in fp32 (in the interpreter: minutes)",
     )
+    parser.addoption("--slow", action="store_true", help="also what takes minutes a test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: minutes; runs with --slow only")
     config.addinivalue_line(
         "markers",
         "golden(pattern, without=()): runs once per file of --golden that matches, as `golden_file` where the test "
@@ -67,10 +69,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out tests of files that this set does not have: nothing is skipped that could run."""
     marked = [(item, item.get_closest_marker("golden")) for item in items]
-    without_file = [item for item, mark in marked if mark is not None and not golden_files(config, mark)]
-    if without_file:
-        config.hook.pytest_deselected(items=without_file)
-        items[:] = [item for item in items if item not in without_file]
+    left_out = [item for item, mark in marked if mark is not None and not golden_files(config, mark)]
+    if not config.getoption("slow"):
+        left_out += [item for item in items if item.get_closest_marker("slow")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 # Sets up .venv (see launchers/setup_env.sh) and runs every test.
 #
 #   bash tests/run.sh [PYTEST ARGUMENT ...]       such as: tests/unit, -k resume, -x
+#   bash tests/run.sh --slow -m slow              the tests that take minutes each
 #
 # tests/multihost needs root, pdsh, sshd and ip, and says so where it is skipped. OFA_DS_VENV: another environment.
 set -euo pipefail
