@@ -703,8 +703,13 @@ def attention_triton(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """`attention` of a TritonPlan. positions: (pos_q [U, D], pos_k [V, D]) or (), fp32 where q is narrower."""
+    """`attention` of a TritonPlan. positions: (pos_q [U, D], pos_k [V, D]) or (), fp32 where q is narrower.
+
+    Raises ValueError for fp64.
+    """
     q = qkv[0]
+    if q.dtype == torch.float64:
+        raise ValueError("attention: kernel 'triton' computes in fp32; for float64 choose 'torch'")
     q, k, v = (x.to(q.dtype) if x.stride(-1) == 1 else x.to(q.dtype).contiguous() for x in qkv)
     if not len(q):
         return q

@@ -246,7 +246,7 @@ class Inside(TorchDispatchMode):
         return self.see(name, func(*args, **(kwargs or {})))
 
     def see(self, name: str, out: object) -> object:
-        raise NotImplementedError
+        return out
 
 
 class Poison(Inside):
@@ -404,6 +404,11 @@ def test_a_plan_of_another_batch_is_refused() -> None:
     x = torch.zeros(7, 32)
     with pytest.raises(ValueError, match="relative"):
         attention((x, x, x), plan, (), torch.zeros(2, 5), torch.ones(2), scale=1.0, dropout=0.0)
+
+
+def test_float64_is_refused_instead_of_rounded() -> None:
+    with pytest.raises(ValueError, match="fp32.*'torch'"):
+        Case((3,)).results("triton", torch.float64)
 
 
 def test_unknown_kernels_are_named() -> None:

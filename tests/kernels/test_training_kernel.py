@@ -12,10 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from ofa_ds.data.scenes import write_scenes
-from ofa_ds.data.shards import build_shards
-from ofa_ds.data.vocab import train_from_shards
+import scenes_shards
 
 STEPS = 2
 RUN = "import quick_interpreter, sys; from ofa_ds.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -23,12 +20,7 @@ RUN = "import quick_interpreter, sys; from ofa_ds.cli import main; sys.exit(main
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, rows=32, seed=1)
-    tsv = {name: [folder / f"{name}_examples.tsv"] for name in ("vision_language", "text", "image", "detection")}
-    build_shards(folder / "shards", **tsv, negatives=folder / "negative_sample", workers=1)
-    train_from_shards(folder / "shards", size=300, out=folder / "vocab", num_codes=128, num_bins=64)
-    return folder
+    return scenes_shards.build(tmp_path_factory.mktemp("scenes"), rows=32)
 
 
 def losses(data: Path, run_dir: Path, kernel: str) -> list[float]:

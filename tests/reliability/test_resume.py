@@ -10,10 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import scenes_shards
 from safetensors.numpy import load_file
 
-from ofa_ds.data.scenes import write_scenes
-from ofa_ds.data.shards import build_shards
 from ofa_ds.data.vocab import train_from_shards
 
 RANKS = 2
@@ -24,12 +23,7 @@ TIMES = ("tokens_per_s", "examples_per_s", "step_ms", "data_wait_fraction", "pea
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, rows=64, seed=1)
-    tsv = {name: [folder / f"{name}_examples.tsv"] for name in ("vision_language", "text", "image", "detection")}
-    build_shards(folder / "shards", **tsv, negatives=folder / "negative_sample", workers=1)
-    train_from_shards(folder / "shards", size=300, out=folder / "vocab", num_codes=128, num_bins=64)
-    return folder
+    return scenes_shards.build(tmp_path_factory.mktemp("scenes"), rows=64)
 
 
 def start(data: Path, run_dir: Path, *overrides: str) -> subprocess.Popen:
