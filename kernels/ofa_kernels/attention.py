@@ -24,7 +24,7 @@ from ofa_kernels._launch import use_triton
 from ofa_kernels.attention_plan import MASKED, AttentionPlan, Bucket, RelativeCodes, Tokens, plan_padded
 
 if TYPE_CHECKING:
-    from ofa_kernels.attention_triton import TritonPlan
+    from ofa_kernels.attention_ops_triton import TritonPlan
 
     Plan = AttentionPlan | TritonPlan
 
@@ -59,7 +59,7 @@ def plan_attention(
     Raises ValueError for an example that has queries but no keys (the kernels give it zeros, without looking).
     """
     if use_triton(kernel, queries.position if like is None else like):
-        from ofa_kernels.attention_triton import plan_triton
+        from ofa_kernels.attention_ops_triton import plan_triton
 
         return plan_triton(queries, keys, relative=relative, causal=causal, deterministic=deterministic)
     return plan_padded(queries, keys, relative=relative, causal=causal, kind=kind)
@@ -113,7 +113,7 @@ def attention(
             "attention: want a relative row exactly where the plan has relative codes; pass both or neither"
         )
     if not isinstance(plan, AttentionPlan):
-        from ofa_kernels.attention_triton import attention_triton
+        from ofa_kernels.attention_ops_triton import attention_triton
 
         return attention_triton(qkv, plan, positions, row_HR, head_scale_H, scale=scale, dropout=dropout)
     absolute_HUV = positions[0] if positions else None

@@ -8,8 +8,9 @@ Each output is owned by one program, so that nothing depends on the order in whi
     row        64 queries, a loop over the keys                                 -> relative row
 
 The gradient of the relative row is the one that many programs share. It is summed in 64-bit integers, whose sum does
-not depend on order, after scaling by a power of two that no sum can overflow (`_fixed_point`); or, `deterministic`
-off, in fp32 atomics. `_gather_sum_kernel` sums positional gradients from tokens to positions, in a fixed order.
+not depend on order, after scaling by a power of two that no sum can overflow; or, `deterministic` off, in fp32 atomics.
+`gather_sum_kernel` sums positional gradients from tokens to positions, in a fixed order. `attention_ops_triton`
+launches all of them.
 
 A head dim that is no power of two is two pieces, such as 80 = 64 + 16. Softmax runs in base 2: lse is log2 of the sum.
 Shapes: N query tokens, M key tokens, U and V positions, E examples, H heads, D = H * d, R row entries, T tiles.
@@ -22,91 +23,14 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ofa_kernels._launch import CompileCase
-from ofa_kernels.attention_plan import RelativeCodes, Tokens
 
+OWNED = 64
+"""Rows that a program owns. With four warps each product is one wgmma on Hopper; 32 rows would do the work twice."""
+NUM_WARPS, NUM_STAGES = OWNED // 16, 2
 _MASKED = tl.constexpr(-1e30)  # finite: a row without keys gives no NaN
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_OWNED = 64
-"""Rows that a program owns. With four warps each product is one wgmma on Hopper; 32 rows would do the work twice."""
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """Queries or keys of a batch, all int32 on the device."""
-
-    offsets: Tensor
-    """[E + 1]."""
-    tiles: Tensor
-    """[T, 2]: example and first row of each group of owned rows; example E where there are fewer groups than T."""
-    position: Tensor
-    """[N]."""
-    code: Tensor
-    """[N] relative code, or empty."""
-    order: Tensor
-    """[N] tokens sorted by position, those of one position in their order."""
-    starts: Tensor
-    """[U + 1]: tokens order[starts[u] : starts[u + 1]] have position u."""
-
-    def tensors(self) -> list[Tensor]:
-        return [self.offsets, self.tiles, self.position, self.code, self.order, self.starts]
-
-
-@dataclass(frozen=True, slots=True)
-class TritonPlan:
-    num_queries: int
-    num_keys: int
-    queries: Side
-    keys: Side
-    num_entries: int
-    """Of the relative row; 0 for none."""
-    causal: bool
-    deterministic: bool
-    """Whether the gradient of the relative row has the same bits in every run."""
-
-    @property
-    def is_relative(self) -> bool:
-        return self.num_entries > 0
-
-
-def plan_triton(
-    queries: Tokens, keys: Tokens, *, relative: RelativeCodes | None, causal: bool, deterministic: bool
-) -> TritonPlan:
-    """Made on the device without waiting for it. An example that has queries but no keys gets zeros."""
-    query_side = _side(queries, None if relative is None else relative.query)
-    same = queries is keys and relative is None
-    return TritonPlan(
-        num_queries=len(queries.position),
-        num_keys=len(keys.position),
-        queries=query_side,
-        keys=query_side if same else _side(keys, None if relative is None else relative.key),
-        num_entries=0 if relative is None else relative.num_entries,
-        causal=causal,
-        deterministic=deterministic,
-    )
-
-
-def _side(tokens: Tokens, code_U: Tensor | None) -> Side:
-    position = tokens.position
-    order = position.argsort(stable=True)
-    starts = torch.searchsorted(position[order], torch.arange(tokens.num_positions + 1, device=position.device))
-    code = position.new_zeros(0) if code_U is None else code_U.to(position.device)[position]
-    offsets = tokens.offsets.to(position.device)
-    parts = (offsets, _tiles(offsets, len(position)), position, code, order, starts)
-    return Side(*(part.to(torch.int32).contiguous() for part in parts))
-
-
-def _tiles(offsets: Tensor, num_tokens: int) -> Tensor:
-    """As many as there can be: sum of ceil(length / owned) <= num_tokens / owned + E."""
-    num_examples = len(offsets) - 1
-    counts = (offsets.diff() + _OWNED - 1) // _OWNED
-    ends = counts.cumsum(0)
-    tile = torch.arange(num_tokens // _OWNED + num_examples, device=offsets.device)
-    example = torch.searchsorted(ends, tile, right=True)
-    first = torch.cat([ends - counts, ends[-1:]])[example]
-    return torch.stack([example, (tile - first) * _OWNED], 1)
 
 
 @triton.jit
@@ -146,6 +70,53 @@ def _dot(a, b):
 
 
 @triton.jit
+def _load_pieces(base, rows, row_mask, stride, FIRST: tl.constexpr, SECOND: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Both pieces; where there is one, it stands for the second too, and nothing reads that."""
+    first = _load_piece(base, rows, row_mask, stride, 0, FIRST, HEAD_DIM)
+    second = first
+    if SECOND > 0:
+        second = _load_piece(base, rows, row_mask, stride, FIRST, SECOND, HEAD_DIM)
+    return first, second
+
+
+@triton.jit
+def _store_pieces(
+    base, first, second, rows, row_mask, stride, FIRST: tl.constexpr, SECOND: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    _store_piece(base, first, rows, row_mask, stride, 0, FIRST, HEAD_DIM)
+    if SECOND > 0:
+        _store_piece(base, second, rows, row_mask, stride, FIRST, SECOND, HEAD_DIM)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """A sum's two pieces."""
+    first = tl.zeros([ROWS, FIRST], tl.float32)
+    second = first
+    if SECOND > 0:
+        second = tl.zeros([ROWS, SECOND], tl.float32)
+    return first, second
+
+
+@triton.jit
+def _products(a, a2, b, b2, SECOND: tl.constexpr):
+    """[rows of a, rows of b]: a b^T over the whole head."""
+    out = _dot(a, tl.trans(b))
+    if SECOND > 0:
+        out += _dot(a2, tl.trans(b2))
+    return out
+
+
+@triton.jit
+def _add_products(total, total2, a, b, b2, SECOND: tl.constexpr):
+    """total + a b, piece by piece."""
+    total += _dot(a, b)
+    if SECOND > 0:
+        total2 += _dot(a, b2)
+    return total, total2
+
+
+@triton.jit
 def _tile_of(tiles_ptr, own_offsets_ptr, other_offsets_ptr, OWNED: tl.constexpr):
     """(example, first owned row, owned rows, owned start, owned length, other start, other length)."""
     tile = tl.program_id(0)
@@ -182,7 +153,7 @@ def _kept(seed_ptr, example, num_heads, head, query, key, num_keys, dropout):
 
 
 @triton.jit
-def _forward_kernel(
+def forward_kernel(
     q_ptr, k_ptr, v_ptr, pq_ptr, pk_ptr, row_ptr, head_scale_ptr, seed_ptr,  # inputs
     query_offsets_ptr, key_offsets_ptr, tiles_ptr, query_position_ptr, key_position_ptr, query_code_ptr, key_code_ptr,
     out_ptr, lse_ptr,  # outputs [N, D], [H, N]
@@ -200,40 +171,28 @@ def _forward_kernel(
     q_base = _base(q_ptr, query_start, stride_q, head, HEAD_DIM)
     k_base = _base(k_ptr, key_start, stride_k, head, HEAD_DIM)
     v_base = _base(v_ptr, key_start, stride_v, head, HEAD_DIM)
-    q = _load_piece(q_base, query, valid, stride_q, 0, FIRST, HEAD_DIM)
-    if SECOND > 0:
-        q2 = _load_piece(q_base, query, valid, stride_q, FIRST, SECOND, HEAD_DIM)
+    q, q2 = _load_pieces(q_base, query, valid, stride_q, FIRST, SECOND, HEAD_DIM)
     if POSITIONS:
         pq_ptr += head * HEAD_DIM
         pk_ptr += head * HEAD_DIM
         position = tl.load(query_position_ptr + query_start + query, mask=valid, other=0)
-        pq = _load_piece(pq_ptr, position, valid, stride_p, 0, FIRST, HEAD_DIM)
-        if SECOND > 0:
-            pq2 = _load_piece(pq_ptr, position, valid, stride_p, FIRST, SECOND, HEAD_DIM)
+        pq, pq2 = _load_pieces(pq_ptr, position, valid, stride_p, FIRST, SECOND, HEAD_DIM)
     if RELATIVE:
         row_ptr += head * num_entries
         query_code = tl.load(query_code_ptr + query_start + query, mask=valid, other=0)
     highest = tl.full([OWNED], _MASKED, tl.float32)
     total = tl.zeros([OWNED], tl.float32)
-    out = tl.zeros([OWNED, FIRST], tl.float32)
-    if SECOND > 0:
-        out2 = tl.zeros([OWNED, SECOND], tl.float32)
+    out, out2 = _zeros(OWNED, FIRST, SECOND)
     end = tl.minimum(key_length, first + OWNED) if CAUSAL else key_length
     for start in range(0, end, STEP):
         key = start + tl.arange(0, STEP)
         key_valid = key < key_length
-        k = _load_piece(k_base, key, key_valid, stride_k, 0, FIRST, HEAD_DIM)
-        logits = _dot(q, tl.trans(k))
-        if SECOND > 0:
-            k2 = _load_piece(k_base, key, key_valid, stride_k, FIRST, SECOND, HEAD_DIM)
-            logits += _dot(q2, tl.trans(k2))
+        k, k2 = _load_pieces(k_base, key, key_valid, stride_k, FIRST, SECOND, HEAD_DIM)
+        logits = _products(q, q2, k, k2, SECOND)
         if POSITIONS:
             key_position = tl.load(key_position_ptr + key_start + key, mask=key_valid, other=0)
-            pk = _load_piece(pk_ptr, key_position, key_valid, stride_p, 0, FIRST, HEAD_DIM)
-            logits += _dot(pq, tl.trans(pk))
-            if SECOND > 0:
-                pk2 = _load_piece(pk_ptr, key_position, key_valid, stride_p, FIRST, SECOND, HEAD_DIM)
-                logits += _dot(pq2, tl.trans(pk2))
+            pk, pk2 = _load_pieces(pk_ptr, key_position, key_valid, stride_p, FIRST, SECOND, HEAD_DIM)
+            logits += _products(pq, pq2, pk, pk2, SECOND)
         logits = logits * (scale * _LOG2_E)
         if RELATIVE:
             key_code = tl.load(key_code_ptr + key_start + key, mask=key_valid, other=0)
@@ -247,24 +206,23 @@ def _forward_kernel(
         highest = new_highest
         if DROPOUT:
             probs = probs * _kept(seed_ptr, example, num_heads, head, query[:, None], key[None, :], key_length, dropout)
-        v = _load_piece(v_base, key, key_valid, stride_v, 0, FIRST, HEAD_DIM)
-        out = out * shrink[:, None] + _dot(probs.to(v.dtype), v)
+        v, v2 = _load_pieces(v_base, key, key_valid, stride_v, FIRST, SECOND, HEAD_DIM)
+        out = out * shrink[:, None]
         if SECOND > 0:
-            v2 = _load_piece(v_base, key, key_valid, stride_v, FIRST, SECOND, HEAD_DIM)
-            out2 = out2 * shrink[:, None] + _dot(probs.to(v2.dtype), v2)
+            out2 = out2 * shrink[:, None]
+        out, out2 = _add_products(out, out2, probs.to(v.dtype), v, v2, SECOND)
     some = total > 0.0  # false only for an example without keys
     factor = tl.load(head_scale_ptr + head).to(tl.float32) / tl.where(some, total, 1.0)
     width = num_heads * HEAD_DIM
     out_base = _base(out_ptr, query_start, width, head, HEAD_DIM)
-    _store_piece(out_base, out * factor[:, None], query, valid, width, 0, FIRST, HEAD_DIM)
-    if SECOND > 0:
-        _store_piece(out_base, out2 * factor[:, None], query, valid, width, FIRST, SECOND, HEAD_DIM)
+    out, out2 = out * factor[:, None], out2 * factor[:, None]
+    _store_pieces(out_base, out, out2, query, valid, width, FIRST, SECOND, HEAD_DIM)
     lse = tl.where(some, highest + tl.log2(tl.where(some, total, 1.0)), -_MASKED)
     tl.store(lse_ptr + head.to(tl.int64) * num_queries + query_start + query, lse, mask=valid)
 
 
 @triton.jit
-def _delta_kernel(out_ptr, dout_ptr, delta_ptr, num_queries, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+def delta_kernel(out_ptr, dout_ptr, delta_ptr, num_queries, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
     """delta [H, N]: sum of out * dout over a head's columns."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
@@ -275,7 +233,7 @@ def _delta_kernel(out_ptr, dout_ptr, delta_ptr, num_queries, HEAD_DIM: tl.conste
 
 
 @triton.jit
-def _queries_kernel(
+def queries_kernel(
     q_ptr, k_ptr, v_ptr, pq_ptr, pk_ptr, row_ptr, head_scale_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr, fixed_ptr,
     query_offsets_ptr, key_offsets_ptr, tiles_ptr, query_position_ptr, key_position_ptr, query_code_ptr, key_code_ptr,
     dq_ptr, dpq_ptr, drow_ptr, dscale_ptr,  # outputs [N, D], [N, D], [H, R], [H, T]
@@ -304,30 +262,21 @@ def _queries_kernel(
     lse = tl.load(lse_ptr + statistics + query, mask=valid, other=-_MASKED)  # rows that do not exist have p = 0
     delta = tl.load(delta_ptr + statistics + query, mask=valid, other=0.0)
     head_scale = tl.load(head_scale_ptr + head).to(tl.float32)
-    dout = _load_piece(dout_base, query, valid, width, 0, FIRST, HEAD_DIM)
-    q = _load_piece(q_base, query, valid, stride_q, 0, FIRST, HEAD_DIM)
-    if SECOND > 0:
-        dout2 = _load_piece(dout_base, query, valid, width, FIRST, SECOND, HEAD_DIM)
-        q2 = _load_piece(q_base, query, valid, stride_q, FIRST, SECOND, HEAD_DIM)
+    dout, dout2 = _load_pieces(dout_base, query, valid, width, FIRST, SECOND, HEAD_DIM)
+    q, q2 = _load_pieces(q_base, query, valid, stride_q, FIRST, SECOND, HEAD_DIM)
     if POSITIONS:
         pq_ptr += head * HEAD_DIM
         pk_ptr += head * HEAD_DIM
         position = tl.load(query_position_ptr + query_start + query, mask=valid, other=0)
-        pq = _load_piece(pq_ptr, position, valid, stride_p, 0, FIRST, HEAD_DIM)
-        if SECOND > 0:
-            pq2 = _load_piece(pq_ptr, position, valid, stride_p, FIRST, SECOND, HEAD_DIM)
+        pq, pq2 = _load_pieces(pq_ptr, position, valid, stride_p, FIRST, SECOND, HEAD_DIM)
     if RELATIVE:
         row_ptr += head * num_entries
         query_code = tl.load(query_code_ptr + query_start + query, mask=valid, other=0)
     if CONTENT_GRAD:
         dscale = tl.zeros([OWNED], tl.float32)
-        dq = tl.zeros([OWNED, FIRST], tl.float32)
-        if SECOND > 0:
-            dq2 = tl.zeros([OWNED, SECOND], tl.float32)
+        dq, dq2 = _zeros(OWNED, FIRST, SECOND)
     if POSITION_GRAD:
-        dpq = tl.zeros([OWNED, FIRST], tl.float32)
-        if SECOND > 0:
-            dpq2 = tl.zeros([OWNED, SECOND], tl.float32)
+        dpq, dpq2 = _zeros(OWNED, FIRST, SECOND)
     if ROW_GRAD:
         drow_ptr += head * num_entries
         if DETERMINISTIC:
@@ -336,18 +285,12 @@ def _queries_kernel(
     for start in range(0, end, STEP):
         key = start + tl.arange(0, STEP)
         key_valid = key < key_length
-        k = _load_piece(k_base, key, key_valid, stride_k, 0, FIRST, HEAD_DIM)
-        logits = _dot(q, tl.trans(k))
-        if SECOND > 0:
-            k2 = _load_piece(k_base, key, key_valid, stride_k, FIRST, SECOND, HEAD_DIM)
-            logits += _dot(q2, tl.trans(k2))
+        k, k2 = _load_pieces(k_base, key, key_valid, stride_k, FIRST, SECOND, HEAD_DIM)
+        logits = _products(q, q2, k, k2, SECOND)
         if POSITIONS:
             key_position = tl.load(key_position_ptr + key_start + key, mask=key_valid, other=0)
-            pk = _load_piece(pk_ptr, key_position, key_valid, stride_p, 0, FIRST, HEAD_DIM)
-            logits += _dot(pq, tl.trans(pk))
-            if SECOND > 0:
-                pk2 = _load_piece(pk_ptr, key_position, key_valid, stride_p, FIRST, SECOND, HEAD_DIM)
-                logits += _dot(pq2, tl.trans(pk2))
+            pk, pk2 = _load_pieces(pk_ptr, key_position, key_valid, stride_p, FIRST, SECOND, HEAD_DIM)
+            logits += _products(pq, pq2, pk, pk2, SECOND)
         logits = logits * (scale * _LOG2_E)
         if RELATIVE:
             key_code = tl.load(key_code_ptr + key_start + key, mask=key_valid, other=0)
@@ -355,11 +298,8 @@ def _queries_kernel(
             logits += bias
         logits = tl.where(_seen(query[:, None], key[None, :], key_valid[None, :], CAUSAL), logits, _MASKED)
         probs = tl.exp2(logits - lse[:, None])
-        v = _load_piece(v_base, key, key_valid, stride_v, 0, FIRST, HEAD_DIM)
-        dprobs = _dot(dout, tl.trans(v))
-        if SECOND > 0:
-            v2 = _load_piece(v_base, key, key_valid, stride_v, FIRST, SECOND, HEAD_DIM)
-            dprobs += _dot(dout2, tl.trans(v2))
+        v, v2 = _load_pieces(v_base, key, key_valid, stride_v, FIRST, SECOND, HEAD_DIM)
+        dprobs = _products(dout, dout2, v, v2, SECOND)
         if DROPOUT:
             dprobs = dprobs * _kept(
                 seed_ptr, example, num_heads, head, query[:, None], key[None, :], key_length, dropout
@@ -375,28 +315,20 @@ def _queries_kernel(
                 tl.atomic_add(drow_ptr + entry, dlogits, mask=counted, sem="relaxed")
         low = dlogits.to(k.dtype)
         if CONTENT_GRAD:
-            dq += _dot(low, k)
-            if SECOND > 0:
-                dq2 += _dot(low, k2)
+            dq, dq2 = _add_products(dq, dq2, low, k, k2, SECOND)
         if POSITION_GRAD:
-            dpq += _dot(low, pk)
-            if SECOND > 0:
-                dpq2 += _dot(low, pk2)
+            dpq, dpq2 = _add_products(dpq, dpq2, low, pk, pk2, SECOND)
     if CONTENT_GRAD:
         tl.store(dscale_ptr, tl.sum(dscale))
         dq_base = _base(dq_ptr, query_start, width, head, HEAD_DIM)
-        _store_piece(dq_base, dq * scale, query, valid, width, 0, FIRST, HEAD_DIM)
-        if SECOND > 0:
-            _store_piece(dq_base, dq2 * scale, query, valid, width, FIRST, SECOND, HEAD_DIM)
+        _store_pieces(dq_base, dq * scale, dq2 * scale, query, valid, width, FIRST, SECOND, HEAD_DIM)
     if POSITION_GRAD:
         dpq_base = _base(dpq_ptr, query_start, width, head, HEAD_DIM)
-        _store_piece(dpq_base, dpq * scale, query, valid, width, 0, FIRST, HEAD_DIM)
-        if SECOND > 0:
-            _store_piece(dpq_base, dpq2 * scale, query, valid, width, FIRST, SECOND, HEAD_DIM)
+        _store_pieces(dpq_base, dpq * scale, dpq2 * scale, query, valid, width, FIRST, SECOND, HEAD_DIM)
 
 
 @triton.jit
-def _keys_kernel(
+def keys_kernel(
     q_ptr, k_ptr, v_ptr, pq_ptr, pk_ptr, row_ptr, head_scale_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr,
     query_offsets_ptr, key_offsets_ptr, tiles_ptr, query_position_ptr, key_position_ptr, query_code_ptr, key_code_ptr,
     dk_ptr, dv_ptr, dpk_ptr,  # outputs [M, D] each
@@ -419,46 +351,30 @@ def _keys_kernel(
     v_base = _base(v_ptr, key_start, stride_v, head, HEAD_DIM)
     statistics = head.to(tl.int64) * num_queries + query_start
     head_scale = tl.load(head_scale_ptr + head).to(tl.float32)
-    k = _load_piece(k_base, key, valid, stride_k, 0, FIRST, HEAD_DIM)
-    v = _load_piece(v_base, key, valid, stride_v, 0, FIRST, HEAD_DIM)
-    if SECOND > 0:
-        k2 = _load_piece(k_base, key, valid, stride_k, FIRST, SECOND, HEAD_DIM)
-        v2 = _load_piece(v_base, key, valid, stride_v, FIRST, SECOND, HEAD_DIM)
+    k, k2 = _load_pieces(k_base, key, valid, stride_k, FIRST, SECOND, HEAD_DIM)
+    v, v2 = _load_pieces(v_base, key, valid, stride_v, FIRST, SECOND, HEAD_DIM)
     if POSITIONS:
         pq_ptr += head * HEAD_DIM
         pk_ptr += head * HEAD_DIM
         position = tl.load(key_position_ptr + key_start + key, mask=valid, other=0)
-        pk = _load_piece(pk_ptr, position, valid, stride_p, 0, FIRST, HEAD_DIM)
-        if SECOND > 0:
-            pk2 = _load_piece(pk_ptr, position, valid, stride_p, FIRST, SECOND, HEAD_DIM)
+        pk, pk2 = _load_pieces(pk_ptr, position, valid, stride_p, FIRST, SECOND, HEAD_DIM)
     if RELATIVE:
         row_ptr += head * num_entries
         key_code = tl.load(key_code_ptr + key_start + key, mask=valid, other=0)
     if CONTENT_GRAD:
-        dk = tl.zeros([OWNED, FIRST], tl.float32)
-        dv = tl.zeros([OWNED, FIRST], tl.float32)
-        if SECOND > 0:
-            dk2 = tl.zeros([OWNED, SECOND], tl.float32)
-            dv2 = tl.zeros([OWNED, SECOND], tl.float32)
+        dk, dk2 = _zeros(OWNED, FIRST, SECOND)
+        dv, dv2 = _zeros(OWNED, FIRST, SECOND)
     if POSITION_GRAD:
-        dpk = tl.zeros([OWNED, FIRST], tl.float32)
-        if SECOND > 0:
-            dpk2 = tl.zeros([OWNED, SECOND], tl.float32)
+        dpk, dpk2 = _zeros(OWNED, FIRST, SECOND)
     for start in range(first if CAUSAL else 0, query_length, STEP):
         query = start + tl.arange(0, STEP)
         query_valid = query < query_length
-        q = _load_piece(q_base, query, query_valid, stride_q, 0, FIRST, HEAD_DIM)
-        logits = _dot(k, tl.trans(q))
-        if SECOND > 0:
-            q2 = _load_piece(q_base, query, query_valid, stride_q, FIRST, SECOND, HEAD_DIM)
-            logits += _dot(k2, tl.trans(q2))
+        q, q2 = _load_pieces(q_base, query, query_valid, stride_q, FIRST, SECOND, HEAD_DIM)
+        logits = _products(k, k2, q, q2, SECOND)
         if POSITIONS:
             query_position = tl.load(query_position_ptr + query_start + query, mask=query_valid, other=0)
-            pq = _load_piece(pq_ptr, query_position, query_valid, stride_p, 0, FIRST, HEAD_DIM)
-            logits += _dot(pk, tl.trans(pq))
-            if SECOND > 0:
-                pq2 = _load_piece(pq_ptr, query_position, query_valid, stride_p, FIRST, SECOND, HEAD_DIM)
-                logits += _dot(pk2, tl.trans(pq2))
+            pq, pq2 = _load_pieces(pq_ptr, query_position, query_valid, stride_p, FIRST, SECOND, HEAD_DIM)
+            logits += _products(pk, pk2, pq, pq2, SECOND)
         logits = logits * (scale * _LOG2_E)
         if RELATIVE:
             query_code = tl.load(query_code_ptr + query_start + query, mask=query_valid, other=0)
@@ -468,11 +384,8 @@ def _keys_kernel(
             logits = tl.where(query[None, :] >= key[:, None], logits, _MASKED)
         lse = tl.load(lse_ptr + statistics + query, mask=query_valid, other=-_MASKED)
         probs = tl.exp2(logits - lse[None, :])  # owned rows that do not exist hold anything: they are not stored
-        dout = _load_piece(dout_base, query, query_valid, width, 0, FIRST, HEAD_DIM)
-        dprobs = _dot(v, tl.trans(dout))
-        if SECOND > 0:
-            dout2 = _load_piece(dout_base, query, query_valid, width, FIRST, SECOND, HEAD_DIM)
-            dprobs += _dot(v2, tl.trans(dout2))
+        dout, dout2 = _load_pieces(dout_base, query, query_valid, width, FIRST, SECOND, HEAD_DIM)
+        dprobs = _products(v, v2, dout, dout2, SECOND)
         if DROPOUT:
             kept = _kept(seed_ptr, example, num_heads, head, query[None, :], key[:, None], key_length, dropout)
             dprobs = dprobs * kept
@@ -481,33 +394,22 @@ def _keys_kernel(
         if CONTENT_GRAD:
             if DROPOUT:
                 probs = probs * kept
-            low = probs.to(dout.dtype)
-            dv += _dot(low, dout)
-            dk += _dot(dlogits, q)
-            if SECOND > 0:
-                dv2 += _dot(low, dout2)
-                dk2 += _dot(dlogits, q2)
+            dv, dv2 = _add_products(dv, dv2, probs.to(dout.dtype), dout, dout2, SECOND)
+            dk, dk2 = _add_products(dk, dk2, dlogits, q, q2, SECOND)
         if POSITION_GRAD:
-            dpk += _dot(dlogits, pq)
-            if SECOND > 0:
-                dpk2 += _dot(dlogits, pq2)
+            dpk, dpk2 = _add_products(dpk, dpk2, dlogits, pq, pq2, SECOND)
     if CONTENT_GRAD:
         dk_base = _base(dk_ptr, key_start, width, head, HEAD_DIM)
         dv_base = _base(dv_ptr, key_start, width, head, HEAD_DIM)
-        _store_piece(dk_base, dk * scale, key, valid, width, 0, FIRST, HEAD_DIM)
-        _store_piece(dv_base, dv * head_scale, key, valid, width, 0, FIRST, HEAD_DIM)
-        if SECOND > 0:
-            _store_piece(dk_base, dk2 * scale, key, valid, width, FIRST, SECOND, HEAD_DIM)
-            _store_piece(dv_base, dv2 * head_scale, key, valid, width, FIRST, SECOND, HEAD_DIM)
+        _store_pieces(dk_base, dk * scale, dk2 * scale, key, valid, width, FIRST, SECOND, HEAD_DIM)
+        _store_pieces(dv_base, dv * head_scale, dv2 * head_scale, key, valid, width, FIRST, SECOND, HEAD_DIM)
     if POSITION_GRAD:
         dpk_base = _base(dpk_ptr, key_start, width, head, HEAD_DIM)
-        _store_piece(dpk_base, dpk * scale, key, valid, width, 0, FIRST, HEAD_DIM)
-        if SECOND > 0:
-            _store_piece(dpk_base, dpk2 * scale, key, valid, width, FIRST, SECOND, HEAD_DIM)
+        _store_pieces(dpk_base, dpk * scale, dpk2 * scale, key, valid, width, FIRST, SECOND, HEAD_DIM)
 
 
 @triton.jit
-def _gather_sum_kernel(x_ptr, order_ptr, starts_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def gather_sum_kernel(x_ptr, order_ptr, starts_ptr, out_ptr, width, BLOCK: tl.constexpr):
     """out[u] = sum of x[order[starts[u] : starts[u + 1]]], in that order: [N, D] -> [U, D], fp32."""
     position = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -520,7 +422,7 @@ def _gather_sum_kernel(x_ptr, order_ptr, starts_ptr, out_ptr, width, BLOCK: tl.c
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
+class Form:
     """What of the attention is there, as the kernels' constants."""
 
     head_dim: int
@@ -538,7 +440,7 @@ class _Form:
     def constants(self, step: int) -> dict[str, object]:
         first, second = self.pieces()
         return {
-            "HEAD_DIM": self.head_dim, "FIRST": first, "SECOND": second, "OWNED": _OWNED, "STEP": step,
+            "HEAD_DIM": self.head_dim, "FIRST": first, "SECOND": second, "OWNED": OWNED, "STEP": step,
             "POSITIONS": self.positions, "RELATIVE": self.relative, "CAUSAL": self.causal, "DROPOUT": self.dropout,
         }  # fmt: skip
 
@@ -573,159 +475,6 @@ class _Form:
         return [{"CONTENT_GRAD": True, "POSITION_GRAD": self.positions}]
 
 
-def _form(q: Tensor, head_scale: Tensor, pq: Tensor, num_entries: int, causal: bool, dropout: float) -> _Form:
-    return _Form(q.shape[1] // head_scale.shape[0], pq.numel() > 0, num_entries > 0, causal, dropout > 0)
-
-
-def _launch(kernel: object, side: Side, num_heads: int, arguments: list[object], constants: dict[str, object]) -> None:
-    kernel[len(side.tiles), num_heads](*arguments, **constants, num_warps=_OWNED // 16, num_stages=2)
-
-
-@torch.library.custom_op("ofa_kernels::attention_forward", mutates_args=())
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, pq: Tensor, pk: Tensor, pq_low: Tensor, pk_low: Tensor, row: Tensor,
-    head_scale: Tensor, seed: Tensor, sides: list[Tensor], num_entries: int, causal: bool, scale: float,
-    dropout: float, deterministic: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out [N, D] in the dtype of q, lse [H, N]).
-
-    pq [U, D] and pk [V, D] carry the gradient in fp32, *_low are their values in the dtype of q.
-    """
-    num_heads, form = head_scale.shape[0], _form(q, head_scale, pq_low, num_entries, causal, dropout)
-    queries, keys = Side(*sides[:6]), Side(*sides[6:])
-    out = q.new_empty(q.shape)
-    lse = q.new_empty(num_heads, q.shape[0], dtype=torch.float32)
-    arguments = [
-        q, k, v, pq_low, pk_low, row, head_scale, seed, queries.offsets, keys.offsets, queries.tiles,
-        queries.position, keys.position, queries.code, keys.code, out, lse, len(queries.offsets) - 1, q.shape[0],
-        q.stride(0), k.stride(0), v.stride(0), q.shape[1], num_entries, scale, dropout,
-    ]  # fmt: skip
-    _launch(_forward_kernel, queries, num_heads, arguments, form.constants(form.forward_step()))
-    return out, lse
-
-
-@_forward.register_fake
-def _forward_fake(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-    head_scale = others[7]
-    return q.new_empty(q.shape), q.new_empty(head_scale.shape[0], q.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("ofa_kernels::attention_backward", mutates_args=())
-def _backward(
-    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, pq: Tensor, pk: Tensor, row: Tensor,
-    head_scale: Tensor, seed: Tensor, sides: list[Tensor], num_entries: int, causal: bool, scale: float,
-    dropout: float, deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, pq [U, D] and pk [V, D] in fp32, row [H, R], head_scale [H]."""
-    num_heads, form = head_scale.shape[0], _form(q, head_scale, pq, num_entries, causal, dropout)
-    queries, keys = Side(*sides[:6]), Side(*sides[6:])
-    dq, dk, dv = (q.new_empty(x.shape) for x in (q, k, v))
-    dpq, dpk = (q.new_empty(x.shape if form.positions else (0,), dtype=torch.float32) for x in (q, k))
-    fixed = _fixed_point(dout, v, head_scale, dropout) if form.relative and deterministic else lse
-    drow = row.new_zeros(row.shape, dtype=torch.int64 if deterministic else torch.float32)
-    dscale = lse.new_empty(num_heads, len(queries.tiles))
-    delta = torch.empty_like(lse)
-    block = triton.next_power_of_2(form.head_dim)
-    _delta_kernel[len(q), num_heads](out, dout, delta, len(q), HEAD_DIM=form.head_dim, BLOCK=block, num_warps=1)
-    inputs = [q, k, v, pq, pk, row, head_scale, seed, dout, lse, delta]
-    places = [queries.position, keys.position, queries.code, keys.code]
-    numbers = [
-        len(queries.offsets) - 1, q.shape[0], q.stride(0), k.stride(0), v.stride(0), q.shape[1], num_entries, scale,
-        dropout,
-    ]  # fmt: skip
-    arguments = [*inputs, fixed, queries.offsets, keys.offsets, queries.tiles, *places, dq, dpq, drow, dscale, *numbers]
-    for step, grads in form.query_passes(deterministic):
-        _launch(_queries_kernel, queries, num_heads, arguments, form.constants(step) | grads)
-    arguments = [*inputs, queries.offsets, keys.offsets, keys.tiles, *places, dk, dv, dpk, *numbers]
-    for grads in form.key_passes():
-        _launch(_keys_kernel, keys, num_heads, arguments, form.constants(form.keys_step()) | grads)
-    if deterministic and form.relative:
-        drow = drow.double() / fixed
-    dpq_UD, dpk_VD = (_sum_of_positions(x, side) if form.positions else x for x, side in ((dpq, queries), (dpk, keys)))
-    return dq, dk, dv, dpq_UD, dpk_VD, drow.to(row.dtype), dscale.sum(1).to(head_scale.dtype)
-
-
-@_backward.register_fake
-def _backward_fake(
-    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, pq: Tensor, pk: Tensor, *others: object
-) -> tuple[Tensor, ...]:
-    wide = (x.new_empty(x.shape, dtype=torch.float32) for x in (pq, pk))
-    return *(x.new_empty(x.shape) for x in (q, k, v)), *wide, *(x.new_empty(x.shape) for x in others[:2])
-
-
-def _fixed_point(dout: Tensor, v: Tensor, head_scale: Tensor, dropout: float) -> Tensor:
-    """The power of two [1] by which gradients of logits are multiplied to be summed as 64-bit integers.
-
-    |dlogit| <= 2 max |head scale| max |dout| max |v| / (1 - dropout), and an entry sums at most N * M of them: 2**60
-    over that leaves no sum above 2**61 and, at 4096 tokens, 36 bits below the largest gradient there could be.
-    """
-    num_heads = head_scale.shape[0]
-    longest = [
-        torch.linalg.vector_norm(x.view(x.shape[0], num_heads, -1), dim=-1, dtype=torch.float32).amax()
-        for x in (dout, v)
-    ]
-    bound = 2 * head_scale.float().abs().amax() * longest[0] * longest[1] / (1 - dropout)
-    exponent = (60 - torch.log2(bound) - torch.log2(bound.new_tensor(dout.shape[0] * v.shape[0]))).floor()
-    return torch.exp2(exponent.clamp(max=100.0)).reshape(1)
-
-
-def _sum_of_positions(x_ND: Tensor, side: Side) -> Tensor:
-    width = x_ND.shape[1]
-    out_UD = x_ND.new_empty(len(side.starts) - 1, width)
-    block = min(1024, triton.next_power_of_2(width))
-    grid = (out_UD.shape[0], triton.cdiv(width, block))
-    _gather_sum_kernel[grid](x_ND, side.order, side.starts, out_UD, width, BLOCK=block)
-    return out_UD
-
-
-def _setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, _, _, pq_low, pk_low, row, head_scale, seed, sides, *ctx.settings = inputs
-    ctx.save_for_backward(*output, q, k, v, pq_low, pk_low, row, head_scale, seed, *sides)
-
-
-def _autograd(ctx: object, dout: Tensor, _: Tensor) -> tuple:
-    saved = ctx.saved_tensors
-    dq, dk, dv, dpq, dpk, drow, dscale = _backward(dout.contiguous(), *saved[:10], list(saved[10:]), *ctx.settings)
-    sides = [None] * len(saved[10:])
-    return dq, dk, dv, dpq, dpk, None, None, drow, dscale, None, sides, *[None] * len(ctx.settings)
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def attention_triton(
-    qkv: tuple[Tensor, Tensor, Tensor],
-    plan: TritonPlan,
-    positions: tuple[Tensor, ...],
-    row_HR: Tensor | None,
-    head_scale_H: Tensor,
-    *,
-    scale: float,
-    dropout: float,
-) -> Tensor:
-    """`attention` of a TritonPlan. positions: (pos_q [U, D], pos_k [V, D]) or (), fp32 where q is narrower.
-
-    Raises ValueError for fp64.
-    """
-    q = qkv[0]
-    if q.dtype == torch.float64:
-        raise ValueError("attention: kernel 'triton' computes in fp32; for float64 choose 'torch'")
-    q, k, v = (x.to(q.dtype) if x.stride(-1) == 1 else x.to(q.dtype).contiguous() for x in qkv)
-    if not len(q):
-        return q
-    if not len(k):
-        return torch.zeros_like(q)
-    nothing = q.new_empty(0, dtype=torch.float32)
-    pq, pk = positions or (nothing, nothing)
-    pq_low, pk_low = (x.detach().to(q.dtype) for x in (pq, pk))
-    row = nothing if row_HR is None else row_HR.float().contiguous()
-    # on the device, so that nothing waits for it; drawn only where it is needed, to leave the generator alone
-    seed = torch.randint(2**62, (1,), device=q.device) if dropout else q.new_zeros(1, dtype=torch.int64)
-    sides = [*plan.queries.tensors(), *plan.keys.tensors()]
-    settings = (plan.num_entries, plan.causal, scale, dropout, plan.deterministic)
-    return _forward(q, k, v, pq, pk, pq_low, pk_low, row, head_scale_H, seed, sides, *settings)[0]
-
-
 HEAD_DIMS = (64, 80)
 """Of OFA's sizes: 80 is huge's and the 6B's."""
 MORE_HEAD_DIMS = (88, 96, 128)
@@ -747,30 +496,30 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         for head_dim in HEAD_DIMS + (MORE_HEAD_DIMS if every else ())
         for name, flags in forms.items()
         for dtype in (torch.bfloat16, torch.float16)
-        for case in _compile_form(_Form(head_dim, **flags), name, dtype)
+        for case in _compile_form(Form(head_dim, **flags), name, dtype)
     ]
 
 
-def _compile_form(form: _Form, name: str, dtype: torch.dtype) -> list[CompileCase]:
+def _compile_form(form: Form, name: str, dtype: torch.dtype) -> list[CompileCase]:
     def case(kernel: str, function: object, step: int, **constants: object) -> CompileCase:
         return CompileCase(
             kernel=f"attention {kernel}, {name}", function=function, size=form.head_dim, dtype=dtype,
             arguments={argument: _type_of(argument, constants) for argument in function.arg_names},
-            constants=form.constants(step) | constants, num_warps=_OWNED // 16, num_stages=2, tensor_cores=True,
+            constants=form.constants(step) | constants, num_warps=NUM_WARPS, num_stages=NUM_STAGES, tensor_cores=True,
             aligned=("stride_q", "stride_k", "stride_v", "stride_p"),
         )  # fmt: skip
 
-    cases = [case("forward", _forward_kernel, form.forward_step())]
+    cases = [case("forward", forward_kernel, form.forward_step())]
     for deterministic in (True, False):
         for step, grads in form.query_passes(deterministic):
             if grads["ROW_GRAD"]:
                 kernel = "row" if deterministic else "row, fast"
-                cases.append(case(kernel, _queries_kernel, step, **grads))
+                cases.append(case(kernel, queries_kernel, step, **grads))
             elif deterministic:
-                cases.append(case("queries", _queries_kernel, step, **grads))
+                cases.append(case("queries", queries_kernel, step, **grads))
     for grads in form.key_passes():
         kernel = "keys" if grads["CONTENT_GRAD"] else "keys, positions"
-        cases.append(case(kernel, _keys_kernel, form.keys_step(), **grads))
+        cases.append(case(kernel, keys_kernel, form.keys_step(), **grads))
     return cases
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ofa_kernels import attention_triton
+from ofa_kernels import attention_ops_triton
 from ofa_kernels.attention import RelativeCodes, Tokens, attention, plan_attention, position_terms
 
 NAMES = ("q", "k", "v", "pos_q", "pos_k", "row", "head scale")
@@ -230,8 +230,8 @@ def test_a_token_sees_only_its_own_example(case: Case) -> None:
 
 
 OWN_OPERATORS = {
-    "attention_forward": attention_triton._forward,
-    "attention_backward": attention_triton._backward,
+    "attention_forward": attention_ops_triton._forward,
+    "attention_backward": attention_ops_triton._backward,
 }
 
 
@@ -418,4 +418,4 @@ def test_unknown_kernels_are_named() -> None:
 
 def test_the_cpu_runs_plain_torch_unless_told_otherwise() -> None:
     plan = plan_attention(*Case((3,)).sides(), relative=None, causal=False)
-    assert not isinstance(plan, attention_triton.TritonPlan)
+    assert not isinstance(plan, attention_ops_triton.TritonPlan)
