@@ -159,13 +159,14 @@ def test_batch_sizes_that_do_not_divide_are_refused_at_once(make):
 
 
 PROGRAM = """
-import json, multiprocessing, sys, time
+import json, multiprocessing, signal, sys, time
 from ofa_ds.config import BatchConfig, DataConfig
 from ofa_ds.data.loader import Loader
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     data = DataConfig(image_size=64, infill_image_size=32, code_image_size=16, sample_patches=8, workers=2)
     shards, vocab = Shards(sys.argv[1]), load_vocab(sys.argv[2])
     loader = Loader(shards=shards, vocab=vocab, config=data, batch=BatchConfig(global_rows=24, micro_rows=4), seed=1)
