@@ -294,7 +294,7 @@ def _add_checkpoint(commands) -> None:  # noqa: ANN001
 
 
 def _checkpoint_show(options: argparse.Namespace) -> None:
-    from ofa_ds.checkpoint.load import describe
+    from ofa_ds.checkpoint.verify import describe
 
     facts = describe(options.checkpoint)
     if options.json:

@@ -39,6 +39,8 @@ class Piece:
     start: int
     numel: int
     trainable: bool
+    kinds: tuple[str, ...]
+    """What there is of the parameter, on any rank: the moments exist from the first optimizer step on."""
     even: bool
     """Cut by the stage 3 rule, so that (shape, rank, world size) tells start and numel."""
     tensors: dict[str, Tensor]
@@ -54,13 +56,15 @@ def even_range(total: int, rank: int, world_size: int) -> tuple[int, int]:
 
 def pieces(wrapped: Any) -> Iterator[Piece]:
     """Every parameter, tied ones once, in the order of `named_parameters`, with what this rank is to write of it."""
+    stepped = _adam_step(wrapped) > 0
     for name, parameter in wrapped.module.named_parameters():
         shape, start, numel, even = _owned(parameter)
+        kinds = KINDS if parameter.requires_grad and stepped else KINDS[:1]
         tensors = {}
         if numel:
             views = _views(wrapped, parameter)
             if views is not None:
-                tensors = {kind: view[:numel].detach() for kind, view in views.items()}
+                tensors = {kind: view[:numel].detach() for kind, view in views.items() if kind in kinds}
             elif hasattr(parameter, "ds_id"):
                 tensors = {"weight": parameter.ds_tensor.detach().view(-1)[:numel].float()}
             else:
@@ -71,6 +75,7 @@ def pieces(wrapped: Any) -> Iterator[Piece]:
             start=start,
             numel=numel,
             trainable=parameter.requires_grad,
+            kinds=kinds,
             even=even,
             tensors=tensors,
         )

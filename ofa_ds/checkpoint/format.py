@@ -1,13 +1,18 @@
-"""The files of a checkpoint, version 1.
+"""The files of a checkpoint, version 2.
 
     RUN_DIR/latest                            name of the newest checkpoint, for people and scripts
     RUN_DIR/step_00000500/manifest.json       who holds what, checksums, counters, recipe; written last
     RUN_DIR/step_00000500/rank_00000.safetensors ...     one file per rank
 
-A rank's file holds its flat pieces: `weight|NAME`, `exp_avg|NAME`, `exp_avg_sq|NAME` (fp32), `rng|torch`, `rng|cuda`
-(uint8); rank 0's also `buffer|NAME` whole. Its `__metadata__` has one xxh3-64 per tensor. In the manifest, a tensor's
-`parts` is "even" (ceil(n / world_size) elements a rank, in order; the last ones fewer or none) or the sorted list
-[rank, start, numel]. The manifest's first line carries the xxh3-128 of all bytes after it.
+A rank's file holds its flat pieces of the parameters in the manifest's order, for each one its kinds in order:
+`weight|NAME`, `exp_avg|NAME`, `exp_avg_sq|NAME`, and `ema|NAME` where there is one (fp32); empty pieces are left out.
+Then come `rng|torch` and `rng|cuda` (uint8), and in rank 0's `buffer|NAME` and `ema_buffer|NAME` whole. So the manifest
+alone says at which byte an element is: no header is read to load one.
+
+In the manifest, a tensor's `parts` is "even" (ceil(n / world_size) elements a rank, in order; the last ones fewer or
+none) or the sorted list [rank, start, numel]. Its first line carries the xxh3-128 of all bytes after it; it holds that
+of each file's header, a header holds the xxh3-64 of each of its tensors: every byte is covered, and each tensor can be
+checked alone.
 """
 
 from __future__ import annotations
@@ -16,36 +21,29 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
-from torch import Tensor
+
+from ofa_ds.checkpoint.tensor_file import DamagedError, check_size, whole_numbers
+from ofa_ds.engine_state import MOMENTS
 
 FORMAT = "ofa-ds checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
+KINDS = ("weight", *MOMENTS, "ema")
+"""What there may be of a parameter, all fp32; the weight is always there."""
 
 Manifest = dict[str, Any]
 
 _FIRST_LINE = re.compile(rb'\{"xxh3_128": "([0-9a-f]{32})",\n')
-_STEP_DIR = re.compile(r"step_(\d{8,})(\.old)?")
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _MAX_ELEMENTS = 2**48
-_DTYPES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
-    torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
-}  # fmt: skip
-_TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
-
-
-class DamagedError(ValueError):
-    """A checkpoint is not what was written, or was never finished; the message names the file."""
+_MAX_MANIFEST_BYTES = 1 << 28
 
 
 def file_name(rank: int) -> str:
@@ -54,136 +52,6 @@ def file_name(rank: int) -> str:
 
 def directory_name(step: int) -> str:
     return f"step_{step:08d}"
-
-
-def step_directories(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of all that looks like a checkpoint, newest first; a replaced one after its successor."""
-    if not run_dir.is_dir():
-        return []
-    found = [(match, path) for path in run_dir.iterdir() if (match := _STEP_DIR.fullmatch(path.name)) and path.is_dir()]
-    found.sort(key=lambda item: (-int(item[0][1]), item[0][2] is not None))
-    return [(int(match[1]), path) for match, path in found]
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file and make it durable. Returns its manifest entry: name, bytes, xxh3_128."""
-    header: dict[str, Any] = {}
-    sums: dict[str, str] = {}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        sums[name] = xxhash.xxh3_64_hexdigest(_bytes_of(tensor))
-    text = json.dumps({"__metadata__": sums, **header}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    whole = xxhash.xxh3_128()
-    with open(path, "xb", buffering=1 << 22) as file:
-        for block in _blocks(text, tensors.values()):
-            whole.update(block)
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"name": path.name, "bytes": 8 + len(text) + end, "xxh3_128": whole.hexdigest()}
-
-
-def _blocks(header: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
-    yield len(header).to_bytes(8, "little")
-    yield header
-    for tensor in tensors:
-        yield _bytes_of(tensor)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-class TensorFile:
-    """A safetensors file, mapped into memory; nothing but the header is read before it is asked for.
-
-    Raises DamagedError where the header does not describe exactly the bytes of the file.
-    """
-
-    def __init__(self, path: Path, *, num_bytes: int) -> None:
-        self.path = path
-        check_size(path, num_bytes)
-        self._data = np.memmap(path, dtype=np.uint8, mode="r")
-        length = int.from_bytes(self._data[:8].tobytes(), "little")
-        if not 2 <= length <= min(_MAX_HEADER_BYTES, num_bytes - 8):
-            raise DamagedError(f"{path}: a header of {length} bytes in a file of {num_bytes}")
-        try:
-            header = json.loads(self._data[8 : 8 + length].tobytes())
-            self._sums: dict[str, str] = header.pop("__metadata__")
-            self._entries = {name: _entry(**fields) for name, fields in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DamagedError(f"{path}: the header is not a safetensors header of ours: {error}") from error
-        self._begin = 8 + length
-        end = 0
-        for name, entry in self._entries.items():
-            if entry.start != end:
-                raise DamagedError(f"{path}: {name} starts at byte {entry.start}, want {end}")
-            end = entry.end
-        if self._begin + end != num_bytes:
-            raise DamagedError(f"{path}: tensors end at byte {self._begin + end} of {num_bytes}")
-
-    def names(self) -> list[str]:
-        return list(self._entries)
-
-    def read(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
-        """Elements start : start + numel of the flat tensor, or the whole tensor in its shape. Always a copy."""
-        entry = self._entries.get(name)
-        if entry is None:
-            raise DamagedError(f"{self.path}: holds no {name}")
-        size, total = entry.dtype.itemsize, math.prod(entry.shape)
-        count = total if numel is None else numel
-        if start < 0 or start + count > total:
-            raise DamagedError(f"{self.path}: {name} has {total} elements, want {start} to {start + count}")
-        first = self._begin + entry.start + start * size
-        raw = torch.from_numpy(self._data[first : first + count * size].copy())
-        flat = raw.view(entry.dtype) if count else torch.empty(0, dtype=entry.dtype)
-        return flat.reshape(entry.shape) if numel is None else flat
-
-    def check(self, name: str) -> str | None:
-        """None, or what is wrong with the bytes of one tensor."""
-        entry = self._entries[name]
-        got = xxhash.xxh3_64_hexdigest(self._data[self._begin + entry.start : self._begin + entry.end])
-        want = self._sums.get(name)
-        return None if got == want else f"{self.path}: {name} has checksum {got}, was written with {want}"
-
-
-@dataclass(frozen=True)
-class _Entry:
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> _Entry:
-    start, end = data_offsets
-    want = math.prod(_whole_numbers(shape)) * _TORCH_DTYPES[dtype].itemsize
-    if end - start != want:
-        raise ValueError(f"{shape} of {dtype} takes {want} bytes, offsets say {end - start}")
-    return _Entry(_TORCH_DTYPES[dtype], tuple(shape), start, end)
-
-
-def check_size(path: Path, num_bytes: int) -> None:
-    """Raises DamagedError where `path` is no plain file of that size; a link is refused."""
-    if path.is_symlink() or not path.is_file():
-        raise DamagedError(f"{path}: missing, or not a plain file")
-    found = path.stat().st_size
-    if found != num_bytes:
-        raise DamagedError(f"{path}: has {found} bytes, was written with {num_bytes}")
-
-
-def check_file(path: Path, entry: Mapping[str, Any]) -> None:
-    """Raises DamagedError where size or checksum differ from the manifest's entry."""
-    check_size(path, entry["bytes"])
-    whole = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            whole.update(block)
-    if whole.hexdigest() != entry["xxh3_128"]:
-        raise DamagedError(f"{path}: checksum {whole.hexdigest()}, was written with {entry['xxh3_128']}")
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -199,6 +67,8 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if path.is_symlink() or not path.is_file():
         raise DamagedError(f"{directory}: has no {MANIFEST}: not a checkpoint, or one that was never finished")
+    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise DamagedError(f"{path}: {path.stat().st_size} bytes are too many for a manifest")
     raw = path.read_bytes()
     first = _FIRST_LINE.match(raw)
     if not first or xxhash.xxh3_128_hexdigest(raw[first.end() :]).encode() != first[1]:
@@ -209,7 +79,11 @@ def read_manifest(directory: Path) -> Manifest:
         raise DamagedError(f"{path}: want {FORMAT!r} version {VERSION}, got {found}")
     try:
         _check_manifest(manifest)
-    except (KeyError, TypeError, ValueError) as error:
+        layout = Layout(manifest)
+        for rank, entry in enumerate(manifest["files"]):
+            if layout.begin(rank) + layout.num_bytes(rank) > entry["bytes"]:
+                raise ValueError(f"{entry['name']} of {entry['bytes']} bytes is too small for its tensors")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise DamagedError(f"{path}: {error!r} is wrong with it") from error
     for entry in manifest["files"]:
         check_size(directory / entry["name"], entry["bytes"])
@@ -217,48 +91,132 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _check_manifest(manifest: Manifest) -> None:
-    world_size, _ = _whole_numbers([manifest["world_size"], manifest["step"]])
+    world_size, _ = whole_numbers([manifest["world_size"], manifest["step"]])
     files = manifest["files"]
-    if len(files) != world_size:
+    if not world_size or len(files) != world_size:
         raise ValueError(f"{len(files)} files for {world_size} ranks")
     for rank, entry in enumerate(files):
         if entry["name"] != file_name(rank):  # so no name can lead out of the directory
             raise ValueError(f"file {entry['name']!r} of rank {rank}, want {file_name(rank)}")
-        _whole_numbers([entry["bytes"]])
+        whole_numbers([entry["bytes"], entry["header_bytes"]])
+    elements = 0
     for name, tensor in manifest["tensors"].items():
-        total = math.prod(_whole_numbers(tensor["shape"]))
-        if total > _MAX_ELEMENTS:
+        total = math.prod(whole_numbers(tensor["shape"]))
+        elements += total
+        if elements > _MAX_ELEMENTS:
             raise ValueError(f"{name} of {total} elements")
+        kinds = tuple(tensor["kinds"])
+        if kinds[:1] != KINDS[:1] or kinds != tuple(kind for kind in KINDS if kind in kinds):
+            raise ValueError(f"{name} has {kinds}, want some of {KINDS} in this order")
         if tensor["parts"] != "even":
             _check_parts(name, tensor["parts"], total, world_size)
+    for name in ("buffers", "ema_buffers"):
+        for shape in manifest[name].values():
+            if math.prod(whole_numbers(shape)) > _MAX_ELEMENTS:
+                raise ValueError(f"a buffer of {shape}")
 
 
 def _check_parts(name: str, parts: list[list[int]], total: int, world_size: int) -> None:
-    end = 0
+    end, seen = 0, set()
     for rank, start, numel in parts:
-        _whole_numbers([rank, start, numel])
-        if rank >= world_size or start != end:
+        whole_numbers([rank, start, numel])
+        if rank >= world_size or start != end or rank in seen:
             raise ValueError(f"{name}: part {[rank, start, numel]} after element {end}, {world_size} ranks")
         end += numel
+        seen.add(rank)
     if end != total:
         raise ValueError(f"{name}: parts hold {end} of {total} elements")
 
 
-def _whole_numbers(values: list[Any]) -> list[int]:
-    if not all(type(value) is int and value >= 0 for value in values):
-        raise ValueError(f"want whole numbers, got {values}")
-    return values
+@dataclass(frozen=True)
+class Overlap:
+    """Elements of a tensor in one rank's file."""
+
+    rank: int
+    start: int
+    """First of the tensor's elements in this file."""
+    numel: int
 
 
-def overlaps(tensor: Mapping[str, Any], world_size: int, start: int, numel: int) -> Iterator[tuple[int, int, int]]:
-    """(rank, its first element, its number of elements) of the parts that hold elements start : start + numel."""
-    if not numel:
-        return
-    end = start + numel
-    if tensor["parts"] != "even":
-        yield from ((rank, at, size) for rank, at, size in tensor["parts"] if at < end and at + size > start)
-        return
-    total = math.prod(tensor["shape"])
-    part = -(-total // world_size)
-    for rank in range(start // part, -(-end // part)):
-        yield rank, rank * part, min(part, total - rank * part)
+class Layout:
+    """Where the manifest puts each element: file and byte. Arithmetic only; reads nothing."""
+
+    def __init__(self, manifest: Mapping[str, Any]) -> None:
+        self.world_size: int = manifest["world_size"]
+        self._files = manifest["files"]
+        tensors = manifest["tensors"].values()
+        self._index = {name: k for k, name in enumerate(manifest["tensors"])}
+        self._kinds = {name: tuple(tensor["kinds"]) for name, tensor in manifest["tensors"].items()}
+        self._totals = np.array([math.prod(tensor["shape"]) for tensor in tensors], dtype=np.int64)
+        self._bytes = np.array([4 * len(tensor["kinds"]) for tensor in tensors], dtype=np.int64)
+        self._even = np.array([tensor["parts"] == "even" for tensor in tensors], dtype=bool)
+        self._parts = {
+            name: [Overlap(*part) for part in tensor["parts"]]
+            for name, tensor in manifest["tensors"].items()
+            if tensor["parts"] != "even"
+        }
+        self._listed: list[list[tuple[int, int]]] = [[] for _ in range(self.world_size)]
+        for name, parts in self._parts.items():
+            for part in parts:
+                self._listed[part.rank].append((self._index[name], part.numel))
+        self._ends: dict[int, np.ndarray] = {}
+
+    def begin(self, rank: int) -> int:
+        """First byte after the header of a rank's file."""
+        return 8 + self._files[rank]["header_bytes"]
+
+    def num_bytes(self, rank: int) -> int:
+        """Bytes of a rank's pieces of all parameters."""
+        ends = self._ends_of(rank)
+        return int(ends[-1]) if len(ends) else 0
+
+    def overlaps(self, name: str, start: int, numel: int) -> list[Overlap]:
+        """The parts that hold elements start : start + numel of a tensor."""
+        if not numel:
+            return []
+        end = start + numel
+        if name in self._parts:
+            return [part for part in self._parts[name] if part.start < end and part.start + part.numel > start]
+        total = int(self._totals[self._index[name]])
+        part = -(-total // self.world_size)
+        ranks = range(start // part, -(-end // part))
+        return [Overlap(rank, rank * part, min(part, total - rank * part)) for rank in ranks]
+
+    def byte(self, name: str, kind: str, part: Overlap) -> int:
+        """The byte of that rank's file at which its part of `kind` starts. Raises ValueError: there is no such kind."""
+        kinds = self._kinds[name]
+        if kind not in kinds:
+            raise ValueError(f"the checkpoint has no {kind} of {name}")
+        index = self._index[name]
+        end = int(self._ends_of(part.rank)[index])
+        return self.begin(part.rank) + end - 4 * part.numel * (len(kinds) - kinds.index(kind))
+
+    def _ends_of(self, rank: int) -> np.ndarray:
+        """[tensors] byte after each one's pieces in a rank's file, counted from the end of the header."""
+        if rank not in self._ends:
+            part = -(-self._totals // self.world_size)
+            numel = np.where(self._even, np.clip(self._totals - rank * part, 0, part), 0)
+            for index, count in self._listed[rank]:
+                numel[index] = count
+            self._ends[rank] = np.cumsum(numel * self._bytes)
+        return self._ends[rank]
+
+
+def flat_parts(numels: Mapping[str, int], world_size: int) -> dict[str, list[list[int]]]:
+    """How ZeRO stages 1 and 2 share trainable parameters out: one flat buffer, padded to 2 x ranks, cut evenly.
+
+    Returns [rank, start, numel] per tensor, as a manifest lists them.
+    """
+    share = -(-sum(numels.values()) // (2 * world_size)) * 2
+    result: dict[str, list[list[int]]] = {}
+    at = 0
+    for name, numel in numels.items():
+        parts, start = [], 0
+        while start < numel:
+            rank = (at + start) // share
+            count = min(numel - start, (rank + 1) * share - at - start)
+            parts.append([rank, start, count])
+            start += count
+        result[name] = parts
+        at += numel
+    return result

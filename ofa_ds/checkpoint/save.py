@@ -1,44 +1,34 @@
-"""Writing a checkpoint: all of it, or nothing that anyone would take for one.
+"""Saving a running engine: all of a checkpoint, or nothing that anyone would take for one.
 
 Every rank writes its file into a hidden directory and makes it durable; when all have reported their checksums, rank 0
 writes the manifest, renames the directory and switches `latest`. A process killed at any instant leaves the checkpoints
 before it as they were, and at most a hidden directory that the next save removes.
+
+`save` does it while training waits; `BackgroundSaver` copies the state and lets another process write it.
 """
 
 from __future__ import annotations
 
 import os
-import platform
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-import ofa_ds
-from ofa_ds.checkpoint.format import (
-    FORMAT,
-    LATEST,
-    MANIFEST,
-    VERSION,
-    Manifest,
-    directory_name,
-    file_name,
-    step_directories,
-    write_manifest,
-    write_tensors,
-)
+from ofa_ds.checkpoint.format import LATEST, MANIFEST, directory_name, file_name, write_manifest
+from ofa_ds.checkpoint.runs import remove, remove_leftovers, retire
+from ofa_ds.checkpoint.snapshot import Snapshot
+from ofa_ds.checkpoint.state import Facts, TensorInfo
+from ofa_ds.checkpoint.tensor_file import write_tensors
+from ofa_ds.checkpoint.write import PARTIAL, Parts, check_space, manifest_of, sync_directory
 
 if TYPE_CHECKING:
     from ofa_ds.engine import Engine
 
-_PARTIAL = ".partial_"
-_TRASH = ".trash_"
+_HEADER_BYTES_A_TENSOR = 300
 
 
 def save(engine: Engine, run_dir: str | Path, step: int, extra: Mapping[str, Any], *, keep: int = 3) -> Path:
@@ -47,31 +37,168 @@ def save(engine: Engine, run_dir: str | Path, step: int, extra: Mapping[str, Any
     extra: JSON values of the caller (recipe, data fingerprint). keep: how many checkpoints stay, this one included.
     Raises RuntimeError on every rank where any rank failed; the checkpoints before stay as they were.
     """
-    run_dir = Path(run_dir)
-    partial, final = run_dir / f"{_PARTIAL}{directory_name(step)}", run_dir / directory_name(step)
-    first = engine.ranks.rank == 0
-    engine.agree_on_buffers()
-    with _together(engine, final):
-        if first:
-            _remove_leftovers(run_dir)
-            partial.mkdir(parents=True)
-    report: dict[str, Any] = {}
-    with _together(engine, final):
+    target = Target(Path(run_dir), step, keep)
+    share = Share.of(engine)
+    prepare(engine, target, share)
+    entry: dict[str, Any] = {}
+    with _together(engine, target):
         try:
-            report = _write_rank(engine, partial)
+            entry = write_tensors(target.partial / file_name(engine.ranks.rank), share.tensors)
         except FileNotFoundError as error:
             raise OSError(f"{error}; run_dir must be on a file system that all hosts share") from error
-    reports = engine.gather(report)
-    with _together(engine, final):
-        if first:
-            write_manifest(partial / MANIFEST, _manifest(engine, step, extra, reports))
-            _commit(run_dir, partial, final)
-            _retire(run_dir, step, keep)
-    return final
+    commit(engine, target, share, Facts(step=step, state=engine.counters(), extra=dict(extra)), entry)
+    return target.final
+
+
+class BackgroundSaver:
+    """Saves without stopping: training waits for a copy of its state, another process writes and hashes it.
+
+    One save at a time: the next one waits for it. All ranks call each method together, except `is_done`.
+    """
+
+    def __init__(self, engine: Engine, run_dir: str | Path, *, keep: int = 3) -> None:
+        self._engine = engine
+        self._run_dir = Path(run_dir)
+        self._keep = keep
+        self._snapshot: Snapshot | None = None
+        self._pending: tuple[Target, Share, Facts] | None = None
+        self.failure: str | None = None
+        """Why the last save that ended did not become a checkpoint."""
+
+    def start(self, step: int, extra: Mapping[str, Any]) -> None:
+        """Copy the state of step `step` and have it written. Raises RuntimeError as `save` does."""
+        self.finish()
+        target, share = Target(self._run_dir, step, self._keep), Share.of(self._engine)
+        prepare(self._engine, target, share)
+        facts = Facts(step=step, state=self._engine.counters(), extra=dict(extra))
+        if self._snapshot is None or not self._snapshot.is_alive():
+            self._snapshot = Snapshot(share.tensors)
+        self._snapshot.take(share.tensors, target.partial / file_name(self._engine.ranks.rank))
+        self._pending = target, share.without_tensors(), facts
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a save was started and not yet committed; the same on all ranks."""
+        return self._pending is not None
+
+    def is_done(self) -> bool:
+        """Whether this rank's file is written, or failed to be."""
+        return self._snapshot is None or self._snapshot.is_done()
+
+    def finish(self) -> Path | None:
+        """Wait for the pending save and commit it; None where there is none, or it failed: see `failure`."""
+        if self._pending is None or self._snapshot is None:
+            return None
+        (target, share, facts), self._pending = self._pending, None
+        self.failure = None
+        try:
+            with _together(self._engine, target):
+                entry = self._snapshot.wait()
+            commit(self._engine, target, share, facts, entry)
+        except RuntimeError as error:
+            self.failure = str(error)
+            return None
+        return target.final
+
+    def close(self) -> None:
+        """End the writing process; a pending save is lost. Safe to call twice."""
+        if self._snapshot is not None:
+            self._snapshot.close()
+        self._snapshot = self._pending = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a checkpoint goes."""
+
+    run_dir: Path
+    step: int
+    keep: int
+
+    @property
+    def partial(self) -> Path:
+        return self.run_dir / f"{PARTIAL}{directory_name(self.step)}"
+
+    @property
+    def final(self) -> Path:
+        return self.run_dir / directory_name(self.step)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank contributes: its tensors, in the order of its file, and what the manifest says of them."""
+
+    tensors: dict[str, Tensor]
+    infos: dict[str, TensorInfo]
+    uneven: dict[str, tuple[int, int]]
+    """(start, numel) of pieces that no rule describes."""
+    buffers: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, engine: Engine) -> Share:
+        tensors: dict[str, Tensor] = {}
+        infos: dict[str, TensorInfo] = {}
+        uneven: dict[str, tuple[int, int]] = {}
+        engine.agree_on_buffers()
+        for piece in engine.pieces():
+            infos[piece.name] = TensorInfo(shape=piece.shape, trainable=piece.trainable, kinds=piece.kinds)
+            if not piece.even:
+                uneven[piece.name] = (piece.start, piece.numel)
+            for kind, tensor in piece.tensors.items():
+                tensors[f"{kind}|{piece.name}"] = tensor
+        tensors |= {f"rng|{name}": state for name, state in engine.rng_states().items()}
+        buffers = engine.buffers()
+        if engine.ranks.rank == 0:
+            tensors |= {f"buffer|{name}": buffer for name, buffer in buffers.items()}
+        return cls(tensors, infos, uneven, {name: tuple(buffer.shape) for name, buffer in buffers.items()})
+
+    def without_tensors(self) -> Share:
+        return Share({}, self.infos, self.uneven, self.buffers)
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes on the disk; never less."""
+        payload = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        return payload + _HEADER_BYTES_A_TENSOR * len(self.tensors)
+
+
+def prepare(engine: Engine, target: Target, share: Share) -> None:
+    """Clear what killed saves left, see whether there is room, make the hidden directory."""
+    total = sum(engine.gather(share.num_bytes))
+    with _together(engine, target):
+        if engine.ranks.rank == 0:
+            remove_leftovers(target.run_dir, PARTIAL)
+            target.partial.mkdir(parents=True)
+            check_space(target.partial, total, engine.ranks.world_size + 2)
+
+
+def commit(engine: Engine, target: Target, share: Share, facts: Facts, entry: dict[str, Any]) -> None:
+    """When every rank has its file: manifest, rename, `latest`; then delete what is older than `keep`."""
+    reports = engine.gather((entry, share.uneven))
+    with _together(engine, target):
+        if engine.ranks.rank == 0:
+            manifest = manifest_of(
+                share.infos, _parts([uneven for _, uneven in reports], share.infos),
+                files=[entry for entry, _ in reports], stage=engine.stage, facts=facts, buffers=share.buffers,
+            )  # fmt: skip
+            write_manifest(target.partial / MANIFEST, manifest)
+            _publish(target)
+            retire(target.run_dir, target.step, target.keep)
+
+
+def _parts(uneven: list[dict[str, tuple[int, int]]], infos: Mapping[str, TensorInfo]) -> Parts:
+    """Who holds what of each tensor, put together from what each rank said."""
+    parts: dict[str, str | list[list[int]]] = {}
+    for name in infos:
+        parts[name] = "even"
+        if name in uneven[0]:
+            ranges = [[rank, *report[name]] for rank, report in enumerate(uneven)]
+            parts[name] = sorted((part for part in ranges if part[2]), key=lambda part: part[1])
+    return parts
 
 
 @contextmanager
-def _together(engine: Engine, final: Path) -> Iterator[None]:
+def _together(engine: Engine, target: Target) -> Iterator[None]:
     """All ranks leave this block together; an OSError of one is a RuntimeError on all."""
     problem: str | None = None
     cause: OSError | None = None
@@ -82,111 +209,24 @@ def _together(engine: Engine, final: Path) -> Iterator[None]:
     failed = [text for text in engine.gather(problem) if text]
     if failed:
         why = "; ".join(failed[:3])
-        raise RuntimeError(f"{final} was not written ({why}); the checkpoints before it are untouched") from cause
+        text = f"{target.final} was not written ({why}); the checkpoints before it are untouched"
+        raise RuntimeError(text) from cause
 
 
-def _write_rank(engine: Engine, partial: Path) -> dict[str, Any]:
-    """Write this rank's file. Returns its manifest entry and the parts that no rule describes."""
-    tensors: dict[str, Tensor] = {}
-    parts: dict[str, tuple[int, int]] = {}
-    shapes: dict[str, dict[str, Any]] = {}
-    for piece in engine.pieces():
-        shapes[piece.name] = {"shape": list(piece.shape), "trainable": piece.trainable}
-        if not piece.even:
-            parts[piece.name] = (piece.start, piece.numel)
-        for kind, tensor in piece.tensors.items():
-            tensors[f"{kind}|{piece.name}"] = tensor
-    tensors |= {f"rng|{name}": state for name, state in engine.rng_states().items()}
-    buffers = engine.buffers()
-    if engine.ranks.rank == 0:
-        tensors |= {f"buffer|{name}": buffer for name, buffer in buffers.items()}
-    entry = write_tensors(partial / file_name(engine.ranks.rank), tensors)
-    report = {"file": entry, "parts": parts}
-    if engine.ranks.rank == 0:
-        report |= {"tensors": shapes, "buffers": {name: list(buffer.shape) for name, buffer in buffers.items()}}
-    return report
-
-
-def _manifest(engine: Engine, step: int, extra: Mapping[str, Any], reports: list[dict[str, Any]]) -> Manifest:
-    tensors: dict[str, dict[str, Any]] = {}
-    for name, facts in reports[0]["tensors"].items():
-        parts: str | list[list[int]] = "even"
-        if name in reports[0]["parts"]:
-            ranges = [[rank, *report["parts"][name]] for rank, report in enumerate(reports)]
-            parts = sorted((part for part in ranges if part[2]), key=lambda part: part[1])
-        tensors[name] = {**facts, "parts": parts}
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": step,
-        "world_size": engine.ranks.world_size,
-        "zero_stage": engine.stage,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "code": _code_version(),
-        "state": engine.counters(),
-        "extra": dict(extra),
-        "files": [report["file"] for report in reports],
-        "buffers": reports[0]["buffers"],
-        "tensors": tensors,
-    }
-
-
-def _code_version() -> dict[str, str]:
-    return {
-        "ofa_ds": ofa_ds.__version__,
-        "torch": torch.__version__,
-        "deepspeed": version("deepspeed"),
-        "python": platform.python_version(),
-    }
-
-
-def _commit(run_dir: Path, partial: Path, final: Path) -> None:
-    _sync_directory(partial)
+def _publish(target: Target) -> None:
+    final = target.final
+    sync_directory(target.partial)
     old = final.with_name(f"{final.name}.old")
     if final.exists():  # the same step again; a reader falls back to .old between the two renames
         if old.exists():
-            _remove(old)
+            remove(old)
         os.rename(final, old)
-    os.rename(partial, final)
-    _sync_directory(run_dir)
-    pointer = run_dir / f"{_PARTIAL}{LATEST}"
+    os.rename(target.partial, final)
+    sync_directory(target.run_dir)
+    pointer = target.run_dir / f"{PARTIAL}{LATEST}"
     with open(pointer, "w", encoding="utf-8") as file:
         file.write(f"{final.name}\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(pointer, run_dir / LATEST)
-    _sync_directory(run_dir)
-
-
-def _retire(run_dir: Path, step: int, keep: int) -> None:
-    """Delete what is older than the newest `keep`; what claims a later step than this one is not ours to judge."""
-    mine = [(at, path) for at, path in step_directories(run_dir) if at <= step]
-    kept = {path for _, path in [item for item in mine if not item[1].name.endswith(".old")][:keep]}
-    for _, path in mine:
-        if path not in kept:
-            _remove(path)
-
-
-def _remove(directory: Path) -> None:
-    """Out of sight first: a half-deleted checkpoint must not look like a damaged one."""
-    trash = directory.with_name(f"{_TRASH}{directory.name}")
-    shutil.rmtree(trash, ignore_errors=True)
-    os.rename(directory, trash)
-    shutil.rmtree(trash)
-
-
-def _remove_leftovers(run_dir: Path) -> None:
-    for pattern in (f"{_PARTIAL}*", f"{_TRASH}*"):
-        for path in run_dir.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.replace(pointer, target.run_dir / LATEST)
+    sync_directory(target.run_dir)

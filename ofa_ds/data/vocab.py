@@ -20,9 +20,9 @@ import numpy as np
 import xxhash
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from ofa_ds.data.progress import track
 from ofa_ds.data.text import clean_caption, clean_question
 from ofa_ds.data.vocab_files import META, SPECIALS, Files, read_files, tokenizer_of, write_files
+from ofa_ds.progress import track
 
 if TYPE_CHECKING:
     from ofa_ds.data.shards import Shards

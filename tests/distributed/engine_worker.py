@@ -21,7 +21,7 @@ from toy import Toy, toy_batch
 
 from ofa_ds import checkpoint
 from ofa_ds.checkpoint.format import read_manifest
-from ofa_ds.checkpoint.load import Reader
+from ofa_ds.checkpoint.state import Reader
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
 from ofa_ds.engine import Engine, build, init_distributed, load_deepspeed_config
 from ofa_ds.loss import group_counts, group_sums
@@ -217,7 +217,8 @@ def reshard(ranks: Any, folder: Path) -> list[dict[str, Any]]:
 
 def whole_tensors(path: Path) -> dict[str, Tensor]:
     """Every parameter's weight and moments and every buffer, put together from all files."""
-    reader = Reader(path, read_manifest(path), check=True)
+    assert checkpoint.verify(path) == []
+    reader = Reader(path, read_manifest(path))
     result = {name: reader.buffer(name) for name in reader.manifest["buffers"]}
     for name, tensor in reader.manifest["tensors"].items():
         for kind in ("weight", "exp_avg", "exp_avg_sq") if tensor["trainable"] else ("weight",):

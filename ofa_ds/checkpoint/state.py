@@ -1,0 +1,175 @@
+"""A training state that can be read piece by piece, wherever it comes from; and the one that is our checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ofa_ds.checkpoint.format import Layout, Manifest
+from ofa_ds.checkpoint.tensor_file import TensorFile, bytes_of, read_into
+
+_OPEN_FILES = 64
+_OPEN_HEADERS = 4
+"""A header of the 6B has some 6,000 entries; 1,024 of them would not fit the memory that conversions promise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """A parameter."""
+
+    shape: tuple[int, ...]
+    trainable: bool = True
+    kinds: tuple[str, ...] = ("weight",)
+    """What there is of it, of format.KINDS in that order."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """All of a training state that is no tensor; the same names as in the manifest."""
+
+    step: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+    """What `Engine.counters` gives: Adam's step, DeepSpeed's counters, the loss scale."""
+    rng_ranks: int | None = None
+    """Ranks of the run whose generator states there are; None: as many as there are files."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """`recipe`, `identity` (fingerprints of data and vocabulary), `origin` of what was imported."""
+
+
+class TrainingState(Protocol):
+    """What converters write, and what they give to be written. Names are the official ones (spec 01 section 12)."""
+
+    tensors: Mapping[str, TensorInfo]
+    buffers: Mapping[str, tuple[int, ...]]
+    """Shapes by name; so is `ema_buffers`, the moving average's own."""
+    ema_buffers: Mapping[str, tuple[int, ...]]
+    facts: Facts
+
+    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
+        """Elements start : start + numel of the flat tensor: fp32 [numel]."""
+        ...
+
+    def buffer(self, name: str) -> Tensor:
+        """Whole, in its own dtype."""
+        ...
+
+    def ema_buffer(self, name: str) -> Tensor: ...
+
+    def rng(self, rank: int) -> dict[str, Tensor]:
+        """Generator states (uint8) of a rank by name; empty where there are none."""
+        ...
+
+    def again(self) -> TrainingState:
+        """The same state for another thread."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignState:
+    """A training state read from another program's files."""
+
+    tensors: Mapping[str, TensorInfo]
+    buffers: Mapping[str, tuple[int, ...]]
+    ema_buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    facts: Facts
+    read: Callable[[str, str, int, int], Tensor]
+    buffer: Callable[[str], Tensor]
+    ema_buffer: Callable[[str], Tensor] = field(default=lambda name: torch.empty(0))
+
+    def rng(self, rank: int) -> dict[str, Tensor]:
+        return {}
+
+    def again(self) -> ForeignState:
+        return self  # its reads keep nothing between them
+
+
+class Reader:
+    """Flat ranges of a checkpoint's tensors: the manifest says which bytes those are, and only they are read.
+
+    Does not compare checksums (`verify` and `load` do that first). Not for two threads at once.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self.layout = Layout(manifest)
+        self.tensors = {
+            name: TensorInfo(shape=tuple(entry["shape"]), trainable=entry["trainable"], kinds=tuple(entry["kinds"]))
+            for name, entry in manifest["tensors"].items()
+        }
+        self.buffers = {name: tuple(shape) for name, shape in manifest["buffers"].items()}
+        self.ema_buffers = {name: tuple(shape) for name, shape in manifest["ema_buffers"].items()}
+        self.facts = Facts(
+            step=manifest["step"], state=manifest["state"], rng_ranks=manifest["rng_ranks"], extra=manifest["extra"]
+        )
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._headers: OrderedDict[int, TensorFile] = OrderedDict()
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_files", {}).values():
+            os.close(descriptor)
+
+    def again(self) -> Reader:
+        """Another reader of the same checkpoint, for another thread."""
+        return Reader(self.directory, self.manifest)
+
+    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
+        """Elements start : start + numel of `kind` (weight, exp_avg, ...) of a parameter: fp32 [numel]."""
+        result = torch.empty(numel)
+        buffer = bytes_of(result)
+        for part in self.layout.overlaps(name, start, numel):
+            low, high = max(start, part.start), min(start + numel, part.start + part.numel)
+            at = self.layout.byte(name, kind, part) + 4 * (low - part.start)
+            target = buffer[4 * (low - start) : 4 * (high - start)]
+            read_into(self._descriptor(part.rank), target, at, self._path(part.rank))
+        return result
+
+    def buffer(self, name: str) -> Tensor:
+        return self.file(0).read(f"buffer|{name}")
+
+    def ema_buffer(self, name: str) -> Tensor:
+        return self.file(0).read(f"ema_buffer|{name}")
+
+    def rng(self, rank: int) -> dict[str, Tensor]:
+        """Generator states of rank `rank` of the run that trained it, however the checkpoint was cut since."""
+        file = self.file(rank % self.manifest["world_size"])
+        prefix = rng_prefix(rank, self.manifest["world_size"])
+        return {name.removeprefix(prefix): file.read(name) for name in file.names() if name.startswith(prefix)}
+
+    def file(self, rank: int) -> TensorFile:
+        """A rank's file with its header read and checked."""
+        if rank not in self._headers:
+            entry = self.manifest["files"][rank]
+            self._headers[rank] = TensorFile(
+                self._path(rank), num_bytes=entry["bytes"], header_xxh3_128=entry["header_xxh3_128"]
+            )
+            if len(self._headers) > _OPEN_HEADERS:
+                self._headers.popitem(last=False)
+        return self._headers[rank]
+
+    def _path(self, rank: int) -> Path:
+        return self.directory / self.manifest["files"][rank]["name"]
+
+    def _descriptor(self, rank: int) -> int:
+        if rank not in self._files:
+            if len(self._files) == _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[rank] = os.open(self._path(rank), os.O_RDONLY | os.O_NOFOLLOW)
+        return self._files[rank]
+
+
+def rng_prefix(rank: int, world_size: int) -> str:
+    """Names of generator states begin so; those of ranks that a smaller world has no file for say whose they are."""
+    return "rng|" if rank < world_size else f"rng_{rank}|"

@@ -1,0 +1,123 @@
+"""Writes one safetensors file, tensor by tensor, from bytes that need not all be in memory at once.
+
+    8 bytes: length of the header | header, JSON | bytes of the tensors, in the order of the header
+
+Knows no torch and nothing else of the project: the process that writes checkpoints in the background
+(`background_writer.py`) starts in a tenth of a second and stays small.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import xxhash
+
+_NO_SUM = "0" * 16
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    name: str
+    dtype: str
+    """safetensors' name, such as F32."""
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+class TensorWriter:
+    """`with TensorWriter(path, specs) as file: file.write(bytes) ...`, then `file.entry` is for the manifest.
+
+    The bytes come in the order of `specs`, in pieces of any size that do not cross a tensor's end. The header takes the
+    checksum of each tensor (xxh3-64, in safetensors' `__metadata__`), so it is written last, in the place kept for it.
+    The manifest has the header's own checksum: together they cover every byte, and each tensor can be checked alone.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+        """Raises FileExistsError, or OSError where the disk is full."""
+        self.path = path
+        self._specs = specs
+        self._sums: list[str] = []
+        self._sum = xxhash.xxh3_64()
+        self._left = specs[0].num_bytes if specs else 0
+        self._header_bytes = len(self._header([_NO_SUM] * len(specs)))
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._at = 8 + self._header_bytes
+        self._finish_tensors()
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            os.close(self._file)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Add bytes to the tensor whose turn it is."""
+        if not len(data):
+            return
+        if len(data) > self._left:
+            raise ValueError(f"{self.path}: {len(data)} bytes for a tensor that lacks {self._left}")
+        self._sum.update(data)
+        self._left -= len(data)
+        _write_all(self._file, data, self._at)
+        self._at += len(data)
+        self._finish_tensors()
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """Name, sizes and the header's checksum (xxh3-128), for the manifest."""
+        return {
+            "name": self.path.name,
+            "bytes": self._at,
+            "header_bytes": self._header_bytes,
+            "header_xxh3_128": self._whole,
+        }
+
+    def _finish_tensors(self) -> None:
+        """Close every tensor that is complete, empty ones too."""
+        while not self._left and len(self._sums) < len(self._specs):
+            self._sums.append(self._sum.hexdigest())
+            self._sum = xxhash.xxh3_64()
+            if len(self._sums) < len(self._specs):
+                self._left = self._specs[len(self._sums)].num_bytes
+
+    def _finish(self) -> None:
+        if len(self._sums) < len(self._specs):
+            raise ValueError(f"{self.path}: {self._specs[len(self._sums)].name} lacks {self._left} bytes")
+        header = self._header(self._sums)
+        self._whole = xxhash.xxh3_128_hexdigest(header)
+        _write_all(self._file, len(header).to_bytes(8, "little") + header, 0)
+        os.fsync(self._file)
+        found = os.fstat(self._file).st_size
+        if found != self._at:
+            raise OSError(f"{self.path}: has {found} bytes after writing {self._at}; is the disk full?")
+
+    def _header(self, sums: Sequence[str]) -> bytes:
+        """Always of the same length, whatever the sums."""
+        header: dict[str, Any] = {
+            "__metadata__": {spec.name: value for spec, value in zip(self._specs, sums, strict=True)}
+        }
+        end = 0
+        for spec in self._specs:
+            start, end = end, end + spec.num_bytes
+            header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        return text + b" " * (-len(text) % 8)
+
+
+def _write_all(descriptor: int, data: bytes | memoryview, at: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view[: 1 << 30], at)
+        view, at = view[written:], at + written
