@@ -284,24 +284,13 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _add_checkpoint(commands) -> None:  # noqa: ANN001
-    about = "Checkpoints: look into one."
+    from ofa_ds.checkpoint_commands import add_actions
+
+    about = "Checkpoints: look into them, check them, cut them anew, bring them in and out."
     actions = commands.add_parser("checkpoint", help=about, description=about).add_subparsers(
         metavar="ACTION", required=True
     )
-    show = _command(actions, "show", _checkpoint_show, "Print what a checkpoint holds.")
-    show.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory (its newest one)")
-    show.add_argument("--json", action="store_true")
-
-
-def _checkpoint_show(options: argparse.Namespace) -> None:
-    from ofa_ds.checkpoint.verify import describe
-
-    facts = describe(options.checkpoint)
-    if options.json:
-        print(json.dumps(facts))
-        return
-    for name, value in facts.items():
-        print(f"{name:12} {value}")
+    add_actions(actions, _command, _positive)
 
 
 if __name__ == "__main__":

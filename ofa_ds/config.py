@@ -44,6 +44,8 @@ _MAX_EXTENDS = 8
 class ModelOptions:
     preset: str = "tiny"
     """Architecture: nano, tiny, medium, base, large, huge, 6b, ... (`ofa_ds.model.config.preset`)."""
+    change: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `ofa_ds.model.config.ModelConfig` that differ from the preset's, for a model of other sizes."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """On embeddings and on the output of attention and feed-forward blocks."""
     attention_dropout: float = Field(0.0, ge=0, lt=1)

@@ -19,7 +19,7 @@ from ofa_ds.data.shards import Negatives
 from ofa_ds.data.tasks import PIXELS_PER_CODE, Context, Example
 from ofa_ds.data.vocab import Vocab, load_vocab
 from ofa_ds.generate import GenerationConfig, generate
-from ofa_ds.model.config import ModelConfig, preset
+from ofa_ds.model.config import model_config
 from ofa_ds.model.ofa import OFA
 
 MAX_TOKENS_A_BATCH = 8192
@@ -27,22 +27,6 @@ MAX_TOKENS_A_BATCH = 8192
 
 PATCH_TOKENS = 16
 """Pixels a side of the patches that are counted for that."""
-
-
-def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
-    """The preset with the recipe's regularisation."""
-    options = recipe.model
-    return preset(
-        options.preset,
-        vocab_size=vocab_size,
-        dropout=options.dropout,
-        attention_dropout=options.attention_dropout,
-        drop_path=options.drop_path,
-        activation_checkpointing=options.activation_checkpointing,
-        batch_norm=options.batch_norm,
-        code_image_size=recipe.data.code_image_size,
-        kernels=recipe.kernels,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

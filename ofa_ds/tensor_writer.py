@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -38,9 +38,10 @@ class TensorWriter:
     The manifest has the header's own checksum: together they cover every byte, and each tensor can be checked alone.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
-        """Raises FileExistsError, or OSError where the disk is full."""
+    def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
+        """metadata: for `__metadata__`, in place of checksums. Raises FileExistsError; OSError: the disk is full."""
         self.path = path
+        self._metadata = metadata
         self._specs = specs
         self._sums: list[str] = []
         self._sum = xxhash.xxh3_64()
@@ -105,9 +106,8 @@ class TensorWriter:
 
     def _header(self, sums: Sequence[str]) -> bytes:
         """Always of the same length, whatever the sums."""
-        header: dict[str, Any] = {
-            "__metadata__": {spec.name: value for spec, value in zip(self._specs, sums, strict=True)}
-        }
+        own = {spec.name: value for spec, value in zip(self._specs, sums, strict=True)}
+        header: dict[str, Any] = {"__metadata__": own if self._metadata is None else dict(self._metadata)}
         end = 0
         for spec in self._specs:
             start, end = end, end + spec.num_bytes

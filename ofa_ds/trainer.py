@@ -26,10 +26,10 @@ from ofa_ds.data.loader import Loader
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
 from ofa_ds.engine import Engine, Ranks, build, init_distributed, load_deepspeed_config
-from ofa_ds.inference import Subject, model_config
+from ofa_ds.inference import Subject
 from ofa_ds.loss import group_counts, group_sums, task_sums
 from ofa_ds.metrics import MetricsWriter, Window, peak_memory_MiB
-from ofa_ds.model.config import ModelConfig
+from ofa_ds.model.config import ModelConfig, model_config
 from ofa_ds.model.ofa import OFA
 from ofa_ds.processes import release_freed_memory
 from ofa_ds.samples import sample_sheet

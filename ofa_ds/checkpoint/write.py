@@ -191,6 +191,23 @@ def new_directory(destination: Path) -> Iterator[Path]:
     sync_directory(destination.parent)
 
 
+@contextmanager
+def new_file(destination: Path) -> Iterator[Path]:
+    """A hidden path beside `destination`; its file takes that name when the block ends, or is removed if it fails."""
+    if destination.exists() or destination.is_symlink():
+        raise ValueError(f"{destination}: is there already; remove it, or give another name")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = destination.with_name(f"{PARTIAL}{destination.name}")
+    partial.unlink(missing_ok=True)
+    try:
+        yield partial
+        os.rename(partial, destination)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_directory(destination.parent)
+
+
 def check_space(directory: Path, num_bytes: int, num_files: int) -> None:
     """Raises OSError where a file system has not that much room, in bytes or in names."""
     found = os.statvfs(directory)

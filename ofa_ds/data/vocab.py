@@ -130,6 +130,11 @@ class Vocab:
         starts[len(SPECIALS) : self.mask] = text
         return starts
 
+    @property
+    def files(self) -> Files:
+        """What its files say, for writing them again."""
+        return self._files
+
     @cached_property
     def fingerprint(self) -> str:
         """Of what the ids mean, not of the files: equal for OFA's files and the same vocabulary imported."""

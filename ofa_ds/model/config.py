@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ofa_ds.config import KernelConfig
+from ofa_ds.config import KernelConfig, Recipe
 
 VOCAB_SIZE = 59457
 """English OFA: 50265 text ids, 8192 image codes, 1000 coordinate bins."""
@@ -44,6 +45,9 @@ class ConvConfig:
     channels: int
 
 
+Backbone = ResNetConfig | ViTConfig | ConvConfig
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     dim: int
@@ -51,7 +55,7 @@ class ModelConfig:
     num_heads: int
     encoder_layers: int
     decoder_layers: int
-    backbone: ResNetConfig | ViTConfig | ConvConfig
+    backbone: Backbone
     vocab_size: int = VOCAB_SIZE
 
     max_positions: int = 1024
@@ -143,7 +147,10 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str, **overrides: Any) -> ModelConfig:
-    """The configuration of a named size, with fields replaced. Raises ValueError for an unknown name or field."""
+    """The configuration of a named size, with fields replaced; a backbone may be given as a plain dict of its fields.
+
+    Raises ValueError for an unknown name or field.
+    """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -152,4 +159,32 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise ValueError(f"model.preset {name}: no field {', '.join(unknown)}; fields are {', '.join(sorted(known))}")
+    if isinstance(overrides.get("backbone"), Mapping):
+        overrides["backbone"] = backbone_from(overrides["backbone"])
     return dataclasses.replace(PRESETS[name], **overrides)
+
+
+def backbone_from(values: Mapping[str, Any]) -> Backbone:
+    """The backbone with these fields, found out by their names. Raises ValueError where there is none."""
+    for kind in (ResNetConfig, ViTConfig, ConvConfig):
+        if {field.name for field in dataclasses.fields(kind)} == values.keys():
+            return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    raise ValueError(f"model.change.backbone: want the fields of a ResNet, a ViT or a convolution, got {dict(values)}")
+
+
+def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
+    """The preset, with the recipe's changes and regularisation. Raises ValueError where both set one field."""
+    options = recipe.model
+    run = {
+        "vocab_size": vocab_size,
+        "dropout": options.dropout,
+        "attention_dropout": options.attention_dropout,
+        "drop_path": options.drop_path,
+        "activation_checkpointing": options.activation_checkpointing,
+        "batch_norm": options.batch_norm,
+        "code_image_size": recipe.data.code_image_size,
+        "kernels": recipe.kernels,
+    }
+    if clash := sorted(run.keys() & options.change.keys()):
+        raise ValueError(f"model.change sets {', '.join(clash)}, which the recipe has a place of its own for")
+    return preset(options.preset, **options.change, **run)

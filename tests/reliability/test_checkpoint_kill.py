@@ -51,5 +51,8 @@ def test_a_save_that_the_disk_cannot_take_is_an_error_and_harms_nothing(outcome)
 def test_another_model_or_a_damaged_file_is_refused_and_resume_takes_the_one_before(outcome):
     refusals = outcome["refusals"]
     assert refusals["another model"].startswith("ValueError") and "model's (blocks.2" in refusals["another model"]
-    assert refusals["damaged"].startswith("DamagedError") and "rank_00000.safetensors: weight|blocks" in refusals["damaged"]
+    assert (
+        refusals["damaged"].startswith("DamagedError")
+        and "rank_00000.safetensors: weight|blocks" in refusals["damaged"]
+    )
     assert refusals["resumed step"] == "7"

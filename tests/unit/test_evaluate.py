@@ -15,7 +15,8 @@ from ofa_ds.data.shards import Shards, build_shards
 from ofa_ds.data.tasks import Context, Example
 from ofa_ds.data.vocab import train_from_shards
 from ofa_ds.evaluate import beside_blind, blinded, collect, judge_tasks
-from ofa_ds.inference import Subject, batches, generated, model_config, token_scores
+from ofa_ds.inference import Subject, batches, generated, token_scores
+from ofa_ds.model.config import model_config
 from ofa_ds.model.ofa import OFA
 from ofa_ds.report import format_table
 from ofa_ds.samples import ask, boxes_of, objects_of, readable, sample_sheet

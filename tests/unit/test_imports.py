@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine_state": {"config"},
     "engine": {"config", "engine_state", "processes", "schedule"},
     "checkpoint": {"config", "engine_state", "progress", "tensor_writer"},
+    "convert": {"checkpoint", "config", "data", "model", "tensor_writer"},
     "cluster": {"config"},
     "generate": {"config", "criteria", "data", "model", "loss"},
     "inference": {"config", "checkpoint", "data", "generate", "model"},
@@ -37,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainer": {"*"},
     "bench": {"*"},
     "bench_padded": {"config", "data", "model", "ofa_kernels"},
+    "checkpoint_commands": {"checkpoint", "convert"},
     "cli": {"*"},
     "pretrain": {"cli"},
 }

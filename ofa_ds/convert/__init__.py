@@ -1,0 +1,1 @@
+"""OFA's own checkpoint formats, in and out: Hugging Face, ModelScope, fairseq; and DeepSpeed's."""

@@ -1,0 +1,180 @@
+"""Import and export of whole checkpoints: finding the format out, files beside the weights, everything or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ofa_ds.checkpoint.format import MANIFEST
+from ofa_ds.checkpoint.reshard import open_checked
+from ofa_ds.checkpoint.runs import step_directories
+from ofa_ds.checkpoint.state import Reader, TensorInfo
+from ofa_ds.checkpoint.write import check_space, new_directory, new_file, write_checkpoint
+from ofa_ds.config import Recipe, recipe_from_dict, recipe_to_dict
+from ofa_ds.convert import fairseq, port
+from ofa_ds.convert.foreign import Options, recipe_of, to_state
+from ofa_ds.convert.operations import grow_vocabulary, resize_image_positions
+from ofa_ds.convert.port_config import is_official
+from ofa_ds.convert.weights import Weight, Weights
+from ofa_ds.data.vocab import Vocab, load_vocab
+from ofa_ds.data.vocab_files import write_files
+from ofa_ds.model.config import ModelConfig, model_config
+
+FORMATS = ("deepspeed", "universal", "huggingface", "fairseq", "modelscope")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def detect(source: Path) -> str:
+    """The format of a file or folder. Raises ValueError where it is none that is known."""
+    if source.is_file():
+        return "fairseq"
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such file or directory")
+    if (source / MANIFEST).exists() or step_directories(source):
+        raise ValueError(f"{source}: is a checkpoint of ofa-ds already; see ofa-ds checkpoint export and reshard")
+    if (source / port.MODELSCOPE_CONFIG).is_file():
+        return "modelscope"
+    if (source / port.CONFIG).is_file():
+        return "huggingface"
+    raise ValueError(f"{source}: in none of the formats {', '.join(FORMATS)}; say which with --format")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportPlan:
+    """How an import is to go, beside from where to where."""
+
+    format: str | None = None
+    """One of FORMATS; None finds it out."""
+    options: Options = Options()
+    vocab: Path | None = None
+    """The vocabulary's directory; by default the files in the source folder, where there are some."""
+    grow_vocab: int | None = None
+    image_positions: int | None = None
+    ranks: int = 1
+    stage: int = 3
+
+
+def import_checkpoint(source: Path, destination: Path, plan: ImportPlan) -> dict[str, Any]:
+    """Write a checkpoint of ours from another program's. Returns facts for the user: format, preset, parameters.
+
+    Raises ValueError, one line, where anything is missing, left over or unknown; `destination` then does not exist.
+    """
+    kind = plan.format or detect(source)
+    readers: dict[str, Callable[[Path], Any]] = {
+        "huggingface": port.read_port, "modelscope": port.read_port, "fairseq": fairseq.read_fairseq,
+    }  # fmt: skip
+    foreign = readers[kind](source)
+    state, config = to_state(foreign, plan.options)
+    if plan.grow_vocab is not None:
+        state, config = grow_vocabulary(state, plan.grow_vocab), dataclasses.replace(config, vocab_size=plan.grow_vocab)
+    if plan.image_positions is not None:
+        state = resize_image_positions(state, plan.image_positions)
+        config = dataclasses.replace(config, image_bucket_size=plan.image_positions)
+    vocab = _vocabulary(plan.vocab, source, config)
+    recipe = recipe_to_dict(recipe_of(config, foreign.data))
+    recipe["data"]["vocab"] = "" if vocab is None else str(vocab[0].resolve())
+    identity = {"data": None, "vocab": None if vocab is None else vocab[1].fingerprint}
+    extra = {"recipe": recipe, "identity": identity, "origin": {"format": kind, "num_updates": foreign.num_updates}}
+    state = dataclasses.replace(state, facts=dataclasses.replace(state.facts, extra=extra))
+    write_checkpoint(destination, state, ranks=plan.ranks, stage=plan.stage)
+    parameters = sum(info.numel for info in state.tensors.values())
+    return {"format": kind, "preset": recipe["model"]["preset"], "parameters": parameters, "path": str(destination)}
+
+
+def _vocabulary(given: Path | None, source: Path, config: ModelConfig) -> tuple[Path, Vocab] | None:
+    """The vocabulary that goes with a model; None where there are no files. Raises ValueError where sizes differ."""
+    where = given
+    if where is None and source.is_dir() and any((source / name).is_file() for name in ("vocab.json", "vocab.txt")):
+        where = source
+    if where is None:
+        return None
+    vocab = load_vocab(where)
+    if vocab.size != config.vocab_size:
+        if given is None:
+            return None  # a tokenizer without codes and bins, as the 6B's: the user says which vocabulary it is
+        raise ValueError(f"{where}: a vocabulary of {vocab.size} entries, the model has {config.vocab_size} rows")
+    return where, vocab
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """How an export is to go, beside from where to where."""
+
+    format: str
+    dtype: str = "float32"
+    """Of the exported weights; float32 loses nothing."""
+    use_ema: bool = False
+    """Export the moving average in the place of the weights."""
+    ranks: int | None = None
+    """Of a DeepSpeed folder; None: as in the checkpoint. So is `stage`."""
+    stage: int | None = None
+
+
+def export_checkpoint(source: Path, destination: Path, plan: ExportPlan) -> dict[str, Any]:
+    """Write another program's format from a checkpoint, or the newest one of a run. Checks every byte of it first.
+
+    Raises ValueError or OSError, one line; `destination` then does not exist.
+    """
+    reader = open_checked(source)
+    recipe, config = _model_of(reader)
+    weights = _weights(reader, DTYPES[plan.dtype], "ema" if plan.use_ema else "weight")
+    size = sum(weight.numel * weight.dtype.itemsize for weight in weights.values())
+    if plan.format == "fairseq":
+        average = _weights(reader, DTYPES[plan.dtype], "ema") if _has_ema(reader) and not plan.use_ema else None
+        with new_file(destination) as path:
+            check_space(path.parent, size * (1 if average is None else 2), 1)
+            updates = reader.facts.state.get("adam_step", 0)
+            image_size = recipe.data.image_size
+            fairseq.write_fairseq(path, config, weights, average=average, num_updates=updates, image_size=image_size)
+    else:
+        with new_directory(destination) as partial:
+            check_space(partial, size, 16)
+            if plan.format == "modelscope":
+                port.write_modelscope(partial, config, weights, image_size=recipe.data.image_size)
+            else:
+                port.write_huggingface(partial, config, weights)
+            _write_vocabulary(partial, recipe)
+    notes = [] if is_official(config) else ["its stem is not one of OFA's: only ofa-ds can build this model"]
+    return {"path": str(destination), "format": plan.format, "step": reader.facts.step, "notes": notes}
+
+
+def _model_of(reader: Reader) -> tuple[Recipe, ModelConfig]:
+    embedding = reader.tensors.get("encoder.embed_tokens.weight")
+    if embedding is None or "recipe" not in reader.facts.extra:
+        raise ValueError(
+            f"{reader.directory}: is not of an OFA that a recipe describes; it can be exported to deepspeed only"
+        )
+    recipe = recipe_from_dict(reader.facts.extra["recipe"])
+    return recipe, model_config(recipe, embedding.shape[0])
+
+
+def _has_ema(reader: Reader) -> bool:
+    return any("ema" in info.kinds for info in reader.tensors.values())
+
+
+def _weights(reader: Reader, dtype: torch.dtype, kind: str) -> Weights:
+    """Parameters (in `dtype`) and buffers (in their own) by official name. Raises ValueError: there is no such kind."""
+    if kind == "ema" and not _has_ema(reader):
+        raise ValueError(f"{reader.directory}: has no moving average")
+
+    def parameter(name: str, info: TensorInfo) -> Weight:
+        own = kind if kind in info.kinds else "weight"
+        return Weight(info.shape, dtype, lambda start, numel: reader.read(name, own, start, numel))
+
+    weights = {name: parameter(name, info) for name, info in reader.tensors.items()}
+    for name in reader.buffers:
+        averaged = kind == "ema" and name in reader.ema_buffers
+        weights[name] = Weight.of(reader.ema_buffer(name) if averaged else reader.buffer(name))
+    return weights
+
+
+def _write_vocabulary(directory: Path, recipe: Recipe) -> None:
+    """The tokenizer's files, where the vocabulary of the run is still there."""
+    path = Path(recipe.data.vocab)
+    if recipe.data.vocab and path.is_dir():
+        vocab = load_vocab(path)
+        write_files(directory, vocab.files, vocab.fingerprint)

@@ -1,0 +1,155 @@
+"""Hugging Face's and ModelScope's folders: config.json, the weights under the port's names, the tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ofa_ds.checkpoint import torch_file
+from ofa_ds.checkpoint.tensor_file import TensorFile, bytes_of, spec_of
+from ofa_ds.checkpoint.write import sync_files
+from ofa_ds.convert.foreign import Foreign
+from ofa_ds.convert.port_config import hints_from_port, to_port
+from ofa_ds.convert.weights import Weight, Weights, entries_of
+from ofa_ds.model.config import ModelConfig
+from ofa_ds.tensor_writer import TensorWriter
+
+CONFIG = "config.json"
+MODELSCOPE_CONFIG = "configuration.json"
+WEIGHTS = "model.safetensors"
+TORCH_WEIGHTS = "pytorch_model.bin"
+MAX_SHARD_BYTES = 5_000_000_000
+"""Larger models become several files and an index, as Hugging Face's own do."""
+
+_FILE_NAME = re.compile(r"[\w.-]+")
+
+
+def read_port(source: Path) -> Foreign:
+    """Either folder. Raises ValueError naming what is missing or wrong."""
+    values = _read_json(source / CONFIG)
+    weights: dict[str, Weight] = {}
+    for path in _weight_files(source):
+        weights |= _safetensors(path) if path.suffix == ".safetensors" else _torch_weights(path)
+    try:
+        hints = hints_from_port(values)
+    except ValueError as error:
+        raise ValueError(f"{source / CONFIG}: {error}") from error
+    return Foreign(origin=str(source), weights=weights, hints=hints, data=_data_fields(source))
+
+
+def _weight_files(source: Path) -> list[Path]:
+    for name in (WEIGHTS, TORCH_WEIGHTS):
+        index = source / f"{name}.index.json"
+        if index.is_file():
+            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            if not names or not all(isinstance(each, str) and _FILE_NAME.fullmatch(each) for each in names):
+                raise ValueError(f"{index}: want a weight_map of tensors to files beside it")
+            return [source / each for each in names]
+        if (source / name).is_file():
+            return [source / name]
+    raise ValueError(f"{source}: has neither {WEIGHTS} nor {TORCH_WEIGHTS}, nor an index of several")
+
+
+def _safetensors(path: Path) -> Weights:
+    file = TensorFile(path)
+
+    def reader(name: str) -> Weight:
+        entry = file.entries[name]
+        return Weight(entry.shape, entry.dtype, lambda start, numel: file.read(name, start, numel))
+
+    return {name: reader(name) for name in file.names()}
+
+
+def _torch_weights(path: Path) -> Weights:
+    file = torch_file.TorchFile(path)
+    return torch_weights(file, file.content)
+
+
+def torch_weights(file: torch_file.TorchFile, content: Any) -> Weights:
+    """The tensors of a flat dict in a file of torch.save. Raises ValueError for anything else."""
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{file.path}: want a dict of tensors, got {type(content).__name__} of something else")
+
+    def reader(tensor: torch.Tensor) -> Weight:
+        return Weight(tuple(tensor.shape), tensor.dtype, lambda start, n: file.read(tensor, start, n))
+
+    return {name: reader(tensor) for name, tensor in content.items()}
+
+
+def _data_fields(source: Path) -> dict[str, Any]:
+    """ModelScope says at which size of pictures a model was trained."""
+    path = source / MODELSCOPE_CONFIG
+    model = _read_json(path).get("model", {}) if path.is_file() else {}
+    size = model.get("patch_image_size")
+    return {"image_size": size} if isinstance(size, int) and size >= 16 else {}
+
+
+def write_huggingface(directory: Path, config: ModelConfig, weights: Weights) -> None:
+    """config.json and model.safetensors into a new, empty directory; several files where one would be over 5 GB."""
+    _write_json(directory / CONFIG, to_port(config))
+    entries = entries_of(config, weights, port=True, aliases=False)  # safetensors has no shared tensors; code ties them
+    shards = list(_shards(entries))
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        path = directory / (WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+        specs = [spec_of(name, entries[name].dtype, entries[name].shape) for name in names]
+        with TensorWriter(path, specs, metadata={"format": "pt"}) as file:
+            for name in names:
+                for chunk in entries[name].chunks():
+                    file.write(bytes_of(chunk))
+        index |= dict.fromkeys(names, path.name)
+    if len(shards) > 1:
+        size = sum(weight.numel * weight.dtype.itemsize for weight in entries.values())
+        _write_json(directory / f"{WEIGHTS}.index.json", {"metadata": {"total_size": size}, "weight_map": index})
+
+
+def write_modelscope(directory: Path, config: ModelConfig, weights: Weights, *, image_size: int) -> None:
+    """configuration.json, config.json and pytorch_model.bin into a new, empty directory."""
+    _write_json(directory / CONFIG, to_port(config))
+    model = {"type": "ofa", "patch_image_size": image_size, "max_image_size": 512}
+    content = {"framework": "pytorch", "task": "ofa-pretraining", "model": model}
+    _write_json(directory / MODELSCOPE_CONFIG, content)
+    torch_file.save(directory / TORCH_WEIGHTS, slots(entries_of(config, weights, port=True)))
+
+
+def slots(entries: Weights) -> dict[str, torch_file.Slot]:
+    """What torch_file.save takes; the same Weight is the same Slot, so tied tensors are stored once."""
+    made: dict[Weight, torch_file.Slot] = {}
+    for weight in entries.values():
+        made.setdefault(weight, torch_file.Slot(weight.shape, weight.dtype, weight.read))
+    return {name: made[weight] for name, weight in entries.items()}
+
+
+def _shards(entries: Weights) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, weight in entries.items():
+        num_bytes = weight.numel * weight.dtype.itemsize
+        if names and size + num_bytes > MAX_SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += num_bytes
+    yield names
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: want a JSON object")
+    return values
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    sync_files([path])
