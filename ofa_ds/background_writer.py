@@ -26,18 +26,24 @@ def write_job(memory: memoryview, job: dict[str, Any], parent: int) -> dict[str,
     """Write one file; returns what is answered."""
     rows = job["tensors"]
     tensors = [(TensorSpec(name, dtype, tuple(shape), size), start) for name, dtype, shape, size, start in rows]
+    _end_with(parent)
     try:
         with TensorWriter(Path(job["path"]), [spec for spec, _ in tensors]) as file:
             for spec, start in tensors:
                 for at in range(start, start + spec.num_bytes, _CHUNK_BYTES):
-                    if os.getppid() != parent:
-                        sys.exit(1)  # nobody will commit this; a new run may be cleaning up here already
+                    _end_with(parent)
                     file.write(memory[at : min(at + _CHUNK_BYTES, start + spec.num_bytes)])
     except FileNotFoundError as error:
         return {"problem": f"{error}; run_dir must be on a file system that all hosts share"}
     except OSError as error:
         return {"problem": str(error)}
     return {"entry": file.entry}
+
+
+def _end_with(parent: int) -> None:
+    """Nobody will commit the file of a trainer that is gone; a new run may be cleaning up here already."""
+    if os.getppid() != parent:
+        sys.exit(1)
 
 
 def main(descriptor: int, size: int) -> None:

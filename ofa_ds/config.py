@@ -166,10 +166,16 @@ class TrainConfig:
     num_steps: int = Field(1000, ge=0)
     """Optimizer steps; the learning rate reaches optim.end_lr at the last."""
     seed: int = Field(1, ge=0)
+    init_from: str = ""
+    """A checkpoint, or a run directory, whose weights a new run starts from; without moments, at step 0."""
+    accept_changed: tuple[Literal["data", "vocab"], ...] = ()
+    """What may differ from the run that is gone on with, whose order of data or meaning of ids then changes midway."""
     log_every: int = Field(10, ge=1)
     save_every: int = Field(1000, ge=1)
     keep: int = Field(3, ge=1)
     """Checkpoints that stay; older ones are deleted."""
+    save_in_background: bool = True
+    """Training waits only for a copy of its state (as much host memory again), another process writes it."""
     sample_every: int = Field(0, ge=0)
     """Steps between pictures of what the model generates, written to TensorBoard; 0 for none."""
 

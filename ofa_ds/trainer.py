@@ -11,15 +11,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
 
 from ofa_ds import checkpoint
+from ofa_ds.checkpoint.format import Manifest
 from ofa_ds.config import TASKS, Recipe, recipe_to_dict, recipe_to_toml
 from ofa_ds.data.batch import Batch
 from ofa_ds.data.loader import Loader
@@ -74,14 +76,18 @@ class StopSignal:
 
 
 def train_step(
-    engine: Engine, micro_batches: list[Batch], window: Window, *, label_smoothing: float, stop: bool
-) -> bool:
-    """One optimizer step, equal to one process on all ranks' micro-batches. Returns whether any rank is to stop."""
+    engine: Engine, micro_batches: list[Batch], window: Window, *, label_smoothing: float, votes: Sequence[bool] = ()
+) -> list[bool]:
+    """One optimizer step, equal to one process on all ranks' micro-batches.
+
+    votes: what this rank wants all to know, in the same order on each. Returns whether any rank voted so, for each.
+    """
     device = engine.device
     shared = torch.stack([group_counts(batch) for batch in micro_batches]).sum(0).double()
-    shared = torch.cat([shared, torch.tensor([float(stop)], dtype=torch.float64)]).to(device)
+    num_groups = len(shared)
+    shared = torch.cat([shared, torch.tensor([float(vote) for vote in votes], dtype=torch.float64)]).to(device)
     engine.all_reduce(shared)
-    global_counts = shared[:-1].clamp(min=1)  # a group without tokens has sum 0: it adds nothing
+    global_counts = shared[:num_groups].clamp(min=1)  # a group without tokens has sum 0: it adds nothing
     for batch in micro_batches:
         batch = batch.to(device)
         loss_M, nll_M, correct_M = engine(batch, label_smoothing=label_smoothing)
@@ -92,7 +98,7 @@ def train_step(
             sums = task_sums(loss_M, nll_M, correct_M, batch)
             window.add_micro_batch(sums, loss.detach(), num_tokens=batch.num_tokens, num_examples=batch.num_examples)
     window.num_steps += 1
-    return bool(shared[-1].item() > 0)
+    return [count > 0 for count in shared[num_groups:].tolist()]
 
 
 def run(recipe: Recipe) -> int:
@@ -152,14 +158,16 @@ def _train(
         (run_dir / "recipe.toml").write_text(recipe_to_toml(recipe), encoding="utf-8")
         writer = MetricsWriter(run_dir, num_steps=train.num_steps, first_step=first_step)
     window = Window(engine.device)
+    saver = Saver(engine, recipe, extra={"recipe": recipe_to_dict(recipe), "identity": identity})
     step, waited_s = first_step, 0.0
     source = loader.steps(first_step)
     try:
         while step < train.num_steps:
             micro_batches = next(source)
-            stopping = train_step(
-                engine, micro_batches, window, label_smoothing=recipe.optim.label_smoothing, stop=stop.asked
-            )
+            stopping, writing = train_step(
+                engine, micro_batches, window, label_smoothing=recipe.optim.label_smoothing,
+                votes=(stop.asked, saver.is_writing),
+            )  # fmt: skip
             step += 1
             window.data_wait_s += loader.wait_seconds - waited_s
             waited_s = loader.wait_seconds
@@ -169,14 +177,17 @@ def _train(
                 release_freed_memory()
             if train.sample_every and step % train.sample_every == 0:
                 _show_samples(engine, recipe, loader, writer, step)
+            if not writing:
+                saver.commit()
             if step % train.save_every == 0 or step == train.num_steps or stopping:
-                _save(engine, recipe, step, identity)
+                saver.save(step, wait=step == train.num_steps or stopping)
             if stopping and step < train.num_steps:
                 if ranks.rank == 0:
                     print(f"stopped at step {step}; the same command goes on from there", file=sys.stderr)
                 return STOPPED
     finally:
         source.close()  # ends the workers
+        saver.close()
         if writer is not None:
             writer.close()
     if ranks.rank == 0:
@@ -208,26 +219,63 @@ def _show_samples(engine: Engine, recipe: Recipe, loader: Loader, writer: Metric
         writer.picture(step, f"sample/{task}", np.asarray(sheet.convert("RGB")))
 
 
-def _save(engine: Engine, recipe: Recipe, step: int, identity: dict[str, str]) -> None:
-    checkpoint.save(
-        engine,
-        Path(recipe.run_dir),
-        step,
-        extra={"recipe": recipe_to_dict(recipe), "identity": identity},
-        keep=recipe.train.keep,
-    )
+class Saver:
+    """Checkpoints of a run, in the background or not, and what is said when one fails. All ranks call it together."""
+
+    def __init__(self, engine: Engine, recipe: Recipe, extra: dict[str, Any]) -> None:
+        self._engine, self._recipe, self._extra = engine, recipe, extra
+        self._background: checkpoint.BackgroundSaver | None = None
+        if recipe.train.save_in_background:
+            self._background = checkpoint.BackgroundSaver(engine, recipe.run_dir, keep=recipe.train.keep)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's part of a checkpoint is not on the disk yet."""
+        return self._background is not None and self._background.is_pending and not self._background.is_done()
+
+    def save(self, step: int, *, wait: bool) -> None:
+        """Save the state as it is now. wait: until it is a checkpoint; RuntimeError where it cannot become one."""
+        train = self._recipe.train
+        if self._background is None:
+            checkpoint.save(self._engine, self._recipe.run_dir, step, self._extra, keep=train.keep)
+            return
+        self._background.start(step, self._extra)
+        if wait:
+            self._background.finish()
+            if self._background.failure:
+                raise RuntimeError(self._background.failure)
+
+    def commit(self) -> None:
+        """Every rank has written: make it a checkpoint. A failed one is told; training goes on to the next."""
+        if self._background is None or not self._background.is_pending:
+            return
+        self._background.finish()
+        if self._background.failure and self._engine.ranks.rank == 0:
+            every = self._recipe.train.save_every
+            print(f"CHECKPOINT FAILED: {self._background.failure}; tried again in {every} steps", file=sys.stderr)
+
+    def close(self) -> None:
+        if self._background is not None:
+            self._background.close()
 
 
 def _resume(engine: Engine, recipe: Recipe, identity: dict[str, str]) -> int:
-    """Load the newest checkpoint of the run, if any; returns the step to go on from."""
-    manifest = checkpoint.resume(engine, recipe.run_dir)
-    if manifest is None:
-        return 0
-    saved = manifest["extra"]["identity"]
-    for name, value in identity.items():
-        if saved[name] != value:
+    """Load the newest checkpoint of the run, else the weights it is to start from; returns the step to go on from."""
+
+    def accept(manifest: Manifest) -> None:
+        saved = manifest["extra"].get("identity", {})
+        for name, value in identity.items():
+            known = saved.get(name)  # an imported model has seen no data of ours
+            if known is None or known == value or name in recipe.train.accept_changed:
+                continue
             raise ValueError(
-                f"{recipe.run_dir}: step {manifest['step']} was trained with {name} {saved[name]}, this run has {value}"
-                f"; use those files, or another run_dir"
+                f"{recipe.run_dir}: step {manifest['step']} was trained with {name} {known}, this run has {value}; use "
+                f"those files, or another run_dir, or train.accept_changed='[\"{name}\"]' to go on all the same"
             )
-    return int(manifest["step"])
+
+    manifest = checkpoint.resume(engine, recipe.run_dir, accept)
+    if manifest is not None:
+        return int(manifest["step"])
+    if recipe.train.init_from:
+        checkpoint.load_weights(engine, recipe.train.init_from)
+    return 0

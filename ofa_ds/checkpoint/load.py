@@ -2,52 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ofa_ds.checkpoint.format import Manifest, read_manifest
 from ofa_ds.checkpoint.runs import find, report, step_directories
-from ofa_ds.checkpoint.state import Reader
+from ofa_ds.checkpoint.state import NO_STEPS, Reader
 from ofa_ds.checkpoint.tensor_file import DamagedError
 from ofa_ds.checkpoint.verify import check_files
 
 if TYPE_CHECKING:
     from ofa_ds.engine import Engine
 
+Accept = Callable[[Manifest], None]
+Shapes = Mapping[str, "tuple[int, ...]"]
 
-def resume(engine: Engine, run_dir: str | Path) -> Manifest | None:
+
+def resume(engine: Engine, run_dir: str | Path, accept: Accept | None = None) -> Manifest | None:
     """Load the newest checkpoint whose every byte is right; None where there is none. All ranks call it together.
 
-    Raises ValueError where that checkpoint is of another model.
+    accept: looks at the manifest of that checkpoint first, and raises ValueError where it is not to be gone on from.
+    Raises ValueError where it is of another model.
     """
     names = [directory.name for _, directory in step_directories(Path(run_dir))]
     for name in engine.gather(names)[0]:
         try:
-            return load(engine, Path(run_dir) / name)
+            return load(engine, Path(run_dir) / name, accept)
         except DamagedError as error:
             report(f"{error}; skipped")
     return None
 
 
-def load(engine: Engine, path: str | Path) -> Manifest:
+def load(engine: Engine, path: str | Path, accept: Accept | None = None) -> Manifest:
     """Fill the engine from a checkpoint of any stage and world size; all ranks call it together. Returns the manifest.
 
-    The checksum of each file is compared first, by one rank. Raises DamagedError where a file is wrong, ValueError
+    The checksums of each file are compared first, by one rank. Raises DamagedError where a file is wrong, ValueError
     where the checkpoint is of another model; the engine is then as it was.
     """
-    directory = Path(path)
+    reader = _open(engine, Path(path))
+    if accept is not None:
+        accept(reader.manifest)
+    _compare_parameters(reader, engine.parameter_shapes(), set(engine.buffers()))
+    if any("ema" in info.kinds for info in reader.tensors.values()):
+        report(f"{path}: its moving average is left out, training has none")
+    engine.restore(reader.read, reader.buffer, reader.facts.state)
+    if states := reader.rng(engine.ranks.rank):  # a rank that was not there: each step is seeded from its number anyway
+        engine.set_rng_states(states)
+    return reader.manifest
+
+
+def load_weights(engine: Engine, path: str | Path) -> None:
+    """Start from the weights and buffers of a checkpoint, or of the newest one of a run; all ranks call it together.
+
+    Moments and counters stay at 0. A BatchNorm may be frozen on one side only. Raises ValueError as `load` does.
+    """
+    reader = _open(engine, find(path))
+    saved = {name: info.shape for name, info in reader.tensors.items()} | reader.buffers
+    buffers = {name: tuple(buffer.shape) for name, buffer in engine.buffers().items()}
+    counted = {name for name in saved.keys() ^ (engine.parameter_shapes().keys() | buffers.keys()) if _is_count(name)}
+    wanted = {name: shape for name, shape in (engine.parameter_shapes() | buffers).items() if name not in counted}
+    _refuse_other_model(reader.directory, wanted, {name: saved[name] for name in saved if name not in counted})
+
+    def read_buffer(name: str) -> Tensor:
+        if name in counted:
+            return torch.zeros((), dtype=torch.int64)
+        info = reader.tensors.get(name)
+        return reader.buffer(name) if info is None else reader.read(name, "weight", 0, info.numel).reshape(info.shape)
+
+    def read(name: str, kind: str, start: int, numel: int) -> Tensor:
+        if name in reader.tensors:
+            return reader.read(name, kind, start, numel)
+        return reader.buffer(name).reshape(-1)[start : start + numel].float()
+
+    engine.restore(read, read_buffer, NO_STEPS)
+
+
+def _is_count(name: str) -> bool:
+    """A frozen BatchNorm does not count its batches."""
+    return name.endswith("num_batches_tracked")
+
+
+def _open(engine: Engine, directory: Path) -> Reader:
+    """A checkpoint whose every byte is right. Raises DamagedError on all ranks where any found it wrong."""
     manifest, problem = _checked(engine, directory)
     found = [text for text in engine.gather(problem) if text]
     if manifest is None or found:
         raise DamagedError(found[0])
-    _compare_parameters(directory, manifest, engine.parameter_shapes(), set(engine.buffers()))
-    reader = Reader(directory, manifest)
-    engine.restore(reader.read, reader.buffer, manifest["state"])
-    if states := reader.rng(engine.ranks.rank):  # a rank that was not there: each step is seeded from its number anyway
-        engine.set_rng_states(states)
-    return manifest
+    return Reader(directory, manifest)
 
 
 def _checked(engine: Engine, directory: Path) -> tuple[Manifest | None, str | None]:
@@ -61,19 +106,21 @@ def _checked(engine: Engine, directory: Path) -> tuple[Manifest | None, str | No
     return manifest, problems[0] if problems else None
 
 
-def _compare_parameters(
-    directory: Path, manifest: Manifest, shapes: dict[str, tuple[int, ...]], buffers: set[str]
-) -> None:
-    saved = {name: tuple(tensor["shape"]) for name, tensor in manifest["tensors"].items()}
-    saved_buffers = set(manifest["buffers"])
-    missing = sorted((shapes.keys() - saved.keys()) | (buffers - saved_buffers))
-    extra = sorted((saved.keys() - shapes.keys()) | (saved_buffers - buffers))
-    other = [name for name in shapes.keys() & saved.keys() if shapes[name] != saved[name]]
+def _compare_parameters(reader: Reader, shapes: Shapes, buffers: set[str]) -> None:
+    saved = {name: info.shape for name, info in reader.tensors.items()}
+    wanted = {**shapes, **dict.fromkeys(buffers, ())}  # a buffer's shape is compared when it is copied
+    _refuse_other_model(reader.directory, wanted, saved | dict.fromkeys(reader.buffers, ()))
+
+
+def _refuse_other_model(directory: Path, wanted: Shapes, saved: Shapes) -> None:
+    missing, extra = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    other = sorted(name for name in wanted.keys() & saved.keys() if wanted[name] != saved[name])
     if missing or extra or other:
         detail = [f"{len(missing)} tensors are missing ({', '.join(missing[:3])})"] if missing else []
         detail += [f"{len(extra)} are not the model's ({', '.join(extra[:3])})"] if extra else []
-        detail += [f"{name} is {saved[name]}, the model's is {shapes[name]}" for name in sorted(other)[:3]]
-        raise ValueError(f"{directory}: holds another model: {'; '.join(detail)}; use the recipe it was made with")
+        detail += [f"{name} is {saved[name]}, the model's is {wanted[name]}" for name in other[:3]]
+        way_out = "use the recipe it was made with, or another run_dir"
+        raise ValueError(f"{directory}: holds another model: {'; '.join(detail)}; {way_out}")
 
 
 def load_model_weights(path: str | Path) -> dict[str, Tensor]:

@@ -77,15 +77,17 @@ def prune(run_dir: str | Path, keep: int, *, dry_run: bool = False) -> list[Path
     if not found:
         raise ValueError(f"{run_dir}: want a run directory with step_NNNNNNNN checkpoints, found none")
     kept: set[Path] = set()
+    whole = 0
     for _, path in found:
         try:
             read_manifest(path)
         except DamagedError as error:
             report(str(error))
-            if not kept:
+            if not whole:
                 kept.add(path)  # newer than all that is whole: someone may want to look at it
             continue
-        if sum(1 for each in kept if (each / MANIFEST).exists()) < keep:
+        whole += 1
+        if whole <= keep:
             kept.add(path)
     gone = [path for _, path in found if path not in kept]
     for path in gone:
@@ -107,7 +109,7 @@ def remove_leftovers(run_dir: Path, partial: str) -> None:
     for pattern in (f"{partial}*", f"{_TRASH}*"):
         for path in run_dir.glob(pattern):
             if path.is_dir():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # a writer that has not noticed yet may still add to it
             else:
                 path.unlink()
 

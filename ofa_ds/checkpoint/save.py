@@ -10,6 +10,7 @@ before it as they were, and at most a hidden directory that the next save remove
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,9 +38,8 @@ def save(engine: Engine, run_dir: str | Path, step: int, extra: Mapping[str, Any
     extra: JSON values of the caller (recipe, data fingerprint). keep: how many checkpoints stay, this one included.
     Raises RuntimeError on every rank where any rank failed; the checkpoints before stay as they were.
     """
-    target = Target(Path(run_dir), step, keep)
     share = Share.of(engine)
-    prepare(engine, target, share)
+    target = prepare(engine, Path(run_dir), step, keep, share)
     entry: dict[str, Any] = {}
     with _together(engine, target):
         try:
@@ -68,8 +68,8 @@ class BackgroundSaver:
     def start(self, step: int, extra: Mapping[str, Any]) -> None:
         """Copy the state of step `step` and have it written. Raises RuntimeError as `save` does."""
         self.finish()
-        target, share = Target(self._run_dir, step, self._keep), Share.of(self._engine)
-        prepare(self._engine, target, share)
+        share = Share.of(self._engine)
+        target = prepare(self._engine, self._run_dir, step, self._keep, share)
         facts = Facts(step=step, state=self._engine.counters(), extra=dict(extra))
         if self._snapshot is None or not self._snapshot.is_alive():
             self._snapshot = Snapshot(share.tensors)
@@ -114,10 +114,12 @@ class Target:
     run_dir: Path
     step: int
     keep: int
+    token: str
+    """Another one for each attempt: a writer that outlives its killed trainer by a moment is in nobody's way."""
 
     @property
     def partial(self) -> Path:
-        return self.run_dir / f"{PARTIAL}{directory_name(self.step)}"
+        return self.run_dir / f"{PARTIAL}{directory_name(self.step)}_{self.token}"
 
     @property
     def final(self) -> Path:
@@ -162,14 +164,16 @@ class Share:
         return payload + _HEADER_BYTES_A_TENSOR * len(self.tensors)
 
 
-def prepare(engine: Engine, target: Target, share: Share) -> None:
+def prepare(engine: Engine, run_dir: Path, step: int, keep: int, share: Share) -> Target:
     """Clear what killed saves left, see whether there is room, make the hidden directory."""
-    total = sum(engine.gather(share.num_bytes))
+    sizes, tokens = zip(*engine.gather((share.num_bytes, secrets.token_hex(4))), strict=True)
+    target = Target(run_dir, step, keep, tokens[0])
     with _together(engine, target):
         if engine.ranks.rank == 0:
             remove_leftovers(target.run_dir, PARTIAL)
             target.partial.mkdir(parents=True)
-            check_space(target.partial, total, engine.ranks.world_size + 2)
+            check_space(target.partial, sum(sizes), engine.ranks.world_size + 2)
+    return target
 
 
 def commit(engine: Engine, target: Target, share: Share, facts: Facts, entry: dict[str, Any]) -> None:

@@ -21,6 +21,12 @@ _OPEN_HEADERS = 4
 """A header of the 6B has some 6,000 entries; 1,024 of them would not fit the memory that conversions promise."""
 
 
+NO_STEPS: dict[str, Any] = {
+    "adam_step": 0, "global_steps": 0, "skipped_steps": 0, "global_samples": 0, "loss_scaler": {},
+}  # fmt: skip
+"""The counters of a model that has not been trained here."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
     """A parameter."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ofa_ds.checkpoint.state import Facts, ForeignState, TensorInfo
+from ofa_ds.checkpoint.state import NO_STEPS, Facts, ForeignState, TensorInfo
 from ofa_ds.config import Recipe, load_recipe, recipe_from_dict, recipe_to_dict, shipped_recipes
 from ofa_ds.convert.architecture import compare, config_of, recipe_change
 from ofa_ds.convert.weights import Weight, Weights, recomputed, shapes_of
@@ -75,7 +75,7 @@ def to_state(foreign: Foreign, options: Options) -> tuple[ForeignState, ModelCon
     if foreign.ema is not None and not options.use_ema:
         average, _ = _official(foreign.ema, f"{foreign.origin}, moving average", options.drop)
         compare({name: weight.shape for name, weight in (fresh | average).items()}, config, f"{foreign.origin} (ema)")
-    facts = Facts(state=dict(_NO_STEPS), rng_ranks=0)
+    facts = Facts(state=dict(NO_STEPS), rng_ranks=0)
     state = ForeignState(
         tensors={
             name: TensorInfo(shape=shape, kinds=("weight", "ema") if name in average else ("weight",))
@@ -89,9 +89,6 @@ def to_state(foreign: Foreign, options: Options) -> tuple[ForeignState, ModelCon
         ema_buffer=lambda name: average[name].whole(),
     )
     return state, config
-
-
-_NO_STEPS = {"adam_step": 0, "global_steps": 0, "skipped_steps": 0, "global_samples": 0, "loss_scaler": {}}
 
 
 def _official(weights: Weights, origin: str, drop: Sequence[str]) -> tuple[dict[str, Weight], dict[str, Weight]]:

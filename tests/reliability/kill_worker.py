@@ -26,6 +26,7 @@ from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
 from ofa_ds.engine import Engine, build, init_distributed, load_deepspeed_config
 
 TIMED_KILLS = 100
+BACKGROUND_KILLS = 120
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 
 
@@ -47,13 +48,14 @@ def kill_at(number: int, folder: Path) -> None:
         if event in FILE_EVENTS and arguments and str(arguments[0]).startswith(str(folder)):
             count()
 
-    sync = os.fsync
+    def counted(call: Callable) -> Callable:
+        def wrapped(*arguments: object) -> object:
+            count()
+            return call(*arguments)
 
-    def counted_sync(descriptor: int) -> None:
-        count()
-        sync(descriptor)
+        return wrapped
 
-    os.fsync = counted_sync
+    os.fsync, os.pwrite = counted(os.fsync), counted(os.pwrite)
     sys.addaudithook(hook)
 
 
@@ -118,6 +120,46 @@ def every_operation(engine: Engine, pristine: Path, run_dir: Path, allowed: dict
         step, wrong = judge(run_dir, allowed, f"operation {len(found) + 1}")
         problems += wrong
         found.append(step)
+    return found
+
+
+def background_kills(engine: Engine, run_dir: Path, allowed: dict) -> list[str]:
+    """SIGKILL the trainer at random moments while another process writes for it; what is wrong afterwards."""
+
+    def save_again() -> None:
+        saver = checkpoint.BackgroundSaver(engine, run_dir, keep=1)
+        while True:
+            for step in (4, 5):
+                saver.start(step, {})
+                saver.finish()
+                if saver.failure:
+                    raise RuntimeError(saver.failure)
+
+    problems = []
+    for n in range(BACKGROUND_KILLS):
+        child, pipe = in_child(save_again)
+        time.sleep(random.Random(n).uniform(0.05, 0.35))  # the writing process takes a tenth of a second to start
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        os.close(pipe)
+        if not os.WIFSIGNALED(status):
+            problems.append(f"background kill {n}: the save failed by itself")
+        problems += judge(run_dir, allowed, f"background kill {n}")[1]
+    return problems
+
+
+def writer_killed(engine: Engine, run_dir: Path) -> dict[str, str | None]:
+    """What is said where only the writing process dies, and whether the next save works."""
+    saver = checkpoint.BackgroundSaver(engine, run_dir, keep=3)
+    saver.start(11, {})
+    saver.finish()
+    saver._snapshot._process.send_signal(signal.SIGSTOP)  # so that it cannot be done before it is killed
+    saver.start(12, {})
+    saver._snapshot._process.kill()
+    found = {"finished": str(saver.finish()), "failure": saver.failure, "newest": checkpoint.latest(run_dir).name}
+    saver.start(13, {})
+    found |= {"again": str(saver.finish().name), "failure again": saver.failure}
+    saver.close()
     return found
 
 
@@ -189,12 +231,14 @@ def main(folder: Path) -> None:
         os.waitpid(child, 0)
         os.close(pipe)
         problems += judge(run_dir, allowed, f"timed kill {n}")[1]
+    problems += background_kills(engine, run_dir, allowed)
     leftovers = sorted(path.name for path in run_dir.iterdir())
     checkpoint.save(engine, run_dir, 6, extra={}, keep=1)
     after = sorted(path.name for path in run_dir.iterdir())
     print(json.dumps({
         "refusals": refusals(engine, folder / "refusals"),
-        "operations": operations, "timed": TIMED_KILLS, "problems": problems,
+        "operations": operations, "timed": TIMED_KILLS + BACKGROUND_KILLS, "problems": problems,
+        "writer": writer_killed(engine, folder / "writer"),
         "leftovers": leftovers, "after": after,
     }))  # fmt: skip
 

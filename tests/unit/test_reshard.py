@@ -1,0 +1,206 @@
+"""N ranks -> M ranks -> N ranks: the same bytes, whatever the shapes, the stages and the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import COUNTERS, different, ofa_checkpoint, state_of, whole
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ofa_ds.checkpoint.format import FORMAT, KINDS, MANIFEST, VERSION, flat_parts, read_manifest, write_manifest
+from ofa_ds.checkpoint.reshard import reshard
+from ofa_ds.checkpoint.runs import prune
+from ofa_ds.checkpoint.state import Facts, ForeignState, Reader
+from ofa_ds.checkpoint.verify import describe, verify
+from ofa_ds.checkpoint.write import write_checkpoint
+from ofa_ds.cli import main
+from ofa_ds.convert.weights import shapes_of
+from ofa_ds.engine_state import even_range
+from ofa_ds.model.config import preset
+
+DIMENSIONS = st.sampled_from([1, 2, 3, 5, 7, 13, 31, 64])
+SHAPES = st.lists(st.lists(DIMENSIONS, max_size=3).map(tuple), min_size=1, max_size=6)
+RANKS = st.one_of(st.integers(1, 9), st.sampled_from([16, 61, 128]))
+STAGES = st.integers(0, 3)
+SETS = st.sampled_from([KINDS[:1], KINDS[:3], KINDS, ("weight", "ema")])
+
+
+def payload(path: Path) -> dict[str, bytes]:
+    """Every file's bytes: headers and data."""
+    return {file.name: file.read_bytes() for file in sorted(path.glob("*.safetensors"))}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shapes=SHAPES, kinds=st.lists(SETS, min_size=6, max_size=6), n=RANKS, m=RANKS, stages=st.tuples(STAGES, STAGES))
+def test_n_to_m_to_n_is_the_identity_on_every_byte(tmp_path_factory, shapes, kinds, n, m, stages):
+    folder = tmp_path_factory.mktemp("reshard")
+    generator = torch.Generator().manual_seed(len(shapes))
+    tensors = {f"layer.{k}": torch.randn(shape, generator=generator) for k, shape in enumerate(shapes)}
+    buffers = {"seen": torch.arange(5), "mean": torch.randn(3, generator=generator)}
+    state = state_of(tensors, kinds=dict(zip(tensors, kinds, strict=False)), buffers=buffers)
+    write_checkpoint(folder / "n", state, ranks=n, stage=stages[0])
+    reshard(folder / "n", folder / "m", ranks=m, stage=stages[1])
+    reshard(folder / "m", folder / "again", ranks=n, stage=stages[0])
+    assert verify(folder / "m") == []
+    assert payload(folder / "again") == payload(folder / "n")
+    assert different(whole(folder / "m"), whole(folder / "n")) == []
+    for name, tensor in tensors.items():
+        assert torch.equal(whole(folder / "m")[f"weight|{name}"], tensor)
+    one, other = (read_manifest(folder / name) for name in ("n", "again"))
+    assert {key for key in one if one[key] != other[key]} <= {"created", "xxh3_128"}
+
+
+@settings(max_examples=200, deadline=None)
+@given(numels=st.lists(st.integers(1, 5000), min_size=1, max_size=12), ranks=RANKS)
+def test_the_flat_cut_of_stages_1_and_2_covers_each_element_once(numels, ranks):
+    parts = flat_parts({str(k): numel for k, numel in enumerate(numels)}, ranks)
+    share = -(-sum(numels) // (2 * ranks)) * 2
+    at = 0
+    for numel, each in zip(numels, parts.values(), strict=True):
+        assert [element for _, start, n in each for element in range(start, start + n)] == list(range(numel))
+        for rank, start, n in each:
+            assert rank * share <= at + start and at + start + n <= (rank + 1) * share
+        at += numel
+
+
+def test_generator_states_of_ranks_that_are_gone_come_back(tmp_path):
+    class WithStates(ForeignState):
+        def rng(self, rank: int) -> dict[str, torch.Tensor]:
+            return {"torch": torch.full((16,), rank, dtype=torch.uint8)}
+
+    plain = state_of({"a": torch.randn(9)}, kinds={"a": KINDS[:3]})
+    values = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+    state = WithStates(**values | {"facts": Facts(step=8, state=COUNTERS, rng_ranks=5)})
+    write_checkpoint(tmp_path / "5", state, ranks=5, stage=3)
+    reshard(tmp_path / "5", tmp_path / "2", ranks=2)
+    reshard(tmp_path / "2", tmp_path / "7", ranks=7)
+    reshard(tmp_path / "7", tmp_path / "again", ranks=5)
+    assert payload(tmp_path / "again") == payload(tmp_path / "5")
+    reader = Reader(tmp_path / "2", read_manifest(tmp_path / "2"))
+    assert [int(reader.rng(rank)["torch"][0]) for rank in range(5)] == list(range(5)) and reader.rng(5) == {}
+
+
+def test_1024_ranks_read_only_their_own_ranges(tmp_path, monkeypatch):
+    tensors = {"big": torch.randn(3000), "small": torch.randn(7), "scalar": torch.randn(())}
+    write_checkpoint(tmp_path / "3", state_of(tensors, kinds=dict.fromkeys(tensors, KINDS[:3])), ranks=3, stage=2)
+    reshard(tmp_path / "3", tmp_path / "1024", ranks=1024, stage=3)
+    reader = Reader(tmp_path / "1024", read_manifest(tmp_path / "1024"))
+    for rank in (0, 1, 500, 999, 1023):  # what a rank of 1,000 asks for
+        start, numel = even_range(3000, rank, 1000)
+        assert torch.equal(reader.read("big", "exp_avg", start, numel), tensors["big"][start : start + numel] + 1)
+    touched = {part.rank for part in reader.layout.overlaps("big", *even_range(3000, 17, 1000))}
+    assert len(touched) <= 2
+    reshard(tmp_path / "1024", tmp_path / "back", ranks=3, stage=2)
+    assert payload(tmp_path / "back") == payload(tmp_path / "3")
+
+
+def test_the_manifest_of_the_6b_at_1024_ranks_is_small_and_read_in_two_seconds(tmp_path):
+    parameters, _ = shapes_of(preset("6b"))
+    tensors = {
+        name: {"shape": list(shape), "trainable": True, "kinds": list(KINDS[:3]), "parts": "even"}
+        for name, shape in parameters.items()
+    }
+    listed = flat_parts({name: math.prod(shape) for name, shape in parameters.items()}, 1024)
+    for stage in (2, 3):
+        directory = tmp_path / str(stage)
+        directory.mkdir()
+        parts = listed if stage == 2 else dict.fromkeys(tensors, "even")
+        held = [0] * 1024
+        for name, tensor in tensors.items():
+            tensor["parts"] = parts[name]
+            total = math.prod(tensor["shape"])
+            ranges = parts[name] if stage == 2 else [[rank, *even_range(total, rank, 1024)] for rank in range(1024)]
+            for rank, _, numel in ranges:
+                held[rank] += 12 * numel
+        files = [
+            {"name": f"rank_{rank:05d}.safetensors", "bytes": 8 + 4096 + held[rank], "header_bytes": 4096,
+             "header_xxh3_128": "0" * 32} for rank in range(1024)
+        ]  # fmt: skip
+        for entry in files:
+            with open(directory / entry["name"], "wb") as file:
+                file.truncate(entry["bytes"])  # a hole: takes no room
+        write_manifest(directory / MANIFEST, {
+            "format": FORMAT, "version": VERSION, "step": 1, "world_size": 1024, "zero_stage": stage, "created": "now",
+            "code": {}, "state": COUNTERS, "extra": {}, "rng_ranks": 1024, "files": files, "buffers": {},
+            "ema_buffers": {}, "tensors": tensors,
+        })  # fmt: skip
+        assert (directory / MANIFEST).stat().st_size < 20e6
+        started = time.process_time()
+        manifest = read_manifest(directory)
+        assert time.process_time() - started < 2, "the issue's own bound, in CPU time"
+        assert len(manifest["tensors"]) == len(parameters) and describe(directory)["parameters"] == 6_038_669_312
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    for step in (2, 4, 6, 8):
+        state = state_of({"a": torch.randn(50)}, kinds={"a": KINDS[:3]})
+        write_checkpoint(tmp_path / "run" / f"step_{step:08d}", state, ranks=2, stage=3)
+    return tmp_path / "run"
+
+
+def test_prune_keeps_the_newest_whole_ones_and_says_what_it_does(run_dir, capsys):
+    (run_dir / "step_00000006" / MANIFEST).write_text("{")
+    assert [path.name for path in prune(run_dir, 2, dry_run=True)] == ["step_00000006", "step_00000002"]
+    assert main(["checkpoint", "prune", str(run_dir), "--keep", "2"]) == 0
+    assert "2 checkpoints are gone" in capsys.readouterr().out
+    assert sorted(path.name for path in run_dir.iterdir()) == ["step_00000004", "step_00000008"]
+    assert prune(run_dir, 2) == []
+    with pytest.raises(ValueError, match="found none"):
+        prune(run_dir.parent, 2)
+
+
+def test_a_damaged_checkpoint_newer_than_all_whole_ones_is_not_deleted(run_dir):
+    (run_dir / "step_00000008" / "rank_00001.safetensors").unlink()
+    assert [path.name for path in prune(run_dir, 1)] == ["step_00000004", "step_00000002"]
+
+
+def test_show_verify_and_reshard_on_the_command_line(run_dir, tmp_path, capsys):
+    ofa_checkpoint(tmp_path / "ofa", preset("nano", vocab_size=60), ranks=2)
+    assert main(["checkpoint", "show", str(tmp_path / "ofa"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["step"], facts["ranks"], facts["stage"], facts["preset"]) == (8, 2, 3, "nano")
+    assert facts["bytes"] == sum(file.stat().st_size for file in (tmp_path / "ofa").glob("*.safetensors"))
+    assert main(["checkpoint", "show", str(run_dir), "--tensors"]) == 0
+    assert "step         8" in (shown := capsys.readouterr().out) and "weight exp_avg exp_avg_sq" in shown
+    assert main(["checkpoint", "reshard", str(run_dir), str(tmp_path / "five"), "--ranks", "5", "--stage", "2"]) == 0
+    capsys.readouterr()
+    assert main(["checkpoint", "verify", str(tmp_path / "five"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+    assert describe(tmp_path / "five")["ranks"] == 5 and describe(tmp_path / "five")["stage"] == 2
+    assert main(["checkpoint", "reshard", str(run_dir), str(tmp_path / "five"), "--ranks", "3"]) == 1
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_verify_names_each_damaged_tensor_and_file(run_dir, capsys):
+    path = run_dir / "step_00000008" / "rank_00001.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 128
+    raw[-250] ^= 1
+    path.write_bytes(raw)
+    assert main(["checkpoint", "verify", str(run_dir)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "rank_00001.safetensors: weight|a" in lines[0] and "exp_avg_sq|a" in lines[1] and "problems: 2" in lines[2]
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+    from ofa_ds.checkpoint import write
+
+    class Full:
+        f_bavail, f_frsize, f_files, f_favail = 10, 4096, 100, 50
+
+    monkeypatch.setattr(write.os, "statvfs", lambda path: Full)
+    state = state_of({"a": torch.randn(50_000)}, kinds={"a": KINDS[:3]})
+    with pytest.raises(OSError, match="GB are free"):
+        write_checkpoint(tmp_path / "x", state, ranks=2, stage=3)
+    Full.f_bavail = 10**9
+    with pytest.raises(OSError, match="50 more files fit, 66 are needed"):
+        write_checkpoint(tmp_path / "x", state, ranks=64, stage=3)
+    assert list(tmp_path.iterdir()) == []
