@@ -181,7 +181,11 @@ def resume_exactly(ranks: Any, folder: Path) -> list[dict[str, Any]]:
         engine = build_engine(ranks, make_toy, config, 2)
         train_toy(engine, 0, 4, ranks.world_size)
         path = checkpoint.save(engine, run_dir, 4, extra={"note": name})
+        saver = checkpoint.BackgroundSaver(engine, folder / f"background_{name}")
+        saver.start(4, {"note": name})
         train_toy(engine, 4, 8, ranks.world_size)
+        meanwhile = saver.finish()
+        saver.close()
         want = state_of(engine)
         dispose(engine)
         torch.manual_seed(99)
@@ -193,10 +197,18 @@ def resume_exactly(ranks: Any, folder: Path) -> list[dict[str, Any]]:
         results.append({
             "name": name, "different": int(counts), "first": wrong[:3], "extra": manifest["extra"],
             "step": manifest["step"], "saved": manifest["state"], "problems": checkpoint.verify(path),
-            "tensors": len(want),
+            "tensors": len(want), "background": meanwhile is not None and same_files(path, meanwhile),
         })  # fmt: skip
         dispose(engine)
     return results
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two checkpoints are the same in every byte of every rank's file."""
+    names = sorted(path.name for path in one.glob("*.safetensors"))
+    return names == sorted(path.name for path in other.glob("*.safetensors")) and all(
+        (one / name).read_bytes() == (other / name).read_bytes() for name in names
+    )
 
 
 def reshard(ranks: Any, folder: Path) -> list[dict[str, Any]]:

@@ -46,6 +46,13 @@ def test_four_steps_saved_and_four_more_are_eight_to_the_bit(results, name):
     assert case["problems"] == []
 
 
+@pytest.mark.parametrize("name", RESUME)
+def test_a_checkpoint_written_in_the_background_is_the_state_of_its_step(results, name):
+    """Byte for byte what a save that training waits for wrote, though four more steps were taken meanwhile."""
+    case = next(case for case in results(2, "resume") if case["name"] == name)
+    assert case["background"]
+
+
 def test_fp16_skips_overflowing_steps_and_saves_the_loss_scale(results):
     saved = next(case for case in results(2, "resume") if case["name"] == "fp16_3")["saved"]
     assert 0 < saved["skipped_steps"] < saved["global_steps"] == 4

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from numerics import TOLERANCE, assert_close
 from torch import Tensor
 
-from ofa_ds import bench
-from ofa_ds.bench_padded import PaddedBatch, PaddedCore, PaddedOFA, pad
+from ofa_ds.bench import __main__ as command
+from ofa_ds.bench import step as bench
+from ofa_ds.bench.padded import PaddedBatch, PaddedCore, PaddedOFA, pad
 from ofa_ds.config import PAD_ID
 from ofa_ds.data.batch import Batch, pack
 from ofa_ds.data.tasks import Example
@@ -200,7 +201,7 @@ class Stage:
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-    bench.main()
+    command.main()
 
 
 COMMAND = ("step", "--repeats", "3", "--mixed-repeats", "2")
@@ -257,7 +258,7 @@ def test_both_ways_are_given_the_same_examples(monkeypatch: pytest.MonkeyPatch) 
         (("step", "--repeats", "0"), "--repeats and --mixed-repeats: want at least 1"),
         (("step", "--mixed-repeats", "0"), "--repeats and --mixed-repeats: want at least 1"),
         (("steps",), "invalid choice: 'steps'"),
-        ((), "the following arguments are required: what"),
+        ((), "the following arguments are required: WHAT"),
     ],
 )
 def test_wrong_arguments_are_exit_code_2_before_anything_is_timed(

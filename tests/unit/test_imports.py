@@ -37,7 +37,6 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"*"},
     "trainer": {"*"},
     "bench": {"*"},
-    "bench_padded": {"config", "data", "model", "ofa_kernels"},
     "checkpoint_commands": {"checkpoint", "convert"},
     "cli": {"*"},
     "pretrain": {"cli"},

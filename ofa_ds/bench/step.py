@@ -1,9 +1,9 @@
-"""`python -m ofa_ds.bench step`: forward + backward of tiny on one thread, beside the original's way of computing.
+"""`bench step`: forward + backward of tiny on one thread, beside the original's way of computing.
 
 Two shapes. `pair`: batch 2, 256 px, 32 source and 16 target tokens. `mixed`: one pretraining micro-batch, 16
 vision-language + 2 text + 1 image + 1 detection examples. The original runs the mixed one as two padded passes (spec 02
 section 8): each example with a picture of its own, the text-only ones with a zero picture, all texts padded to the
-longest of their pass. Its time is that of `bench_padded`, which computes the same losses from the same weights in the
+longest of their pass. Its time is that of `padded`, which computes the same losses from the same weights in the
 original's way: in the same process and in turns with ours, so that a busy machine slows both. The time that the
 original itself needed for the pair (ORIGINAL_PAIR_S) was recorded on another machine. FLOPs are counted in the warm-up.
 Both ways run with our malloc settings (`keep_freed_memory`), which the original does not have.
@@ -11,8 +11,6 @@ Both ways run with our malloc settings (`keep_freed_memory`), which the original
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import sys
@@ -24,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ofa_ds.bench_padded import PaddedBatch, PaddedOFA, pad
+from ofa_ds.bench.padded import PaddedBatch, PaddedOFA, pad
 from ofa_ds.config import PAD_ID
 from ofa_ds.data.batch import Batch, pack
 from ofa_ds.data.tasks import Example
@@ -206,20 +204,3 @@ def table(result: dict[str, float]) -> str:
     rate = result["matmul_gflop_per_s"]
     lines.append(f"a {MATMUL_SIZE} x {MATMUL_SIZE} product runs at {rate:.0f} GFLOP/s here (one thread, fp32)")
     return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m ofa_ds.bench", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("step",), help="step: forward + backward of tiny on one thread")
-    parser.add_argument("--repeats", type=int, default=7, help="of the pair (default 7)")
-    parser.add_argument("--mixed-repeats", type=int, default=1, help="of the mixed micro-batch (default 1)")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    if min(options.repeats, options.mixed_repeats) < 1:
-        parser.error("--repeats and --mixed-repeats: want at least 1")
-    result = bench_step(options.repeats, options.mixed_repeats)
-    print(json.dumps(result) if options.json else table(result))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,123 @@
+"""The ranks of `bench checkpoint`: `torchrun checkpoint_worker.py save|load FOLDER PRESET`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from ofa_ds import checkpoint
+from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig, load_recipe, recipe_to_dict
+from ofa_ds.engine import Engine, build, init_distributed, load_deepspeed_config
+from ofa_ds.model.config import ModelConfig, preset
+from ofa_ds.model.ofa import OFA
+
+VOCAB_SIZE = 47_400
+"""With it base has 173 M parameters: the size that the goals were set for."""
+REPEATS = 3
+
+
+def state_config(name: str) -> ModelConfig:
+    return preset(name, vocab_size=VOCAB_SIZE)
+
+
+def make_engine(name: str) -> Engine:
+    """ZeRO-3 in bf16 with moments, as after one step; the values are drawn, not trained."""
+    config = load_deepspeed_config("zero3")
+    config["bf16"] = {"enabled": True}
+    ranks = init_distributed("cpu")
+    batch, optim, train = BatchConfig(global_rows=ranks.world_size, micro_rows=1), OptimConfig(), TrainConfig()
+    model = state_config(name)
+    engine = build(lambda: OFA(model), deepspeed=config, optim=optim, batch=batch, train=train, ranks=ranks)
+    buffers = {key: value.clone() for key, value in engine.buffers().items()}
+    steps = {"adam_step": 1, "global_steps": 1, "skipped_steps": 0, "global_samples": 2, "loss_scaler": {}}
+    engine.restore(lambda _name, _kind, _start, numel: torch.rand(numel), lambda key: buffers[key], steps)
+    return engine
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds of the slowest rank."""
+    dist.barrier()
+    started = time.perf_counter()
+    action()
+    seconds = torch.tensor(time.perf_counter() - started)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return seconds.item()
+
+
+def sharded(engine: Engine) -> dict[str, DTensor]:
+    """The same pieces as torch's own checkpoints want them: one-dimensional, cut like ours."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = {}
+    for piece in engine.pieces():
+        total = torch.Size(piece.shape).numel()
+        for kind in piece.kinds:
+            local = piece.tensors.get(kind, torch.empty(0))
+            found[f"{kind}|{piece.name}"] = DTensor.from_local(
+                local, mesh, [Shard(0)], run_check=False, shape=torch.Size([total]), stride=(1,)
+            )
+    return found
+
+
+def save(engine: Engine, root: Path, name: str) -> dict[str, Any]:
+    recipe = recipe_to_dict(load_recipe("pretrain-base"))
+    recipe["model"]["preset"] = name
+    extra = {"recipe": recipe, "identity": {"data": None, "vocab": None}}
+    pieces = [tensor for piece in engine.pieces() for tensor in piece.tensors.values()]
+    result: dict[str, Any] = {
+        "parameters": sum(torch.Size(shape).numel() for shape in engine.parameter_shapes().values()),
+        "save_s": min(timed(lambda: checkpoint.save(engine, root / "ours", 1, extra)) for _ in range(REPEATS)),
+        "deepspeed_save_s": min(
+            timed(lambda: engine._wrapped.save_checkpoint(str(root / "deepspeed"), tag="tag")) for _ in range(REPEATS)
+        ),
+        "dcp_save_s": timed(lambda: dcp.save(sharded(engine), checkpoint_id=root / "dcp")),
+    }
+    saver = checkpoint.BackgroundSaver(engine, root / "background", keep=1)
+    stalls = []
+    for step in range(REPEATS + 1):
+        stalls.append(timed(lambda: saver.start(step, extra)))  # noqa: B023
+        saver.finish()
+    saver.close()
+    target = torch.empty(sum(tensor.numel() for tensor in pieces))
+    target.zero_()
+    result["memcpy_s"] = min(timed(lambda: copy(pieces, target)) for _ in range(REPEATS))
+    result |= {"background_first_stall_s": stalls[0], "background_stall_s": min(stalls[1:])}
+    return result
+
+
+def copy(pieces: list[Tensor], target: Tensor) -> None:
+    at = 0
+    for piece in pieces:
+        target[at : at + piece.numel()] = piece
+        at += piece.numel()
+
+
+def load(engine: Engine, root: Path) -> dict[str, Any]:
+    directory = root / "ours" / "step_00000001"
+    tensors = sharded(engine)
+    return {
+        "load_s": timed(lambda: checkpoint.load(engine, directory)),
+        "dcp_load_s": timed(lambda: dcp.load(tensors, checkpoint_id=root / "dcp")),
+    }
+
+
+def main(what: str, root: Path, name: str) -> None:
+    engine = make_engine(name)
+    result = save(engine, root, name) if what == "save" else load(engine, root)
+    if engine.ranks.rank == 0:
+        (root / f"{what}.json").write_text(json.dumps(result))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
