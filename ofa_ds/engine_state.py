@@ -144,17 +144,21 @@ def agree_on_buffers(module: nn.Module) -> None:
     world_size = dist.get_world_size()
     if world_size == 1:
         return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for buffer in saved_buffers(module).values():
-        low, high = buffer.clone(), buffer.clone()
+        by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    for dtype, buffers in by_dtype.items():  # a ResNet has hundreds of small ones: few messages, not many
+        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+        low, high = flat.clone(), flat.clone()
         dist.all_reduce(low, op=dist.ReduceOp.MIN)
         dist.all_reduce(high, op=dist.ReduceOp.MAX)
-        if torch.equal(low, high):
-            continue
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer.div_(world_size)
-        else:
-            buffer.copy_(high)
+        agreed = high
+        if dtype.is_floating_point:
+            dist.all_reduce(flat)
+            agreed = torch.where(low == high, high, flat / world_size)
+        sizes = [buffer.numel() for buffer in buffers]
+        for buffer, values in zip(buffers, agreed.split(sizes), strict=True):
+            buffer.copy_(values.view_as(buffer))
 
 
 def counters(wrapped: Any) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def save(engine: Engine, root: Path, name: str) -> dict[str, Any]:
     recipe = recipe_to_dict(load_recipe("pretrain-base"))
     recipe["model"]["preset"] = name
     extra = {"recipe": recipe, "identity": {"data": None, "vocab": None}}
+    saver = checkpoint.BackgroundSaver(engine, root / "background", keep=1)  # as a run does, long before it saves
     pieces = [tensor for piece in engine.pieces() for tensor in piece.tensors.values()]
     result: dict[str, Any] = {
         "parameters": sum(torch.Size(shape).numel() for shape in engine.parameter_shapes().values()),
@@ -82,7 +83,6 @@ def save(engine: Engine, root: Path, name: str) -> dict[str, Any]:
         ),
         "dcp_save_s": timed(lambda: dcp.save(sharded(engine), checkpoint_id=root / "dcp")),
     }
-    saver = checkpoint.BackgroundSaver(engine, root / "background", keep=1)
     stalls = []
     for step in range(REPEATS + 1):
         stalls.append(timed(lambda: saver.start(step, extra)))  # noqa: B023

@@ -12,11 +12,14 @@ from ofa_ds.checkpoint.verify import check_files
 from ofa_ds.checkpoint.write import write_checkpoint
 
 
-def open_checked(path: str | Path) -> Reader:
-    """A checkpoint, or the newest one of a run, every byte of it checked. Raises ValueError, DamagedError."""
+def open_checked(path: str | Path, left_out: tuple[str, ...] = ()) -> Reader:
+    """A checkpoint, or the newest one of a run, every byte of it checked. Raises ValueError, DamagedError.
+
+    left_out: beginnings of names (`exp_avg|`, ...) that will not be read.
+    """
     directory = find(path)
     manifest = read_manifest(directory)
-    if problems := check_files(directory, manifest["files"]):
+    if problems := check_files(directory, manifest["files"], left_out=left_out):
         raise DamagedError(problems[0])
     return Reader(directory, manifest)
 

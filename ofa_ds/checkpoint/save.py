@@ -21,10 +21,11 @@ from torch import Tensor
 
 from ofa_ds.checkpoint.format import LATEST, MANIFEST, directory_name, file_name, write_manifest
 from ofa_ds.checkpoint.runs import remove, remove_leftovers, retire
-from ofa_ds.checkpoint.snapshot import Snapshot
+from ofa_ds.checkpoint.snapshot import Snapshot, room
 from ofa_ds.checkpoint.state import Facts, TensorInfo
 from ofa_ds.checkpoint.tensor_file import write_tensors
 from ofa_ds.checkpoint.write import PARTIAL, Parts, check_space, manifest_of, sync_directory
+from ofa_ds.engine_state import KINDS
 
 if TYPE_CHECKING:
     from ofa_ds.engine import Engine
@@ -60,7 +61,7 @@ class BackgroundSaver:
         self._engine = engine
         self._run_dir = Path(run_dir)
         self._keep = keep
-        self._snapshot: Snapshot | None = None
+        self._snapshot: Snapshot | None = self._new_snapshot()  # it claims its memory while training starts
         self._pending: tuple[Target, Share, Facts] | None = None
         self.failure: str | None = None
         """Why the last save that ended did not become a checkpoint."""
@@ -72,9 +73,18 @@ class BackgroundSaver:
         target = prepare(self._engine, self._run_dir, step, self._keep, share)
         facts = Facts(step=step, state=self._engine.counters(), extra=dict(extra))
         if self._snapshot is None or not self._snapshot.is_alive():
-            self._snapshot = Snapshot(share.tensors)
+            self._snapshot = self._new_snapshot()
         self._snapshot.take(share.tensors, target.partial / file_name(self._engine.ranks.rank))
         self._pending = target, share.without_tensors(), facts
+
+    def _new_snapshot(self) -> Snapshot:
+        size = sum(
+            len(KINDS) * room(4 * piece.numel) if piece.trainable else room(4 * piece.numel)
+            for piece in self._engine.pieces()
+        )
+        others = [*self._engine.buffers().values(), *self._engine.rng_states().values()]
+        size += sum(room(tensor.numel() * tensor.element_size()) for tensor in others)
+        return Snapshot(size, pin=self._engine.device.type == "cuda")
 
     @property
     def is_pending(self) -> bool:

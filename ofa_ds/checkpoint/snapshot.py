@@ -25,14 +25,19 @@ _PACKAGE_ROOT = Path(__file__).parents[2]
 class Snapshot:
     """Room for one copy of the state and the process that writes it. `take` copies; `wait` says how it went."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """tensors: as large a set as `take` will ever be given."""
-        self._size = sum(_room(tensor) for tensor in tensors.values())
+    def __init__(self, size: int, *, pin: bool) -> None:
+        """size: bytes, as `room` counts them, of the largest set of tensors that `take` will be given.
+
+        pin: page-lock the memory, so that copies from a GPU run at full speed; where that fails they are slower.
+        """
+        self._size = size
         self._descriptor = os.memfd_create("ofa-ds snapshot")
         os.ftruncate(self._descriptor, self._size)
         self._map = mmap.mmap(self._descriptor, self._size)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._pin(tensors)
+        if pin:
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), size, 0)
         python_path = os.pathsep.join([str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ofa_ds.background_writer", str(self._descriptor), str(self._size)],
@@ -49,12 +54,12 @@ class Snapshot:
         at, job = 0, []
         for name, tensor in tensors.items():
             spec = spec_of(name, tensor.dtype, tuple(tensor.shape))
-            if at + _room(tensor) > self._size:
+            if at + room(spec.num_bytes) > self._size:
                 raise ValueError(f"a snapshot of {self._size} bytes has no room for {name}")
             target = self._bytes[at : at + spec.num_bytes].view(tensor.dtype).view(tensor.shape)
             target.copy_(tensor.detach(), non_blocking=True)
             job.append([spec.name, spec.dtype, spec.shape, spec.num_bytes, at])
-            at += _room(tensor)
+            at += room(spec.num_bytes)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._answer = None
@@ -87,13 +92,7 @@ class Snapshot:
         self._process.communicate()
         os.close(self._descriptor)
 
-    def _pin(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies from a GPU run at full speed into page-locked memory only; where that fails they are slower."""
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            with contextlib.suppress(RuntimeError):
-                torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self._size, 0)
 
-
-def _room(tensor: Tensor) -> int:
-    """Bytes that a tensor takes here."""
-    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+def room(num_bytes: int) -> int:
+    """Bytes that a tensor of so many takes here."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

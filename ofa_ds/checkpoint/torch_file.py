@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ofa_ds.checkpoint.tensor_file import CHUNK_BYTES, check_size
 
@@ -86,6 +85,8 @@ def save(path: Path, content: Any, allow: Sequence[type | tuple[type, str]] = ()
     Takes the memory of one piece: torch writes the file without the bytes of tensors, which are then filled in.
     allow: classes in the content beside plain ones, as in TorchFile.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a third of a second, which reading need not pay
+
     slots: dict[Slot, Tensor] = {}
     with FakeTensorMode():
 

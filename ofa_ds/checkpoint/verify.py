@@ -52,19 +52,28 @@ def describe(path: str | Path) -> dict[str, Any]:
     }
 
 
-def check_files(directory: Path, entries: Sequence[Mapping[str, Any]], *, progress: bool = True) -> list[str]:
-    """What is wrong with the files of these manifest entries. Reads and hashes without Python's lock, in threads."""
+def check_files(
+    directory: Path, entries: Sequence[Mapping[str, Any]], *, progress: bool = True, left_out: tuple[str, ...] = ()
+) -> list[str]:
+    """What is wrong with the files of these manifest entries. Reads and hashes without Python's lock, in threads.
+
+    left_out: beginnings of names (`exp_avg|`, ...) of tensors that nobody is going to read.
+    """
     meter = Progress(sum(entry["bytes"] for entry in entries) // _MIB, "checking", "MiB") if progress else None
     try:
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            return [problem for entry in entries for problem in _check_file(pool, directory, entry, meter)]
+            return [problem for entry in entries for problem in _check_file(pool, directory, entry, meter, left_out)]
     finally:
         if meter is not None:
             meter.close()
 
 
 def _check_file(
-    pool: ThreadPoolExecutor, directory: Path, entry: Mapping[str, Any], meter: Progress | None
+    pool: ThreadPoolExecutor,
+    directory: Path,
+    entry: Mapping[str, Any],
+    meter: Progress | None,
+    left_out: tuple[str, ...],
 ) -> list[str]:
     path = directory / entry["name"]
     try:
@@ -72,18 +81,20 @@ def _check_file(
     except (DamagedError, OSError) as error:
         return [str(error)]
     problems: list[str] = []
-    for found in pool.map(lambda names: _check_tensors(file, names), _tasks(file)):
+    for found in pool.map(lambda names: _check_tensors(file, names), _tasks(file, left_out)):
         problems += found
     if meter is not None:
         meter.add(entry["bytes"] // _MIB)
     return problems
 
 
-def _tasks(file: TensorFile) -> list[list[str]]:
+def _tasks(file: TensorFile, left_out: tuple[str, ...]) -> list[list[str]]:
     """Names of tensors that lie together, about _BYTES_A_TASK a list."""
     tasks: list[list[str]] = []
     size = _BYTES_A_TASK
     for name, entry in file.entries.items():
+        if name.startswith(left_out):
+            continue
         if size >= _BYTES_A_TASK:
             tasks.append([])
             size = 0

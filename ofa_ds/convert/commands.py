@@ -25,6 +25,7 @@ from ofa_ds.data.vocab_files import write_files
 from ofa_ds.model.config import ModelConfig, model_config
 
 FORMATS = ("deepspeed", "universal", "huggingface", "fairseq", "modelscope")
+_MOMENTS = ("exp_avg|", "exp_avg_sq|")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -119,7 +120,7 @@ def export_checkpoint(source: Path, destination: Path, plan: ExportPlan) -> dict
 
     Raises ValueError or OSError, one line; `destination` then does not exist.
     """
-    reader = open_checked(source)
+    reader = open_checked(source, () if plan.format in ("deepspeed", "universal") else _MOMENTS)
     recipe, config = _model_of(reader)
     weights = _weights(reader, DTYPES[plan.dtype], "ema" if plan.use_ema else "weight")
     size = sum(weight.numel * weight.dtype.itemsize for weight in weights.values())
