@@ -9,9 +9,10 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -84,8 +85,9 @@ def save(path: Path, content: Any, allow: Sequence[type | tuple[type, str]] = ()
     """`torch.save` of nested dicts and lists in which a Slot stands for a tensor. Durable when it returns.
 
     Takes the memory of one piece: torch writes the file without the bytes of tensors, which are then filled in.
-    allow: classes in the content beside plain ones, as in TorchFile.
+    allow: classes in the content beside plain ones, as in TorchFile; a (class, "a.Name") is written under that name.
     """
+    names = {each[0]: each[1] for each in allow if isinstance(each, tuple)}
     slots: dict[Slot, Tensor] = {}
     with FakeTensorMode():
 
@@ -96,7 +98,7 @@ def save(path: Path, content: Any, allow: Sequence[type | tuple[type, str]] = ()
 
         stub = _replaced(content, fake)
         with torch.serialization.skip_data(materialize_fake_tensors=True), open(path, "xb") as file:
-            torch.save(stub, file)
+            torch.save(stub, file, pickle_module=_pickle_with(names))
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         file = TorchFile(path, allow)
     filled: set[Slot] = set()
@@ -109,6 +111,21 @@ def save(path: Path, content: Any, allow: Sequence[type | tuple[type, str]] = ()
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _pickle_with(names: Mapping[type, str]) -> ModuleType:
+    """A `pickle` that writes these classes under other names: of a package that need not be there to write for it."""
+
+    class Pickler(pickle._Pickler):  # the one in C looks each class up by its name
+        def save_global(self, obj: Any, name: str | None = None) -> None:
+            if not isinstance(obj, type) or obj not in names:
+                return super().save_global(obj, name)
+            self.write(pickle.GLOBAL + "{}\n{}\n".format(*names[obj].rsplit(".", 1)).encode())
+            self.memoize(obj)
+
+    module = ModuleType("pickle_with_names")
+    module.Pickler = Pickler
+    return module
 
 
 def _fill(file: TorchFile, slot: Slot, tensor: Tensor) -> None:

@@ -1,0 +1,193 @@
+"""DeepSpeed's own checkpoints (ZeRO stages 1-3): read at any world size, written for one.
+
+    SAVE_DIR/latest                                             name of the tag directory
+    SAVE_DIR/global_stepN/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt      fp32 masters and moments, flat
+    SAVE_DIR/global_stepN/mp_rank_00_model_states.pt            names, shapes, buffers, counters; at stage 3 one a rank
+
+Stage 3: each group's flat tensor holds ceil(n / ranks) elements of each parameter, padded, in the order of
+`param_shapes`. Stages 1 and 2: one flat buffer a group, padded to 2 x ranks, cut evenly; the masters without the
+padding, the moments with it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofa_ds.checkpoint.deepspeed_states import (
+    ModelStates,
+    find_tag,
+    one_line,
+    open_states,
+    origin_of,
+    plain_name,
+    step_of,
+)
+from ofa_ds.checkpoint.state import ForeignState, TensorInfo
+from ofa_ds.engine_state import KINDS, MOMENTS
+
+_OPTIM_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
+
+
+def read_deepspeed(source: Path) -> ForeignState:
+    """The state in DeepSpeed's save directory, or in one of its tag directories. Reads only what is asked for.
+
+    Raises ValueError, one line: a file is missing, damaged, of another world size, or holds foreign classes.
+    """
+    directory = find_tag(source, "latest")
+    with one_line(directory):
+        folder = _Folder(directory)
+    kinds = KINDS if folder.adam_step else KINDS[:1]
+    tensors = {name: TensorInfo(shape=place.shape, kinds=kinds) for name, place in folder.places.items()}
+    frozen = {name: TensorInfo(shape=shape, trainable=False) for name, shape in folder.model.frozen.items()}
+    return ForeignState(
+        tensors=tensors | frozen,
+        buffers=folder.model.buffers,
+        facts=folder.model.facts(
+            adam_step=folder.adam_step,
+            scaler=folder.files[0].content["optimizer_state_dict"].get("loss_scaler"),
+            origin=origin_of(folder.stage, len(folder.files), folder.param_groups[0]),
+        ),
+        read=folder.read,
+        buffer=folder.model.buffer,
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter lies: element e is in the file of rank (first + e) // part, at offset + (first + e) % part."""
+
+    shape: tuple[int, ...]
+    group: int
+    first: int
+    part: int
+    offset: int
+
+
+class _Folder:
+    """A tag directory with all its files open; their tensors are mapped, not read."""
+
+    def __init__(self, directory: Path) -> None:
+        found = _optimizer_files(directory)
+        self.files = [open_states(path, "optimizer_state_dict") for path in found]
+        first = self._optimizer(0)
+        self.stage = int(first.get("zero_stage", 1))  # stage 1 in bf16 does not say
+        if self.stage not in (1, 2, 3):
+            raise ValueError(f"{found[0]}: ZeRO stage {self.stage}: want 1, 2 or 3")
+        self.model = ModelStates(directory, by_rank=self.stage == 3)
+        self._check_ranks(found)
+        self.weights = [self._flat(rank, "weight") for rank in range(len(found))]
+        self.param_groups: list[dict[str, Any]] = self._base(0).get("param_groups") or [{}]
+        self.adam_step = self._steps()
+        kinds = MOMENTS if self.adam_step else ()
+        self.moments = {kind: [self._flat(rank, kind) for rank in range(len(found))] for kind in kinds}
+        groups = range(len(self.model.groups))
+        self.places = {plain_name(name): place for group in groups for name, place in self._places(group)}
+
+    def _optimizer(self, rank: int) -> dict[str, Any]:
+        return self.files[rank].content["optimizer_state_dict"]
+
+    def _base(self, rank: int) -> dict[str, Any]:
+        """State dict of the AdamW inside; at stages 1 and 2 an elastic checkpoint has a list of states instead."""
+        found = self._optimizer(rank)["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
+        if isinstance(found, list):
+            groups = [{"step": self._optimizer(rank).get("base_optimizer_state_step")}]
+            return {"state": dict(enumerate(found)), "param_groups": groups}
+        return found
+
+    def _check_ranks(self, found: list[Path]) -> None:
+        for path, rank in zip(found, range(len(found)), strict=True):
+            count = self._optimizer(rank).get("partition_count", len(found))
+            count = max(count) if isinstance(count, list) else count
+            if count != self.model.ranks or len(found) != self.model.ranks:
+                raise ValueError(f"{path}: of {count} ranks, among {len(found)} files, model states of "
+                                 f"{self.model.ranks}: want one world size")  # fmt: skip
+
+    def _flat(self, rank: int, kind: str) -> list[Tensor]:
+        """The flat tensor of each group."""
+        if kind == "weight":
+            key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
+            tensors = self._optimizer(rank).get(key)
+        else:
+            state = self._base(rank)["state"]
+            tensors = [state[group].get(kind) for group in sorted(state)]
+        if not isinstance(tensors, list) or not all(isinstance(each, Tensor) for each in tensors):
+            raise ValueError(f"{self.files[rank].path}: has no {kind} of every group")
+        if len(tensors) != len(self.model.groups):
+            want = len(self.model.groups)
+            raise ValueError(f"{self.files[rank].path}: {len(tensors)} groups of {kind}, param_shapes has {want}")
+        return tensors
+
+    def _steps(self) -> int:
+        steps = {
+            step_of(self.files[rank].path, state, self.param_groups[0])
+            for rank in range(len(self.files))
+            for state in self._base(rank)["state"].values() or [{}]
+        }
+        if len(steps) > 1:
+            raise ValueError(f"{self.model.directory}: its optimizer counts different steps: {sorted(steps)}")
+        return steps.pop()
+
+    def _places(self, group: int) -> Iterator[tuple[str, _Place]]:
+        """The parameters of a group. Raises ValueError where a rank's flat tensors are too small for them."""
+        ranks, at = len(self.files), 0
+        optimizer = self._optimizer(0)
+        paddings = (optimizer.get("param_alignment_paddings") or {group: None})[group]
+        share = self.weights[0][group].numel() + (optimizer.get("group_paddings") or {group: 0})[group]
+        for index, (name, shape) in enumerate(self.model.groups[group].items()):
+            if self.stage == 3:
+                part = -(-math.prod(shape) // ranks)
+                yield name, _Place(shape, group, 0, part, at)
+                at += part
+            else:
+                yield name, _Place(shape, group, at, share, 0)
+                at += math.prod(shape) + (paddings[index] if paddings else 0)
+        for rank in range(ranks):
+            want = at if self.stage == 3 else max(0, min(share, at - rank * share))
+            if rank == ranks - 1 and at > share * ranks and self.stage < 3:
+                want = at - rank * share
+            for flats in (self.weights, *self.moments.values()):
+                if flats[rank][group].numel() < want:
+                    found = f"{flats[rank][group].numel()} elements in group {group}"
+                    raise ValueError(f"{self.files[rank].path}: {found}, its parameters take {want}")
+
+    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
+        """Elements start : start + numel: fp32 [numel]."""
+        if name in self.model.frozen:
+            return self.model.read_frozen(name, start, numel)
+        place = self.places[name]
+        flats = self.weights if kind == "weight" else self.moments[kind]
+        result, done = torch.empty(numel), 0
+        while done < numel:
+            rank, within = divmod(place.first + start + done, place.part)
+            count = min(place.part - within, numel - done)
+            flat = flats[rank][place.group]
+            result[done : done + count] = self.files[rank].read(flat, place.offset + within, count)
+            done += count
+        return result
+
+
+def _optimizer_files(directory: Path) -> list[Path]:
+    """By rank. Raises ValueError: none, or one is missing."""
+    found: dict[int, Path] = {}
+    for path in directory.iterdir():
+        if match := _OPTIM_FILE.fullmatch(path.name):
+            if int(match[2]):
+                raise ValueError(f"{path}: of a model cut into several parts, want mp_rank_00 alone")
+            if int(match[1]) in found:
+                raise ValueError(f"{path}: and {found[int(match[1])].name}: two files of one rank")
+            found[int(match[1])] = path
+    if not found:
+        raise ValueError(f"{directory}: has no *zero_pp_rank_0_mp_rank_00_optim_states.pt: not a ZeRO checkpoint")
+    for rank in range(max(found)):
+        if rank not in found:
+            name = found[max(found)].name.replace(f"rank_{max(found)}_", f"rank_{rank}_", 1)
+            raise ValueError(f"{directory / name}: missing, and {found[max(found)].name} is there")
+    return [found[rank] for rank in range(len(found))]
