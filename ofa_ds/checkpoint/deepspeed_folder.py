@@ -11,9 +11,11 @@ padding, the moments with it.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +24,36 @@ import torch
 from torch import Tensor
 
 from ofa_ds.checkpoint.deepspeed_states import (
+    DEEPSPEED_VERSION,
+    STAND_INS,
+    FlatPiece,
+    Fragment,
     ModelStates,
+    ds_config,
     find_tag,
+    flat_slot,
+    loss_scaler,
+    model_file,
+    model_states,
     one_line,
     open_states,
     origin_of,
+    param_group,
     plain_name,
+    require_moments,
     step_of,
+    step_tensor,
+    whole_slot,
 )
-from ofa_ds.checkpoint.state import ForeignState, TensorInfo
-from ofa_ds.engine_state import KINDS, MOMENTS
+from ofa_ds.checkpoint.format import flat_parts
+from ofa_ds.checkpoint.state import ForeignState, TensorInfo, TrainingState
+from ofa_ds.checkpoint.torch_file import Slot, save
+from ofa_ds.checkpoint.write import check_space, new_directory, sync_directory, sync_files
+from ofa_ds.engine_state import KINDS, MOMENTS, even_range
 
 _OPTIM_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
+_BYTES_A_NAME = 2000
+_BYTES_A_FILE = 100_000
 
 
 def read_deepspeed(source: Path) -> ForeignState:
@@ -150,9 +170,8 @@ class _Folder:
                 yield name, _Place(shape, group, at, share, 0)
                 at += math.prod(shape) + (paddings[index] if paddings else 0)
         for rank in range(ranks):
-            want = at if self.stage == 3 else max(0, min(share, at - rank * share))
-            if rank == ranks - 1 and at > share * ranks and self.stage < 3:
-                want = at - rank * share
+            left = at - rank * share
+            want = at if self.stage == 3 else max(0, left if rank == ranks - 1 else min(share, left))
             for flats in (self.weights, *self.moments.values()):
                 if flats[rank][group].numel() < want:
                     found = f"{flats[rank][group].numel()} elements in group {group}"
@@ -191,3 +210,135 @@ def _optimizer_files(directory: Path) -> list[Path]:
             name = found[max(found)].name.replace(f"rank_{max(found)}_", f"rank_{rank}_", 1)
             raise ValueError(f"{directory / name}: missing, and {found[max(found)].name} is there")
     return [found[rank] for rank in range(len(found))]
+
+
+def write_deepspeed(
+    state: TrainingState,
+    destination: Path,
+    *,
+    ranks: int,
+    stage: int,
+    dtype: torch.dtype,
+    sub_group_size: int = 10**9,
+) -> None:
+    """The new directory `destination`, which DeepSpeed loads at `ranks` ranks, that stage and that precision.
+
+    sub_group_size: of the loading engine's stage 3, in elements. Frozen parameters stay fp32 in the files; DeepSpeed
+    rounds them when it loads, as this project does. Memory: a few chunks. Raises ValueError: `destination` exists, or
+    the state lacks moments, hyperparameters or, for fp16, a loss scale; OSError: the disk is full.
+    """
+    if stage not in (1, 2, 3) or ranks < 1 or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"stage {stage}, {ranks} ranks, {dtype}: want stage 1, 2 or 3, a rank or more, fp32, bf16, fp16"
+        )
+    plan = _Plan(state, ranks, stage, dtype, sub_group_size)
+    with new_directory(destination) as partial:
+        check_space(partial, plan.num_bytes, 2 * ranks + 3)
+        tag = partial / f"global_step{state.facts.state['global_steps']}"
+        tag.mkdir()
+        for rank in range(ranks):
+            prefix = "bf16_" if dtype == torch.bfloat16 else ""
+            save(tag / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", plan.optimizer(rank), STAND_INS)
+        for rank in range(ranks) if stage == 3 else (None,):
+            save(tag / model_file(rank), plan.model(rank or 0))
+        sync_directory(tag)
+        pointer = partial / "latest"
+        pointer.write_text(tag.name, encoding="utf-8")
+        sync_files([pointer])
+
+
+class _Plan:
+    """Which pieces go into which file, and the content of each file with slots for its tensors."""
+
+    def __init__(self, state: TrainingState, ranks: int, stage: int, dtype: torch.dtype, sub_group_size: int) -> None:
+        require_moments(state)
+        self.state, self.ranks, self.stage, self.dtype = state, ranks, stage, dtype
+        self.param_group = param_group(state.facts)
+        self.scaler = loss_scaler(state.facts.state, dtype)
+        trainable = {name: info.numel for name, info in state.tensors.items() if info.trainable}
+        self.frozen = [name for name, info in state.tensors.items() if not info.trainable]
+        self.share = -(-sum(trainable.values()) // (2 * ranks)) * 2
+        self.parts = {} if stage == 3 else flat_parts(trainable, ranks)
+        size = sub_group_size if stage == 3 else sum(trainable.values())
+        self.groups = _sub_groups({name: -(-numel // ranks) for name, numel in trainable.items()}, size)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the files take, about; never less."""
+        numel = sum(info.numel for info in self.state.tensors.values())
+        copy = self.dtype.itemsize if self.stage < 3 else 0
+        return numel * (12 + copy) + self.ranks * (len(self.state.tensors) * _BYTES_A_NAME + _BYTES_A_FILE)
+
+    def pieces(self, rank: int, group: list[str]) -> list[FlatPiece]:
+        """A rank's flat tensor of a group: (name, start, numel, numel with padding) each."""
+        if self.stage == 3:
+            cut = [(name, self.state.tensors[name].numel, self.ranks) for name in group]
+            return [FlatPiece(name, *even_range(numel, rank, ranks), -(-numel // ranks)) for name, numel, ranks in cut]
+        held = [(name, part) for name in group for part in self.parts[name] if part[0] == rank]
+        return [FlatPiece(name, start, numel, numel) for name, (_, start, numel) in held]
+
+    def optimizer(self, rank: int) -> dict[str, Any]:
+        """Content of a rank's `*_optim_states.pt`."""
+        pieces = [self.pieces(rank, group) for group in self.groups]
+        weights = [flat_slot(self.state, "weight", each) for each in pieces]
+        size = None if self.stage == 3 else self.share
+        step = self.state.facts.state["adam_step"]
+        moments = {
+            index: {"step": step_tensor(step)} | {kind: flat_slot(self.state, kind, each, size) for kind in MOMENTS}
+            for index, each in enumerate(pieces)
+        }
+        base = {"state": moments, "param_groups": [{**self.param_group, "params": list(range(len(pieces)))}]}
+        content = {
+            "zero_stage": self.stage,
+            "loss_scaler": self.scaler,
+            "dynamic_loss_scale": self.dtype == torch.float16,
+            "overflow": False,
+            "ds_version": DEEPSPEED_VERSION,
+        }
+        if self.stage == 3:
+            content |= {"partition_count": self.ranks, "optimizer_state_dict": base, "fp32_flat_groups": weights}
+        else:
+            content |= {"base_optimizer_state": base, "single_partition_of_fp32_groups": weights}
+            content |= self._layout(pieces[0])
+        config = ds_config(self.stage, self.dtype)
+        return {"optimizer_state_dict": content, "ds_config": config, "ds_version": DEEPSPEED_VERSION}
+
+    def _layout(self, pieces: list[FlatPiece]) -> dict[str, Any]:
+        """What stages 1 and 2 say of one flat buffer; stage 1 in bf16 reads less of it."""
+        offsets = itertools.accumulate((piece.padded for piece in pieces), initial=0)
+        addresses = [(piece.name, Fragment(piece.numel, at)) for piece, at in zip(pieces, offsets, strict=False)]
+        return {
+            "group_paddings": [self.share - sum(piece.numel for piece in pieces)],
+            "param_alignment_paddings": [[0] * len(self.groups[0])],
+            "partition_count": [self.ranks],
+            "param_slice_mappings": [OrderedDict(addresses)],
+        }
+
+    def model(self, rank: int) -> dict[str, Any]:
+        """Content of the model states; at stage 3 a rank's, with placeholders for what is partitioned."""
+        state = self.state
+        if self.stage == 3:
+            nothing = Slot((0,), self.dtype, lambda start, numel: torch.empty(numel))
+            module = dict.fromkeys(state.tensors, nothing)
+            frozen = {name: flat_slot(state, "weight", self.pieces(rank, [name])) for name in self.frozen}
+        else:
+            frozen = {name: whole_slot(state, name, "weight") for name in self.frozen}
+            names = [name for name in state.tensors if name not in frozen]
+            module = {name: whole_slot(state, name, "weight", self.dtype) for name in names} | frozen
+        return model_states(
+            state, ranks=self.ranks, module=module, groups=self.groups, frozen=frozen,
+            config=ds_config(self.stage, self.dtype),
+        )  # fmt: skip
+
+
+def _sub_groups(numels: Mapping[str, int], size: int) -> list[list[str]]:
+    """As DeepSpeed forms them at stage 3: a group ends with the parameter that brings it to `size` elements a rank."""
+    groups: list[list[str]] = [[]]
+    total = 0
+    for name, numel in numels.items():
+        if total >= size:
+            groups.append([])
+            total = 0
+        groups[-1].append(name)
+        total += numel
+    return groups

@@ -5,11 +5,13 @@ DeepSpeed's classes are written and read as plain stand-ins under its names: not
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -296,6 +298,34 @@ def whole_slot(state: TrainingState, name: str, kind: str, dtype: torch.dtype = 
 
 def _reader(state: TrainingState, name: str, kind: str) -> Callable[[int, int], Tensor]:
     return lambda start, numel: state.read(name, kind, start, numel)
+
+
+class FlatPiece(NamedTuple):
+    """Elements start : start + numel of a parameter in a flat tensor, where they take `padded` elements."""
+
+    name: str
+    start: int
+    numel: int
+    padded: int
+
+
+def flat_slot(state: TrainingState, kind: str, pieces: Sequence[FlatPiece], size: int | None = None) -> Slot:
+    """A flat fp32 tensor of these pieces, one after the other; `size` elements with the padding at its end."""
+    ends = list(itertools.accumulate(piece.padded for piece in pieces))
+    total = (ends[-1] if ends else 0) if size is None else size
+
+    def read(start: int, numel: int) -> Tensor:
+        result = torch.zeros(numel)
+        for index in range(bisect.bisect_right(ends, start), len(pieces)):
+            piece, begin = pieces[index], ends[index] - pieces[index].padded
+            if begin >= start + numel:
+                break
+            low, high = max(start, begin), min(start + numel, begin + piece.numel)
+            if high > low:
+                result[low - start : high - start] = state.read(piece.name, kind, piece.start + low - begin, high - low)
+        return result
+
+    return Slot((total,), torch.float32, read)
 
 
 def step_tensor(step: int) -> Slot:

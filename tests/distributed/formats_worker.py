@@ -1,0 +1,170 @@
+"""What each rank of the format tests runs: DeepSpeed itself writes and reads what this project reads and writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from engine_cases import result_file
+from engine_worker import (
+    OPTIM,
+    allow_fp16_on_cpu,
+    build_engine,
+    different,
+    dispose,
+    ds_config,
+    make_toy,
+    train_toy,
+    whole_tensors,
+)
+from formats_cases import EXPORTS, SAVED
+from torch import Tensor
+from toy import Toy
+
+from ofa_ds import checkpoint
+from ofa_ds.checkpoint.deepspeed_folder import read_deepspeed, write_deepspeed
+from ofa_ds.checkpoint.format import read_manifest
+from ofa_ds.checkpoint.state import Reader, TrainingState
+from ofa_ds.checkpoint.write import write_checkpoint
+from ofa_ds.engine import Engine, init_distributed, load_deepspeed_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STEPS = 4
+STEP_DIR = f"step_{STEPS:08d}"
+EXTRA = {"recipe": {"optim": json.loads(json.dumps(dataclasses.asdict(OPTIM)))}}
+
+
+def config_of(precision: str, stage: int, **more: Any) -> dict[str, Any]:
+    config = {**ds_config(stage), "bf16": {"enabled": precision == "bf16"}, **more}
+    if precision == "fp16":
+        config["fp16"] = {
+            **load_deepspeed_config("zero3_fp16")["fp16"],
+            "initial_scale_power": 20,
+        }  # overflows at first
+    return config
+
+
+def fresh(ranks: Any, config: dict[str, Any]) -> Engine:
+    """An engine in which nothing is as in another one, buffers and frozen weights included."""
+
+    def other() -> Toy:
+        torch.manual_seed(99)
+        return make_toy()
+
+    engine = build_engine(ranks, other, config, 2)
+    with torch.no_grad():
+        for buffer in engine.buffers().values():
+            buffer.fill_(7)
+    for piece in engine.pieces():
+        for tensor in piece.tensors.values():
+            tensor.normal_()
+    return engine
+
+
+def saved(ranks: Any, folder: Path) -> dict[str, float]:
+    """Trained engines, saved by this project and by DeepSpeed. Returns the gradient norm two steps later."""
+    norms = {}
+    for precision, stage in SAVED:
+        engine = build_engine(ranks, make_toy, config_of(precision, stage), 2)
+        train_toy(engine, 0, STEPS, ranks.world_size)
+        checkpoint.save(engine, folder / f"ours_{precision}_{stage}", STEPS, extra=EXTRA)  # makes buffers agree
+        engine._wrapped.save_checkpoint(folder / f"deepspeed_{precision}_{stage}")
+        train_toy(engine, STEPS, STEPS + 2, ranks.world_size)
+        norms[f"{precision}_{stage}"] = engine.grad_norm
+        dispose(engine)
+    return norms
+
+
+def imported(ranks: Any, folder: Path) -> list[dict[str, Any]]:
+    """What DeepSpeed saved, read, written as a checkpoint for 3 ranks and loaded: against what this project saved."""
+    results = []
+    for precision, stage in SAVED:
+        original, target = folder / f"ours_{precision}_{stage}" / STEP_DIR, folder / f"imported_{precision}_{stage}"
+        if ranks.rank == 0:
+            write_checkpoint(target, read_deepspeed(folder / f"deepspeed_{precision}_{stage}"), ranks=3, stage=stage)
+        dist.barrier()
+        engine = fresh(ranks, config_of(precision, stage))
+        checkpoint.load(engine, target)
+        results.append(loaded(engine, folder / f"again_{precision}_{stage}_imported", original))
+        dispose(engine)
+    return results
+
+
+def loaded(engine: Engine, run_dir: Path, original: Path) -> dict[str, Any]:
+    """The state of an engine against that of a checkpoint: every tensor whole, counters, the copies that compute."""
+    copies = engine.full_weights()
+    path = checkpoint.save(engine, run_dir, STEPS, extra={})
+    result = {"name": run_dir.name, "different": [], "state": True}
+    if copies is not None:
+        found, want = whole_tensors(path), whole_tensors(original)
+        result["different"] = different(found, want)
+        result["different"] += [
+            f"copy of {name}" for name, copy in copies.items()
+            if not torch.equal(copy.reshape(-1), want.get(f"weight|{name}", copy).to(copy.dtype).reshape(-1))
+        ]  # fmt: skip
+        result["state"] = _states(path) == _states(original)
+    train_toy(engine, STEPS, STEPS + 2, engine.ranks.world_size)
+    return result | {"norm": engine.grad_norm}
+
+
+def _states(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Counters, and the loss scale beside them, which only precisions with one have."""
+    state = dict(read_manifest(path)["state"])
+    scaler = state.pop("loss_scaler")
+    return state, scaler if len(scaler) > 1 else {}
+
+
+def whole(state: TrainingState) -> dict[str, Tensor]:
+    """Every tensor of a state, flat, and every buffer."""
+    tensors = {name: state.buffer(name) for name in state.buffers}
+    for name, info in state.tensors.items():
+        tensors |= {f"{kind}|{name}": state.read(name, kind, 0, info.numel) for kind in info.kinds}
+    return tensors
+
+
+def exported(ranks: Any, folder: Path) -> list[dict[str, Any]]:
+    """A checkpoint of two ranks, written for DeepSpeed at this world size, loaded by it."""
+    results = []
+    for source, precision, stage in EXPORTS[ranks.world_size]:
+        original = folder / f"ours_{source}" / STEP_DIR
+        target = folder / f"for_deepspeed_{precision}_{stage}_{ranks.world_size}"
+        lost: list[str] = []
+        if ranks.rank == 0:
+            reader = Reader(original, read_manifest(original))
+            write_deepspeed(reader, target, ranks=ranks.world_size, stage=stage, dtype=DTYPES[precision])
+            back = read_deepspeed(target)
+            lost = different(whole(back), whole(reader))
+            lost += [] if list(back.tensors) == list(reader.tensors) else ["order"]
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(target))
+            want = {name: weights[name].reshape(-1) for name in reader.tensors}
+            lost += different(want, {name: reader.read(name, "weight", 0, info.numel)
+                                     for name, info in reader.tensors.items()})  # fmt: skip
+        dist.barrier()
+        engine = fresh(ranks, config_of(precision, stage))
+        before = vars(getattr(engine._wrapped.optimizer, "loss_scaler", None) or object).keys()
+        path, _ = engine._wrapped.load_checkpoint(str(target))
+        after = vars(getattr(engine._wrapped.optimizer, "loss_scaler", None) or object).keys()
+        run_dir = folder / f"again_{precision}_{stage}_{ranks.world_size}"
+        results.append(loaded(engine, run_dir, original) | {"lost": lost, "path": path, "scaler": before == after})
+        dispose(engine)
+    return results
+
+
+def main(folder: Path, *jobs: str) -> None:
+    ranks = init_distributed("cpu")
+    allow_fp16_on_cpu()
+    functions: dict[str, Callable[[Any, Path], Any]] = {"saved": saved, "imported": imported, "exported": exported}
+    results = {job: functions[job](ranks, folder) for job in jobs}
+    if ranks.rank == 0:
+        result_file(folder, ranks.world_size).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
