@@ -50,6 +50,7 @@ from ofa_ds.checkpoint.state import ForeignState, TensorInfo, TrainingState
 from ofa_ds.checkpoint.torch_file import Slot, save
 from ofa_ds.checkpoint.write import check_space, new_directory, sync_directory, sync_files
 from ofa_ds.engine_state import KINDS, MOMENTS, even_range
+from ofa_ds.progress import track
 
 _OPTIM_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 _BYTES_A_NAME = 2000
@@ -236,7 +237,7 @@ def write_deepspeed(
         check_space(partial, plan.num_bytes, 2 * ranks + 3)
         tag = partial / f"global_step{state.facts.state['global_steps']}"
         tag.mkdir()
-        for rank in range(ranks):
+        for rank in track(range(ranks), "writing", "files"):
             prefix = "bf16_" if dtype == torch.bfloat16 else ""
             save(tag / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", plan.optimizer(rank), STAND_INS)
         for rank in range(ranks) if stage == 3 else (None,):

@@ -92,6 +92,13 @@ def plain_name(name: str) -> str:
     return name.removeprefix("module.")
 
 
+def safe_name(name: str) -> str:
+    """A parameter's name as that of a directory. Raises ValueError where it would lead elsewhere."""
+    if Path(name).name != name or name.startswith("."):
+        raise ValueError(f"{name!r}: not the name of a parameter")
+    return name
+
+
 class ModelStates:
     """The `*_model_states.pt` of a directory: names, shapes, buffers, frozen parameters, counters."""
 
@@ -218,6 +225,11 @@ def require_moments(state: TrainingState) -> None:
     if lacking or not state.facts.state.get("adam_step"):
         what = f"no optimizer moments of {len(lacking)} tensors" if lacking else "no optimizer steps"
         raise ValueError(f"the checkpoint has {what}; `--format huggingface` or `fairseq` exports weights alone")
+
+
+def has_loss_scale(facts: Facts) -> bool:
+    """Whether there is all of a dynamic loss scale: a state trained in fp16."""
+    return all(key in facts.state.get("loss_scaler", {}) for key in _SCALER_STATE)
 
 
 def loss_scaler(state: Mapping[str, Any], dtype: torch.dtype) -> LossScaler:

@@ -17,5 +17,16 @@ EXPORTS = {
 }  # fmt: skip
 """World size -> (what was saved, precision and stage that DeepSpeed loads it at)."""
 
-JOBS = {2: ("saved", "imported", "exported"), 1: ("exported",), 3: ("exported",)}
+UNIVERSAL = {
+    1: [("fp32_2", "fp32", 1), ("fp32_3", "fp32", 2), ("bf16_1", "bf16", 3)],
+    2: [("fp32_3", "fp32", 1), ("fp32_3", "fp32", 2), ("fp32_3", "fp32", 3), ("bf16_3", "bf16", 1),
+        ("fp16_3", "fp16", 3)],
+}  # fmt: skip
+"""The same of universal checkpoints."""
+
+JOBS = {
+    2: ("saved", "imported", "exported", "universal", "converted"),
+    1: ("exported", "universal"),
+    3: ("exported",),
+}
 """World size -> jobs of its launch; the launch of 2 ranks saves what the others use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from engine_cases import result_file
 from engine_worker import (
@@ -24,7 +26,7 @@ from engine_worker import (
     train_toy,
     whole_tensors,
 )
-from formats_cases import EXPORTS, SAVED
+from formats_cases import EXPORTS, SAVED, UNIVERSAL
 from torch import Tensor
 from toy import Toy
 
@@ -32,12 +34,16 @@ from ofa_ds import checkpoint
 from ofa_ds.checkpoint.deepspeed_folder import read_deepspeed, write_deepspeed
 from ofa_ds.checkpoint.format import read_manifest
 from ofa_ds.checkpoint.state import Reader, TrainingState
+from ofa_ds.checkpoint.universal import read_universal, write_universal
 from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.engine import Engine, init_distributed, load_deepspeed_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS = 4
 STEP_DIR = f"step_{STEPS:08d}"
+SUB_GROUP = {("bf16", 3): 3000}
+"""Where stage 3 has several flat groups: elements of a rank's one."""
+
 EXTRA = {"recipe": {"optim": json.loads(json.dumps(dataclasses.asdict(OPTIM)))}}
 
 
@@ -48,6 +54,9 @@ def config_of(precision: str, stage: int, **more: Any) -> dict[str, Any]:
             **load_deepspeed_config("zero3_fp16")["fp16"],
             "initial_scale_power": 20,
         }  # overflows at first
+    if (precision, stage) in SUB_GROUP:
+        zero = {**config["zero_optimization"], "sub_group_size": SUB_GROUP[precision, stage]}
+        config["zero_optimization"] = zero
     return config
 
 
@@ -138,7 +147,8 @@ def exported(ranks: Any, folder: Path) -> list[dict[str, Any]]:
         lost: list[str] = []
         if ranks.rank == 0:
             reader = Reader(original, read_manifest(original))
-            write_deepspeed(reader, target, ranks=ranks.world_size, stage=stage, dtype=DTYPES[precision])
+            more = {"sub_group_size": SUB_GROUP[precision, stage]} if (precision, stage) in SUB_GROUP else {}
+            write_deepspeed(reader, target, ranks=ranks.world_size, stage=stage, dtype=DTYPES[precision], **more)
             back = read_deepspeed(target)
             lost = different(whole(back), whole(reader))
             lost += [] if list(back.tensors) == list(reader.tensors) else ["order"]
@@ -157,10 +167,54 @@ def exported(ranks: Any, folder: Path) -> list[dict[str, Any]]:
     return results
 
 
+def universal(ranks: Any, folder: Path) -> list[dict[str, Any]]:
+    """A checkpoint of two ranks as a universal one, loaded by DeepSpeed at other stages: all that it takes from it."""
+    results = []
+    for source, precision, stage in UNIVERSAL[ranks.world_size]:
+        original = folder / f"ours_{source}" / STEP_DIR
+        target = folder / f"universal_{precision}_{stage}_{ranks.world_size}"
+        lost: list[str] = []
+        if ranks.rank == 0:
+            reader = Reader(original, read_manifest(original))
+            write_universal(reader, target)
+            back = read_universal(target)
+            lost = different(whole(back), whole(reader))
+            lost += [] if list(back.tensors) == list(reader.tensors) else ["order"]
+        dist.barrier()
+        engine = fresh(ranks, config_of(precision, stage, checkpoint={"load_universal": True}))
+        path, _ = engine._wrapped.load_checkpoint(str(target))
+        name = f"again_universal_{precision}_{stage}_{ranks.world_size}"
+        results.append(loaded(engine, folder / name, original) | {"lost": lost, "path": path})
+        dispose(engine)
+    return results
+
+
+def converted(ranks: Any, folder: Path) -> list[dict[str, Any]]:
+    """DeepSpeed's own converter on what DeepSpeed saved, read: against what this project saved."""
+    results = []
+    for precision, stage in SAVED if ranks.rank == 0 else []:
+        source = folder / f"deepspeed_{precision}_{stage}"
+        target = source / f"global_step{STEPS}_universal"
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=str(source / f"global_step{STEPS}"), output_folder=str(target), num_extract_workers=1,
+                num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True,
+            )
+        )  # fmt: skip
+        original = folder / f"ours_{precision}_{stage}" / STEP_DIR
+        found, want = read_universal(source), Reader(original, read_manifest(original))
+        wrong = different(whole(found), whole(want))
+        results.append({"name": target.name, "different": wrong, "state": found.facts.state == want.facts.state})
+    dist.barrier()
+    return results
+
+
 def main(folder: Path, *jobs: str) -> None:
     ranks = init_distributed("cpu")
     allow_fp16_on_cpu()
-    functions: dict[str, Callable[[Any, Path], Any]] = {"saved": saved, "imported": imported, "exported": exported}
+    functions: dict[str, Callable[[Any, Path], Any]] = {
+        "saved": saved, "imported": imported, "exported": exported, "universal": universal, "converted": converted,
+    }  # fmt: skip
     results = {job: functions[job](ranks, folder) for job in jobs}
     if ranks.rank == 0:
         result_file(folder, ranks.world_size).write_text(json.dumps(results))
