@@ -113,7 +113,7 @@ class ModelStates:
             raise ValueError(f"{self._first.path}: of a model cut into {content['mp_world_size']} parts, want one")
         if not isinstance(content.get("param_shapes"), list):
             raise ValueError(f"{self._first.path}: has no param_shapes, so the optimizer's tensors have no names")
-        self.groups = [{name: _shape(shape) for name, shape in group.items()} for group in content["param_shapes"]]
+        self.groups = [_shapes(self._first.path, group) for group in content["param_shapes"]]
         self.buffers = {plain_name(name): tuple(self._module(name).shape) for name in content["buffer_names"]}
         self._buffer_names = {plain_name(name): name for name in content["buffer_names"]}
         self.frozen: dict[str, tuple[int, ...]] = {}
@@ -138,7 +138,7 @@ class ModelStates:
                     self._pieces[plain_name(name)] = [(self._first, tensor)]
             return
         shapes = content.get("frozen_param_shapes") or {}
-        self.frozen = {plain_name(name): _shape(shape) for name, shape in shapes.items()}
+        self.frozen = {plain_name(name): shape for name, shape in _shapes(self._first.path, shapes).items()}
         for rank in range(self.ranks if shapes else 0):
             file = open_states(self.directory / model_file(rank), "frozen_param_fragments") if rank else self._first
             fragments = file.content["frozen_param_fragments"]
@@ -174,8 +174,11 @@ class ModelStates:
         return Facts(step=state["global_steps"], state=state, rng_ranks=0, extra={**extra, "origin": origin})
 
 
-def _shape(shape: Any) -> tuple[int, ...]:
-    return tuple(whole_numbers(list(shape)))
+def _shapes(path: Path, shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    try:
+        return {name: tuple(whole_numbers(list(shape))) for name, shape in shapes.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: shapes of parameters: {error}") from error
 
 
 def model_file(rank: int | None) -> str:

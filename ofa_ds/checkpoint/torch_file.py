@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import mmap
 import os
 import pickle
@@ -47,6 +48,10 @@ class TorchFile:
             raise ValueError(f"{self.path}: refused, it holds more than tensors and plain values: {reason}") from error
         except (RuntimeError, EOFError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             raise ValueError(f"{self.path}: not a file of torch.save, or damaged: {_first_line(error)}") from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # which is torch's way to say that an archive has no end
+                raise
+            raise ValueError(f"{self.path}: not a file of torch.save, or damaged: it has no end") from error
 
     def chunks(self, tensor: Tensor, start: int, numel: int) -> Iterator[Tensor]:
         """Elements start : start + numel in row-major order, some at a time; their memory is given back after each."""

@@ -163,7 +163,7 @@ def _write_parameter(folder: Path, state: TrainingState, name: str) -> None:
 
 
 def _optimizer_state(state: TrainingState) -> dict[str, Any]:
-    """Stages 1 and 2 read `param_groups`, stage 3 `optimizer_state_dict`; without a loss scale an engine keeps its own."""
+    """Stages 1 and 2 read `param_groups`, stage 3 `optimizer_state_dict`; without a loss scale an engine keeps its."""
     groups = [{**param_group(state.facts), "params": [0]}]
     steps: Mapping[int, Any] = {0: {"step": step_tensor(state.facts.state["adam_step"])}}
     scaler = {}
