@@ -29,9 +29,11 @@ from ofa_ds.checkpoint.deepspeed_states import (
     FlatPiece,
     Fragment,
     ModelStates,
+    counters_of,
     ds_config,
     find_tag,
     flat_slot,
+    has_moments,
     loss_scaler,
     model_file,
     model_states,
@@ -40,7 +42,6 @@ from ofa_ds.checkpoint.deepspeed_states import (
     origin_of,
     param_group,
     plain_name,
-    require_moments,
     step_of,
     step_tensor,
     whole_slot,
@@ -225,8 +226,9 @@ def write_deepspeed(
     """The new directory `destination`, which DeepSpeed loads at `ranks` ranks, that stage and that precision.
 
     sub_group_size: of the loading engine's stage 3, in elements. Frozen parameters stay fp32 in the files; DeepSpeed
-    rounds them when it loads, as this project does. Memory: a few chunks. Raises ValueError: `destination` exists, or
-    the state lacks moments, hyperparameters or, for fp16, a loss scale; OSError: the disk is full.
+    rounds them when it loads, as this project does. Without moments DeepSpeed starts them at the next step. Memory: a
+    few chunks. Raises ValueError: `destination` exists, or the state lacks hyperparameters, some of its moments or,
+    for fp16, a loss scale; OSError: the disk is full.
     """
     if stage not in (1, 2, 3) or ranks < 1 or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
@@ -235,7 +237,7 @@ def write_deepspeed(
     plan = _Plan(state, ranks, stage, dtype, sub_group_size)
     with new_directory(destination) as partial:
         check_space(partial, plan.num_bytes, 2 * ranks + 3)
-        tag = partial / f"global_step{state.facts.state['global_steps']}"
+        tag = partial / f"global_step{counters_of(state.facts)['global_steps']}"
         tag.mkdir()
         for rank in track(range(ranks), "writing", "files"):
             prefix = "bf16_" if dtype == torch.bfloat16 else ""
@@ -252,7 +254,7 @@ class _Plan:
     """Which pieces go into which file, and the content of each file with slots for its tensors."""
 
     def __init__(self, state: TrainingState, ranks: int, stage: int, dtype: torch.dtype, sub_group_size: int) -> None:
-        require_moments(state)
+        self.trained = has_moments(state)
         self.state, self.ranks, self.stage, self.dtype = state, ranks, stage, dtype
         self.param_group = param_group(state.facts)
         self.scaler = loss_scaler(state.facts.state, dtype)
@@ -283,10 +285,10 @@ class _Plan:
         pieces = [self.pieces(rank, group) for group in self.groups]
         weights = [flat_slot(self.state, "weight", each) for each in pieces]
         size = None if self.stage == 3 else self.share
-        step = self.state.facts.state["adam_step"]
+        step = step_tensor(counters_of(self.state.facts)["adam_step"])
         moments = {
-            index: {"step": step_tensor(step)} | {kind: flat_slot(self.state, kind, each, size) for kind in MOMENTS}
-            for index, each in enumerate(pieces)
+            index: {"step": step} | {kind: flat_slot(self.state, kind, each, size) for kind in MOMENTS}
+            for index, each in enumerate(pieces if self.trained else [])
         }
         base = {"state": moments, "param_groups": [{**self.param_group, "params": list(range(len(pieces)))}]}
         content = {

@@ -27,6 +27,7 @@ DEEPSPEED_VERSION = "0.19.8"
 EXTRA = "ofa_ds_extra"
 """Where `Facts.extra` goes in the model states: DeepSpeed hands unknown keys to its caller."""
 
+_WEIGHTS_ALONE = "`--format huggingface` or `--format fairseq` exports weights alone"
 _COUNTERS = ("global_steps", "skipped_steps", "global_samples")
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
@@ -213,7 +214,8 @@ def param_group(facts: Facts) -> dict[str, Any]:
     missing = [key for key in _HYPERPARAMETERS if key not in found]
     if missing:
         raise ValueError(
-            f"the checkpoint has no {', '.join(missing)} of AdamW (extra.recipe.optim), which DeepSpeed's format needs"
+            f"the checkpoint has no {', '.join(missing)} of AdamW (extra.recipe.optim), which DeepSpeed needs; "
+            + _WEIGHTS_ALONE
         )
     return {
         **{key: found[key] for key in _HYPERPARAMETERS}, "betas": tuple(found["betas"]), "bias_correction": True,
@@ -222,12 +224,21 @@ def param_group(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def require_moments(state: TrainingState) -> None:
-    """Raises ValueError: a state without moments is no training state of DeepSpeed's."""
+def has_moments(state: TrainingState) -> bool:
+    """Whether it was trained. Raises ValueError where some parameters have moments and others none."""
     lacking = [name for name, info in state.tensors.items() if info.trainable and info.kinds[:3] != KINDS]
-    if lacking or not state.facts.state.get("adam_step"):
-        what = f"no optimizer moments of {len(lacking)} tensors" if lacking else "no optimizer steps"
-        raise ValueError(f"the checkpoint has {what}; `--format huggingface` or `fairseq` exports weights alone")
+    stepped = counters_of(state.facts)["adam_step"] > 0
+    if stepped == (not lacking):
+        return stepped
+    num_trainable = sum(info.trainable for info in state.tensors.values())
+    if stepped or len(lacking) < num_trainable:
+        raise ValueError(f"the checkpoint has no optimizer moments of {len(lacking)} tensors; {_WEIGHTS_ALONE}")
+    return False
+
+
+def counters_of(facts: Facts) -> dict[str, Any]:
+    """Step numbers; all 0 where the facts have none, as of a model that this project never trained."""
+    return {"adam_step": 0, **dict.fromkeys(_COUNTERS, 0), **facts.state}
 
 
 def has_loss_scale(facts: Facts) -> bool:
@@ -278,7 +289,7 @@ def model_states(
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Content of a `*_model_states.pt`. module: parameters; the buffers are added. groups: trainable names."""
-    counters = state.facts.state
+    counters = counters_of(state.facts)
     shapes = {name: torch.Size(info.shape) for name, info in state.tensors.items()}
     return {
         "module": OrderedDict([*module.items(), *((name, buffer_slot(state, name)) for name in state.buffers)]),

@@ -30,6 +30,7 @@ from ofa_ds.checkpoint.deepspeed_states import (
     ds_config,
     find_tag,
     has_loss_scale,
+    has_moments,
     loss_scaler,
     model_file,
     model_states,
@@ -38,7 +39,6 @@ from ofa_ds.checkpoint.deepspeed_states import (
     origin_of,
     param_group,
     plain_name,
-    require_moments,
     safe_name,
     step_of,
     step_tensor,
@@ -134,7 +134,11 @@ def write_universal(state: TrainingState, destination: Path) -> None:
     Memory: a few chunks. Raises ValueError: `destination` exists, or the state lacks moments or hyperparameters;
     OSError: the disk is full.
     """
-    require_moments(state)
+    if not has_moments(state):
+        raise ValueError(
+            "the checkpoint has no optimizer moments, without which DeepSpeed loads no universal one; write "
+            "`--format deepspeed`, or `huggingface` or `fairseq` for the weights alone"
+        )
     trained = [name for name, info in state.tensors.items() if info.trainable]
     optimizer = _optimizer_state(state)
     num_files = (len(KINDS) + 1) * len(trained) + 4

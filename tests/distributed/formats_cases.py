@@ -11,7 +11,8 @@ SAVED = [("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16
 
 EXPORTS = {
     1: [("fp32_2", "fp32", 1), ("fp32_3", "fp32", 3), ("bf16_2", "bf16", 1)],
-    2: [(f"{precision}_{stage}", precision, stage) for precision, stage in SAVED] + [("fp16_3", "fp16", 1)],
+    2: [(f"{precision}_{stage}", precision, stage) for precision, stage in SAVED] 
+    + [("fp16_3", "fp16", 1), ("untrained", "fp32", 3), ("untrained", "fp32", 1)],
     3: [("fp32_3", "fp32", 1), ("fp32_1", "fp32", 2), ("bf16_1", "bf16", 3), ("bf16_3", "bf16", 1),
         ("fp16_3", "fp16", 2)],
 }  # fmt: skip

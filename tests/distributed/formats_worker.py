@@ -24,7 +24,6 @@ from engine_worker import (
     ds_config,
     make_toy,
     train_toy,
-    whole_tensors,
 )
 from formats_cases import EXPORTS, SAVED, UNIVERSAL
 from torch import Tensor
@@ -80,6 +79,9 @@ def fresh(ranks: Any, config: dict[str, Any]) -> Engine:
 def saved(ranks: Any, folder: Path) -> dict[str, float]:
     """Trained engines, saved by this project and by DeepSpeed. Returns the gradient norm two steps later."""
     norms = {}
+    engine = build_engine(ranks, make_toy, config_of("fp32", 3), 2)
+    checkpoint.save(engine, folder / "ours_untrained", STEPS, extra=EXTRA)
+    dispose(engine)
     for precision, stage in SAVED:
         engine = build_engine(ranks, make_toy, config_of(precision, stage), 2)
         train_toy(engine, 0, STEPS, ranks.world_size)
@@ -112,11 +114,12 @@ def loaded(engine: Engine, run_dir: Path, original: Path) -> dict[str, Any]:
     path = checkpoint.save(engine, run_dir, STEPS, extra={})
     result = {"name": run_dir.name, "different": [], "state": True}
     if copies is not None:
-        found, want = whole_tensors(path), whole_tensors(original)
+        assert checkpoint.verify(path) == []
+        found, want = whole(opened(path)), whole(opened(original))
         result["different"] = different(found, want)
         result["different"] += [
             f"copy of {name}" for name, copy in copies.items()
-            if not torch.equal(copy.reshape(-1), want.get(f"weight|{name}", copy).to(copy.dtype).reshape(-1))
+            if not torch.equal(copy.reshape(-1), want.get(f"weight|{name}", copy.reshape(-1)).to(copy.dtype))
         ]  # fmt: skip
         result["state"] = _states(path) == _states(original)
     train_toy(engine, STEPS, STEPS + 2, engine.ranks.world_size)
@@ -128,6 +131,10 @@ def _states(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     state = dict(read_manifest(path)["state"])
     scaler = state.pop("loss_scaler")
     return state, scaler if len(scaler) > 1 else {}
+
+
+def opened(path: Path) -> Reader:
+    return Reader(path, read_manifest(path))
 
 
 def whole(state: TrainingState) -> dict[str, Tensor]:
@@ -143,10 +150,11 @@ def exported(ranks: Any, folder: Path) -> list[dict[str, Any]]:
     results = []
     for source, precision, stage in EXPORTS[ranks.world_size]:
         original = folder / f"ours_{source}" / STEP_DIR
-        target = folder / f"for_deepspeed_{precision}_{stage}_{ranks.world_size}"
+        name = f"{source}_as_{precision}_{stage}_{ranks.world_size}"
+        target = folder / f"deepspeed_{name}"
         lost: list[str] = []
         if ranks.rank == 0:
-            reader = Reader(original, read_manifest(original))
+            reader = opened(original)
             more = {"sub_group_size": SUB_GROUP[precision, stage]} if (precision, stage) in SUB_GROUP else {}
             write_deepspeed(reader, target, ranks=ranks.world_size, stage=stage, dtype=DTYPES[precision], **more)
             back = read_deepspeed(target)
@@ -161,8 +169,8 @@ def exported(ranks: Any, folder: Path) -> list[dict[str, Any]]:
         before = vars(getattr(engine._wrapped.optimizer, "loss_scaler", None) or object).keys()
         path, _ = engine._wrapped.load_checkpoint(str(target))
         after = vars(getattr(engine._wrapped.optimizer, "loss_scaler", None) or object).keys()
-        run_dir = folder / f"again_{precision}_{stage}_{ranks.world_size}"
-        results.append(loaded(engine, run_dir, original) | {"lost": lost, "path": path, "scaler": before == after})
+        result = loaded(engine, folder / f"again_{name}", original)
+        results.append(result | {"lost": lost, "path": path, "scaler": before == after})
         dispose(engine)
     return results
 
@@ -172,10 +180,11 @@ def universal(ranks: Any, folder: Path) -> list[dict[str, Any]]:
     results = []
     for source, precision, stage in UNIVERSAL[ranks.world_size]:
         original = folder / f"ours_{source}" / STEP_DIR
-        target = folder / f"universal_{precision}_{stage}_{ranks.world_size}"
+        name = f"universal_{source}_as_{precision}_{stage}_{ranks.world_size}"
+        target = folder / name
         lost: list[str] = []
         if ranks.rank == 0:
-            reader = Reader(original, read_manifest(original))
+            reader = opened(original)
             write_universal(reader, target)
             back = read_universal(target)
             lost = different(whole(back), whole(reader))
@@ -183,8 +192,7 @@ def universal(ranks: Any, folder: Path) -> list[dict[str, Any]]:
         dist.barrier()
         engine = fresh(ranks, config_of(precision, stage, checkpoint={"load_universal": True}))
         path, _ = engine._wrapped.load_checkpoint(str(target))
-        name = f"again_universal_{precision}_{stage}_{ranks.world_size}"
-        results.append(loaded(engine, folder / name, original) | {"lost": lost, "path": path})
+        results.append(loaded(engine, folder / f"again_{name}", original) | {"lost": lost, "path": path})
         dispose(engine)
     return results
 
@@ -202,7 +210,7 @@ def converted(ranks: Any, folder: Path) -> list[dict[str, Any]]:
             )
         )  # fmt: skip
         original = folder / f"ours_{precision}_{stage}" / STEP_DIR
-        found, want = read_universal(source), Reader(original, read_manifest(original))
+        found, want = read_universal(source), opened(original)
         wrong = different(whole(found), whole(want))
         results.append({"name": target.name, "different": wrong, "state": found.facts.state == want.facts.state})
     dist.barrier()
