@@ -285,9 +285,9 @@ class _Plan:
         pieces = [self.pieces(rank, group) for group in self.groups]
         weights = [flat_slot(self.state, "weight", each) for each in pieces]
         size = None if self.stage == 3 else self.share
-        step = step_tensor(counters_of(self.state.facts)["adam_step"])
-        moments = {
-            index: {"step": step} | {kind: flat_slot(self.state, kind, each, size) for kind in MOMENTS}
+        step = counters_of(self.state.facts)["adam_step"]
+        moments = {  # a step of each group's own: one that is shared would count every group's update
+            index: {"step": step_tensor(step)} | {kind: flat_slot(self.state, kind, each, size) for kind in MOMENTS}
             for index, each in enumerate(pieces if self.trained else [])
         }
         base = {"state": moments, "param_groups": [{**self.param_group, "params": list(range(len(pieces)))}]}
