@@ -65,21 +65,7 @@ def read_deepspeed(source: Path) -> ForeignState:
     """
     directory = find_tag(source, "latest")
     with one_line(directory):
-        folder = _Folder(directory)
-    kinds = KINDS if folder.adam_step else KINDS[:1]
-    tensors = {name: TensorInfo(shape=place.shape, kinds=kinds) for name, place in folder.places.items()}
-    frozen = {name: TensorInfo(shape=shape, trainable=False) for name, shape in folder.model.frozen.items()}
-    return ForeignState(
-        tensors=tensors | frozen,
-        buffers=folder.model.buffers,
-        facts=folder.model.facts(
-            adam_step=folder.adam_step,
-            scaler=folder.files[0].content["optimizer_state_dict"].get("loss_scaler"),
-            origin=origin_of(folder.stage, len(folder.files), folder.param_groups[0]),
-        ),
-        read=folder.read,
-        buffer=folder.model.buffer,
-    )
+        return _Folder(directory).state()
 
 
 @dataclass(frozen=True)
@@ -112,6 +98,23 @@ class _Folder:
         self.moments = {kind: [self._flat(rank, kind) for rank in range(len(found))] for kind in kinds}
         groups = range(len(self.model.groups))
         self.places = {plain_name(name): place for group in groups for name, place in self._places(group)}
+
+    def state(self) -> ForeignState:
+        kinds = KINDS if self.adam_step else KINDS[:1]
+        trained = {name: TensorInfo(shape=place.shape, kinds=kinds) for name, place in self.places.items()}
+        frozen = {name: TensorInfo(shape=shape, trainable=False) for name, shape in self.model.frozen.items()}
+        facts = self.model.facts(
+            adam_step=self.adam_step,
+            scaler=self._optimizer(0).get("loss_scaler"),
+            origin=origin_of(self.stage, len(self.files), self.param_groups[0]),
+        )
+        return ForeignState(
+            tensors=trained | frozen,
+            buffers=self.model.buffers,
+            facts=facts,
+            read=self.read,
+            buffer=self.model.buffer,
+        )
 
     def _optimizer(self, rank: int) -> dict[str, Any]:
         return self.files[rank].content["optimizer_state_dict"]

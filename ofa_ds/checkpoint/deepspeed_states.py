@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import json
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -144,6 +146,9 @@ class ModelStates:
             file = open_states(self.directory / model_file(rank), "frozen_param_fragments") if rank else self._first
             fragments = file.content["frozen_param_fragments"]
             for name in shapes:
+                want = -(-math.prod(shapes[name]) // self.ranks)
+                if fragments[name].numel() != want:
+                    raise ValueError(f"{file.path}: {fragments[name].numel()} elements of {name}, want {want}")
                 self._pieces.setdefault(plain_name(name), []).append((file, fragments[name]))
             if rank:
                 file.content = None  # thousands of names and placeholders a rank
@@ -168,10 +173,15 @@ class ModelStates:
         """Counters as `Engine.counters` gives them; `origin` is kept among the extra facts."""
         content = self._content
         state: dict[str, Any] = {"adam_step": adam_step}
-        state |= {key: int(content[key]) for key in _COUNTERS}
+        state |= {key: content[key] for key in _COUNTERS}
         found = vars(scaler) if isinstance(scaler, LossScaler) else {}
         state["loss_scaler"] = {key: found[key] for key in _SCALER_STATE if key in found}
         extra = content.get(EXTRA, {})
+        try:
+            whole_numbers([content[key] for key in _COUNTERS])
+            json.dumps([state, extra, origin], allow_nan=False)  # what a manifest can hold
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self._first.path}: its counters: {error}") from error
         return Facts(step=state["global_steps"], state=state, rng_ranks=0, extra={**extra, "origin": origin})
 
 

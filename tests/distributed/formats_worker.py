@@ -145,6 +145,14 @@ def whole(state: TrainingState) -> dict[str, Tensor]:
     return tensors
 
 
+def lost_on_the_way(back: TrainingState, original: TrainingState, target: Path) -> list[str]:
+    """What a checkpoint made of `back` has otherwise than the original, which was exported."""
+    again = opened(write_checkpoint(target, back, ranks=3, stage=2))
+    lost = different(whole(again), whole(original))
+    lost += [] if again.tensors == original.tensors else ["order, shapes or kinds"]
+    return lost + ([] if again.facts.extra["recipe"] == EXTRA["recipe"] else ["recipe"])
+
+
 def exported(ranks: Any, folder: Path) -> list[dict[str, Any]]:
     """A checkpoint of two ranks, written for DeepSpeed at this world size, loaded by it."""
     results = []
@@ -157,9 +165,7 @@ def exported(ranks: Any, folder: Path) -> list[dict[str, Any]]:
             reader = opened(original)
             more = {"sub_group_size": SUB_GROUP[precision, stage]} if (precision, stage) in SUB_GROUP else {}
             write_deepspeed(reader, target, ranks=ranks.world_size, stage=stage, dtype=DTYPES[precision], **more)
-            back = read_deepspeed(target)
-            lost = different(whole(back), whole(reader))
-            lost += [] if list(back.tensors) == list(reader.tensors) else ["order"]
+            lost = lost_on_the_way(read_deepspeed(target), reader, folder / f"back_{name}")
             weights = get_fp32_state_dict_from_zero_checkpoint(str(target))
             want = {name: weights[name].reshape(-1) for name in reader.tensors}
             lost += different(want, {name: reader.read(name, "weight", 0, info.numel)
@@ -186,9 +192,7 @@ def universal(ranks: Any, folder: Path) -> list[dict[str, Any]]:
         if ranks.rank == 0:
             reader = opened(original)
             write_universal(reader, target)
-            back = read_universal(target)
-            lost = different(whole(back), whole(reader))
-            lost += [] if list(back.tensors) == list(reader.tensors) else ["order"]
+            lost = lost_on_the_way(read_universal(target), reader, folder / f"back_{name}")
         dist.barrier()
         engine = fresh(ranks, config_of(precision, stage, checkpoint={"load_universal": True}))
         path, _ = engine._wrapped.load_checkpoint(str(target))

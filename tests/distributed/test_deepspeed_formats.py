@@ -143,7 +143,9 @@ def test_a_pointer_leads_nowhere_else(deepspeed_folder):
 
 @pytest.mark.parametrize("change", [{"param_shapes": None}, {"param_shapes": [{"a": [-1]}]}, {"module": []},
                                     {"param_shapes": [{"a": [10**9]}]}, {"buffer_names": ["x"]},
-                                    {"dp_world_size": None}])  # fmt: skip
+                                    {"dp_world_size": None}, {"global_steps": "x"}, {"ofa_ds_extra": 3},
+                                    {"frozen_param_shapes": {"frozen.weight": [9], "frozen.bias": [9]}},
+                                    {"frozen_param_fragments": {}}])  # fmt: skip
 def test_other_content_is_refused(deepspeed_folder, change):
     path = deepspeed_folder / "global_step4" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     torch.save(torch.load(path, weights_only=True) | change, path)
