@@ -1,4 +1,4 @@
-"""DeepSpeed's own checkpoints (ZeRO stages 1-3): read at any world size, written for one.
+"""DeepSpeed's own checkpoints (ZeRO stages 1-3): read at any world size, written for one; of stage 0 only read.
 
     SAVE_DIR/latest                                             name of the tag directory
     SAVE_DIR/global_stepN/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt      fp32 masters and moments, flat
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ofa_ds.checkpoint.deepspeed_stage0 import read_stage0
 from ofa_ds.checkpoint.deepspeed_states import (
     DEEPSPEED_VERSION,
     STAND_INS,
@@ -65,7 +66,10 @@ def read_deepspeed(source: Path) -> ForeignState:
     """
     directory = find_tag(source, "latest")
     with one_line(directory):
-        return _Folder(directory).state()
+        files = _optimizer_files(directory)
+        if not files and (directory / model_file(None)).is_file():
+            return read_stage0(directory / model_file(None))
+        return _Folder(directory, files).state()
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,11 @@ class _Place:
 class _Folder:
     """A tag directory with all its files open; their tensors are mapped, not read."""
 
-    def __init__(self, directory: Path) -> None:
-        found = _optimizer_files(directory)
+    def __init__(self, directory: Path, found: list[Path]) -> None:
+        if not found:
+            raise ValueError(
+                f"{directory}: has no *zero_pp_rank_0_mp_rank_00_optim_states.pt: not DeepSpeed's checkpoint"
+            )
         self.files = [open_states(path, "optimizer_state_dict") for path in found]
         first = self._optimizer(0)
         self.stage = int(first.get("zero_stage", 1))  # stage 1 in bf16 does not say
@@ -199,7 +206,7 @@ class _Folder:
 
 
 def _optimizer_files(directory: Path) -> list[Path]:
-    """By rank. Raises ValueError: none, or one is missing."""
+    """By rank. Raises ValueError where one is missing."""
     found: dict[int, Path] = {}
     for path in directory.iterdir():
         if match := _OPTIM_FILE.fullmatch(path.name):
@@ -208,9 +215,7 @@ def _optimizer_files(directory: Path) -> list[Path]:
             if int(match[1]) in found:
                 raise ValueError(f"{path}: and {found[int(match[1])].name}: two files of one rank")
             found[int(match[1])] = path
-    if not found:
-        raise ValueError(f"{directory}: has no *zero_pp_rank_0_mp_rank_00_optim_states.pt: not a ZeRO checkpoint")
-    for rank in range(max(found)):
+    for rank in range(max(found, default=0)):
         if rank not in found:
             name = found[max(found)].name.replace(f"rank_{max(found)}_", f"rank_{rank}_", 1)
             raise ValueError(f"{directory / name}: missing, and {found[max(found)].name} is there")

@@ -170,19 +170,22 @@ class ModelStates:
         return self._module(self._buffer_names[name]).clone()
 
     def facts(self, *, adam_step: int, scaler: Any, origin: dict[str, Any]) -> Facts:
-        """Counters as `Engine.counters` gives them; `origin` is kept among the extra facts."""
-        content = self._content
-        state: dict[str, Any] = {"adam_step": adam_step}
-        state |= {key: content[key] for key in _COUNTERS}
-        found = vars(scaler) if isinstance(scaler, LossScaler) else {}
-        state["loss_scaler"] = {key: found[key] for key in _SCALER_STATE if key in found}
-        extra = content.get(EXTRA, {})
-        try:
-            whole_numbers([content[key] for key in _COUNTERS])
-            json.dumps([state, extra, origin], allow_nan=False)  # what a manifest can hold
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self._first.path}: its counters: {error}") from error
-        return Facts(step=state["global_steps"], state=state, rng_ranks=0, extra={**extra, "origin": origin})
+        return facts_of(self._first, adam_step=adam_step, scaler=scaler, origin=origin)
+
+
+def facts_of(file: TorchFile, *, adam_step: int, scaler: Any, origin: dict[str, Any]) -> Facts:
+    """Counters of model states as `Engine.counters` gives them; `origin` is kept among the extra facts."""
+    state: dict[str, Any] = {"adam_step": adam_step}
+    state |= {key: file.content[key] for key in _COUNTERS}
+    found = vars(scaler) if isinstance(scaler, LossScaler) else {}
+    state["loss_scaler"] = {key: found[key] for key in _SCALER_STATE if key in found}
+    extra = file.content.get(EXTRA, {})
+    try:
+        whole_numbers([file.content[key] for key in _COUNTERS])
+        json.dumps([state, extra, origin], allow_nan=False)  # what a manifest can hold
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file.path}: its counters: {error}") from error
+    return Facts(step=state["global_steps"], state=state, rng_ranks=0, extra={**extra, "origin": origin})
 
 
 def _shapes(path: Path, shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

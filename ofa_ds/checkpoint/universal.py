@@ -8,7 +8,9 @@
                                                             names, shapes, buffers, counters: for stages 1-2 and 3
 
 DeepSpeed itself takes trainable parameters and counters from it, not buffers and frozen parameters, which are in the
-model states all the same.
+model states all the same. At stage 3 with several
+sub-groups DeepSpeed 0.19 gives one step tensor to all of them, so that torch's AdamW counts one for each: load such a
+model at stage 1 or 2, or with one sub-group.
 """
 
 from __future__ import annotations

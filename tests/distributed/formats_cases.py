@@ -27,7 +27,7 @@ UNIVERSAL = {
 
 JOBS = {
     2: ("saved", "imported", "exported", "universal", "converted"),
-    1: ("exported", "universal"),
+    1: ("exported", "universal", "stage0"),
     3: ("exported",),
 }
 """World size -> jobs of its launch; the launch of 2 ranks saves what the others use."""

@@ -93,6 +93,25 @@ def saved(ranks: Any, folder: Path) -> dict[str, float]:
     return norms
 
 
+def stage0(ranks: Any, folder: Path) -> list[str]:
+    """What is lost of an engine without ZeRO; none of its parameters is frozen."""
+
+    def thawed() -> Toy:
+        model = make_toy()
+        model.frozen.requires_grad_(True)
+        return model
+
+    engine = build_engine(ranks, thawed, config_of("fp32", 0), 2)
+    train_toy(engine, 0, STEPS, ranks.world_size)
+    original = checkpoint.save(engine, folder / "ours_fp32_0", STEPS, extra=EXTRA)
+    engine._wrapped.save_checkpoint(folder / "deepspeed_fp32_0")
+    dispose(engine)
+    if ranks.rank:
+        return []
+    found, want = read_deepspeed(folder / "deepspeed_fp32_0"), opened(original)
+    return different(whole(found), whole(want)) + ([] if found.facts.state == want.facts.state else ["counters"])
+
+
 def imported(ranks: Any, folder: Path) -> list[dict[str, Any]]:
     """What DeepSpeed saved, read, written as a checkpoint for 3 ranks and loaded: against what this project saved."""
     results = []
@@ -225,7 +244,8 @@ def main(folder: Path, *jobs: str) -> None:
     ranks = init_distributed("cpu")
     allow_fp16_on_cpu()
     functions: dict[str, Callable[[Any, Path], Any]] = {
-        "saved": saved, "imported": imported, "exported": exported, "universal": universal, "converted": converted,
+        "saved": saved, "stage0": stage0, "imported": imported, "exported": exported, "universal": universal,
+        "converted": converted,
     }  # fmt: skip
     results = {job: functions[job](ranks, folder) for job in jobs}
     if ranks.rank == 0:

@@ -53,6 +53,10 @@ def test_what_deepspeed_saved_loads_as_if_saved_here(results):
         assert result["norm"] == norms[f"{precision}_{stage}"]  # two steps on
 
 
+def test_a_checkpoint_without_zero_is_read_exactly(results):
+    assert results(1, "stage0") == []
+
+
 @pytest.mark.parametrize("world_size", EXPORTS)
 def test_deepspeed_loads_what_was_written_for_it(results, world_size):
     norms = results(2, "saved")
@@ -157,6 +161,14 @@ def test_a_universal_checkpoint_without_a_tensor_is_refused(results, folder, tmp
     copy = Path(shutil.copytree(folder / "universal_fp32_3_as_fp32_1_2", tmp_path / "copy"))
     (copy / "global_step4_universal" / "zero" / "final.bias" / "exp_avg.pt").unlink()
     assert "final.bias/exp_avg.pt: missing" in one_line(lambda: read_universal(copy))
+
+
+def test_no_name_leads_out_of_a_universal_checkpoint(results, folder, tmp_path):
+    results(2, "universal")
+    copy = Path(shutil.copytree(folder / "universal_fp32_3_as_fp32_1_2", tmp_path / "copy"))
+    path = copy / "global_step4_universal" / "mp_rank_00_model_states.pt"
+    torch.save(torch.load(path, weights_only=True) | {"param_shapes": [{"../../../x": [1]}]}, path)
+    assert "'../../../x': not the name of a parameter" in one_line(lambda: read_universal(copy))
 
 
 def weights_alone(**facts: Any) -> ForeignState:
