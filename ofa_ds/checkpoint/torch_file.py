@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import mmap
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -45,6 +47,10 @@ class TorchFile:
             raise ValueError(f"{self.path}: refused, it holds more than tensors and plain values: {reason}") from error
         except (RuntimeError, EOFError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             raise ValueError(f"{self.path}: not a file of torch.save, or damaged: {_first_line(error)}") from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # which is torch's way to say that an archive has no end
+                raise
+            raise ValueError(f"{self.path}: not a file of torch.save, or damaged: it has no end") from error
 
     def chunks(self, tensor: Tensor, start: int, numel: int) -> Iterator[Tensor]:
         """Elements start : start + numel in row-major order, some at a time; their memory is given back after each."""
@@ -83,10 +89,11 @@ def save(path: Path, content: Any, allow: Sequence[type | tuple[type, str]] = ()
     """`torch.save` of nested dicts and lists in which a Slot stands for a tensor. Durable when it returns.
 
     Takes the memory of one piece: torch writes the file without the bytes of tensors, which are then filled in.
-    allow: classes in the content beside plain ones, as in TorchFile.
+    allow: classes in the content beside plain ones, as in TorchFile; a (class, "a.Name") is written under that name.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a third of a second, which reading need not pay
 
+    names = {each[0]: each[1] for each in allow if isinstance(each, tuple)}
     slots: dict[Slot, Tensor] = {}
     with FakeTensorMode():
 
@@ -97,7 +104,7 @@ def save(path: Path, content: Any, allow: Sequence[type | tuple[type, str]] = ()
 
         stub = _replaced(content, fake)
         with torch.serialization.skip_data(materialize_fake_tensors=True), open(path, "xb") as file:
-            torch.save(stub, file)
+            torch.save(stub, file, pickle_module=_pickle_with(names))
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         file = TorchFile(path, allow)
     filled: set[Slot] = set()
@@ -110,6 +117,21 @@ def save(path: Path, content: Any, allow: Sequence[type | tuple[type, str]] = ()
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _pickle_with(names: Mapping[type, str]) -> ModuleType:
+    """A `pickle` that writes these classes under other names: of a package that need not be there to write for it."""
+
+    class Pickler(pickle._Pickler):  # the one in C looks each class up by its name
+        def save_global(self, obj: Any, name: str | None = None) -> None:
+            if not isinstance(obj, type) or obj not in names:
+                return super().save_global(obj, name)
+            self.write(pickle.GLOBAL + "{}\n{}\n".format(*names[obj].rsplit(".", 1)).encode())
+            self.memoize(obj)
+
+    module = ModuleType("pickle_with_names")
+    module.Pickler = Pickler
+    return module
 
 
 def _fill(file: TorchFile, slot: Slot, tensor: Tensor) -> None:

@@ -43,10 +43,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
 
 
-def launch(folder: Path, world_size: int, *jobs: str) -> dict[str, Any]:
-    """Run jobs of the worker on `world_size` ranks under torchrun; returns what rank 0 wrote."""
+def launch(folder: Path, world_size: int, *jobs: str, worker: Path = WORKER) -> dict[str, Any]:
+    """Run jobs of a worker on `world_size` ranks under torchrun; returns what rank 0 wrote."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size),
-               str(WORKER), str(folder), *jobs]  # fmt: skip
+               str(worker), str(folder), *jobs]  # fmt: skip
     done = subprocess.run(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S
     )
