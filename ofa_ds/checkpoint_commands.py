@@ -60,6 +60,9 @@ def _add_conversions(actions: Any, command: AddCommand, positive: Callable[[str]
     export.add_argument("--ema", action="store_true", help="the moving average in the place of the weights")
     export.add_argument("--ranks", type=positive, help="deepspeed: world size that will load it; else its own")
     export.add_argument("--stage", type=int, choices=(1, 2, 3), help="deepspeed: ZeRO stage that will load it")
+    export.add_argument(
+        "--sub-group-size", type=positive, default=10**9, help="deepspeed: of the loading engine's ZeRO stage 3"
+    )
     load = command(
         actions, "import", _import, "Make a checkpoint from another program's. Every name must be accounted for.",
         example="ofa-ds checkpoint import ofa_base.pt runs/base/step_00000000 --vocab data/vocab",
@@ -134,8 +137,9 @@ def _export(options: argparse.Namespace) -> None:
     from ofa_ds.convert.commands import ExportPlan, export_checkpoint
 
     plan = ExportPlan(
-        format=options.format, dtype=options.dtype, use_ema=options.ema, ranks=options.ranks, stage=options.stage
-    )
+        format=options.format, dtype=options.dtype, use_ema=options.ema, ranks=options.ranks, stage=options.stage,
+        sub_group_size=options.sub_group_size,
+    )  # fmt: skip
     result = export_checkpoint(options.source, options.destination, plan)
     print(f"{result['path']}: step {result['step']} as {result['format']}{''.join(f'; {n}' for n in result['notes'])}")
 

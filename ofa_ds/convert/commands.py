@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ofa_ds.checkpoint.deepspeed_folder import read_deepspeed, write_deepspeed
 from ofa_ds.checkpoint.format import MANIFEST
 from ofa_ds.checkpoint.reshard import open_checked
 from ofa_ds.checkpoint.runs import step_directories
-from ofa_ds.checkpoint.state import Reader, TensorInfo
+from ofa_ds.checkpoint.state import ForeignState, Reader, TensorInfo
+from ofa_ds.checkpoint.universal import read_universal, write_universal
 from ofa_ds.checkpoint.write import check_space, new_directory, new_file, write_checkpoint
 from ofa_ds.config import Recipe, recipe_from_dict, recipe_to_dict
 from ofa_ds.convert import fairseq, port
-from ofa_ds.convert.foreign import Options, recipe_of, to_state
+from ofa_ds.convert.architecture import architecture
+from ofa_ds.convert.foreign import Options, official_state, recipe_of, to_state
 from ofa_ds.convert.operations import grow_vocabulary, resize_image_positions
 from ofa_ds.convert.port_config import is_official
 from ofa_ds.convert.weights import Weight, Weights
@@ -41,6 +44,10 @@ def detect(source: Path) -> str:
         return "modelscope"
     if (source / port.CONFIG).is_file():
         return "huggingface"
+    if (source / "latest_universal").is_file() or (source / "zero").is_dir():
+        return "universal"
+    if (source / "latest").is_file() or any(source.glob("*_states.pt")):
+        return "deepspeed"
     raise ValueError(f"{source}: in none of the formats {', '.join(FORMATS)}; say which with --format")
 
 
@@ -65,25 +72,45 @@ def import_checkpoint(source: Path, destination: Path, plan: ImportPlan) -> dict
     Raises ValueError, one line, where anything is missing, left over or unknown; `destination` then does not exist.
     """
     kind = plan.format or detect(source)
-    readers: dict[str, Callable[[Path], Any]] = {
-        "huggingface": port.read_port, "modelscope": port.read_port, "fairseq": fairseq.read_fairseq,
-    }  # fmt: skip
-    foreign = readers[kind](source)
-    state, config = to_state(foreign, plan.options)
+    state, config, origin, data = _read(kind, source, plan.options)
     if plan.grow_vocab is not None:
         state, config = grow_vocabulary(state, plan.grow_vocab), dataclasses.replace(config, vocab_size=plan.grow_vocab)
     if plan.image_positions is not None:
         state = resize_image_positions(state, plan.image_positions)
         config = dataclasses.replace(config, image_bucket_size=plan.image_positions)
     vocab = _vocabulary(plan.vocab, source, config)
-    recipe = recipe_to_dict(recipe_of(config, foreign.data))
-    recipe["data"]["vocab"] = "" if vocab is None else str(vocab[0].resolve())
-    identity = {"data": None, "vocab": None if vocab is None else vocab[1].fingerprint}
-    extra = {"recipe": recipe, "identity": identity, "origin": {"format": kind, "num_updates": foreign.num_updates}}
+    known = state.facts.extra
+    recipe = known["recipe"] if _fits(known, config) else recipe_to_dict(recipe_of(config, data))
+    identity = dict(known.get("identity") or {"data": None, "vocab": None})
+    if vocab is not None:
+        recipe["data"]["vocab"], identity["vocab"] = str(vocab[0].resolve()), vocab[1].fingerprint
+    elif "recipe" not in known:
+        recipe["data"]["vocab"] = ""
+    extra = {**known, "recipe": recipe, "identity": identity, "origin": {"format": kind, **origin}}
     state = dataclasses.replace(state, facts=dataclasses.replace(state.facts, extra=extra))
     write_checkpoint(destination, state, ranks=plan.ranks, stage=plan.stage)
     parameters = sum(info.numel for info in state.tensors.values())
     return {"format": kind, "preset": recipe["model"]["preset"], "parameters": parameters, "path": str(destination)}
+
+
+def _read(
+    kind: str, source: Path, options: Options
+) -> tuple[ForeignState, ModelConfig, dict[str, Any], Mapping[str, Any]]:
+    """(state, its model, what to remember of where it comes from, fields of DataConfig that the source tells)."""
+    if kind in ("deepspeed", "universal"):
+        state = read_deepspeed(source) if kind == "deepspeed" else read_universal(source)
+        state, config = official_state(state, str(source), options)
+        return state, config, state.facts.extra.get("origin", {}), {}
+    foreign = fairseq.read_fairseq(source) if kind == "fairseq" else port.read_port(source)
+    state, config = to_state(foreign, options)
+    return state, config, {"num_updates": foreign.num_updates}, foreign.data
+
+
+def _fits(extra: Mapping[str, Any], config: ModelConfig) -> bool:
+    """Whether the recipe that came with a state (one of our own exports) is of this model."""
+    if "recipe" not in extra:
+        return False
+    return architecture(model_config(recipe_from_dict(extra["recipe"]), config.vocab_size)) == architecture(config)
 
 
 def _vocabulary(given: Path | None, source: Path, config: ModelConfig) -> tuple[Path, Vocab] | None:
@@ -113,6 +140,8 @@ class ExportPlan:
     ranks: int | None = None
     """Of a DeepSpeed folder; None: as in the checkpoint. So is `stage`."""
     stage: int | None = None
+    sub_group_size: int = 10**9
+    """Of the engine that will load a DeepSpeed folder at stage 3, in elements."""
 
 
 def export_checkpoint(source: Path, destination: Path, plan: ExportPlan) -> dict[str, Any]:
@@ -120,7 +149,9 @@ def export_checkpoint(source: Path, destination: Path, plan: ExportPlan) -> dict
 
     Raises ValueError or OSError, one line; `destination` then does not exist.
     """
-    reader = open_checked(source, () if plan.format in ("deepspeed", "universal") else _MOMENTS)
+    if plan.format in ("deepspeed", "universal"):
+        return _export_training(open_checked(source), destination, plan)
+    reader = open_checked(source, _MOMENTS)
     recipe, config = _model_of(reader)
     weights = _weights(reader, DTYPES[plan.dtype], "ema" if plan.use_ema else "weight")
     size = sum(weight.numel * weight.dtype.itemsize for weight in weights.values())
@@ -140,6 +171,20 @@ def export_checkpoint(source: Path, destination: Path, plan: ExportPlan) -> dict
                 port.write_huggingface(partial, config, weights)
             _write_vocabulary(partial, recipe)
     notes = [] if is_official(config) else ["its stem is not one of OFA's: only ofa-ds can build this model"]
+    return {"path": str(destination), "format": plan.format, "step": reader.facts.step, "notes": notes}
+
+
+def _export_training(reader: Reader, destination: Path, plan: ExportPlan) -> dict[str, Any]:
+    """The whole training state, for DeepSpeed."""
+    notes = []
+    if plan.format == "universal":
+        write_universal(reader, destination)
+    else:
+        ranks, stage = plan.ranks or reader.layout.world_size, plan.stage or int(reader.manifest["zero_stage"]) or 1
+        write_deepspeed(
+            reader, destination, ranks=ranks, stage=stage, dtype=DTYPES[plan.dtype], sub_group_size=plan.sub_group_size
+        )
+        notes = [f"for stage {stage} on {ranks} ranks in {plan.dtype}"]
     return {"path": str(destination), "format": plan.format, "step": reader.facts.step, "notes": notes}
 
 

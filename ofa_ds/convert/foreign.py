@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
@@ -13,15 +14,16 @@ from torch import Tensor, nn
 
 from ofa_ds.checkpoint.state import NO_STEPS, Facts, ForeignState, TensorInfo
 from ofa_ds.config import Recipe, load_recipe, recipe_from_dict, recipe_to_dict, shipped_recipes
-from ofa_ds.convert.architecture import compare, config_of, recipe_change
+from ofa_ds.convert.architecture import architecture, compare, config_of, recipe_change
 from ofa_ds.convert.weights import Weight, Weights, recomputed, shapes_of
-from ofa_ds.model.config import ModelConfig
+from ofa_ds.model.config import ModelConfig, model_config
 from ofa_ds.model.names import ALIASES, from_port_name, is_recomputed
 from ofa_ds.model.ofa import OFA
 
 _WRAPPERS = ("module.", "model.")
 _GAMMA = re.compile(r"\.gamma_(self_attn|cross_attn|ffn)$")
 _SEED = 1
+_EMBEDDING = "encoder.embed_tokens.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,32 @@ def to_state(foreign: Foreign, options: Options) -> tuple[ForeignState, ModelCon
         ema_buffer=lambda name: average[name].whole(),
     )
     return state, config
+
+
+def official_state(state: ForeignState, origin: str, options: Options) -> tuple[ForeignState, ModelConfig]:
+    """A whole training state under official names, and the model it is of.
+
+    Raises ValueError as `to_state` does; a training state is taken whole, so missing names cannot start fresh.
+    """
+    if options.allow_missing or options.drop or options.use_ema:
+        raise ValueError(f"{origin}: --allow-missing, --drop and --ema are for weights, this is a training state")
+    names = {from_port_name(name): name for name in state.tensors}
+    buffers = {from_port_name(name): name for name in state.buffers if not is_recomputed(from_port_name(name))}
+    shapes = {name: state.tensors[old].shape for name, old in names.items()}
+    shapes |= {name: state.buffers[old] for name, old in buffers.items()}
+    hints = {}
+    if "recipe" in state.facts.extra:
+        known = model_config(recipe_from_dict(state.facts.extra["recipe"]), shapes.get(_EMBEDDING, (1,))[0])
+        hints = {key: getattr(known, key) for key in architecture(known)}
+    config = config_of(shapes, hints, origin)
+    compare(shapes, config, origin)
+    return dataclasses.replace(
+        state,
+        tensors={name: state.tensors[old] for name, old in names.items()},
+        buffers={name: state.buffers[old] for name, old in buffers.items()},
+        read=lambda name, kind, start, numel: state.read(names[name], kind, start, numel),
+        buffer=lambda name: state.buffer(buffers[name]),
+    ), config
 
 
 def _official(weights: Weights, origin: str, drop: Sequence[str]) -> tuple[dict[str, Weight], dict[str, Weight]]:
