@@ -51,8 +51,6 @@ def main(descriptor: int, size: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
     os.nice(5)  # what training needs comes first
-    if size:
-        os.posix_fallocate(descriptor, 0, size)  # here and now, so that the first save does not wait for the pages
     memory = memoryview(mmap.mmap(descriptor, size, prot=mmap.PROT_READ)) if size else memoryview(b"")
     for line in sys.stdin:
         print(json.dumps(write_job(memory, json.loads(line), parent)), flush=True)
