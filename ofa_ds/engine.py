@@ -140,6 +140,13 @@ def init_distributed(device: str | None = None) -> Ranks:
     return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=local_rank, device=place)
 
 
+def leave_distributed() -> None:
+    """Wait for the other processes of this job and end the connections; a rank that just exits may abort another."""
+    if dist.is_initialized():
+        dist.barrier()
+        _deepspeed.comm.destroy_process_group()
+
+
 def build(
     make_model: Callable[[], nn.Module],
     *,

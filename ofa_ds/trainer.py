@@ -27,7 +27,7 @@ from ofa_ds.data.batch import Batch
 from ofa_ds.data.loader import Loader
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
-from ofa_ds.engine import Engine, Ranks, build, init_distributed, load_deepspeed_config
+from ofa_ds.engine import Engine, Ranks, build, init_distributed, leave_distributed, load_deepspeed_config
 from ofa_ds.inference import Subject
 from ofa_ds.loss import group_counts, group_sums, task_sums
 from ofa_ds.metrics import MetricsWriter, Window, peak_memory_MiB
@@ -130,7 +130,9 @@ def run(recipe: Recipe) -> int:
         image_bucket_size=config.image_bucket_size,
     )
     with StopSignal().listening() as stop:
-        return _train(engine, loader, recipe, ranks, first_step=first_step, identity=identity, stop=stop)
+        code = _train(engine, loader, recipe, ranks, first_step=first_step, identity=identity, stop=stop)
+    leave_distributed()
+    return code
 
 
 def _needs_pieces(recipe: Recipe, config: ModelConfig) -> bool:

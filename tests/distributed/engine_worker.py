@@ -23,7 +23,7 @@ from ofa_ds import checkpoint
 from ofa_ds.checkpoint.format import read_manifest
 from ofa_ds.checkpoint.state import Reader
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
-from ofa_ds.engine import Engine, build, init_distributed, load_deepspeed_config
+from ofa_ds.engine import Engine, build, init_distributed, leave_distributed, load_deepspeed_config
 from ofa_ds.loss import group_counts, group_sums
 from ofa_ds.model.config import preset
 from ofa_ds.model.ofa import OFA
@@ -78,10 +78,13 @@ def one_process() -> tuple[list[float], list[float], dict[str, Tensor]]:
     return losses, norms, {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def train_ofa(engine: Engine, steps: int, accumulation: int, world_size: int) -> tuple[list[float], list[float]]:
+def train_ofa(
+    engine: Engine, steps: int, accumulation: int, world_size: int, begin: int = 0
+) -> tuple[list[float], list[float]]:
+    """(loss, gradient norm) of each step from `begin` on."""
     size = len(KINDS) // (world_size * accumulation)
     losses, norms = [], []
-    for step in range(steps):
+    for step in range(begin, begin + steps):
         first = [(micro * world_size + engine.ranks.rank) * size for micro in range(accumulation)]
         batches = [random_batch((step,), kinds=KINDS[at : at + size], first=at, vocab_size=VOCAB) for at in first]
         counts = engine.all_reduce(torch.stack([group_counts(batch) for batch in batches]).sum(0))
@@ -270,6 +273,7 @@ def main(folder: Path, *jobs: str) -> None:
     results = {job: functions[job]() for job in jobs}
     if ranks.rank == 0:
         result_file(folder, ranks.world_size).write_text(json.dumps(results))
+    leave_distributed()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from ofa_ds.checkpoint.format import read_manifest
 from ofa_ds.checkpoint.state import Reader, TrainingState
 from ofa_ds.checkpoint.universal import read_universal, write_universal
 from ofa_ds.checkpoint.write import write_checkpoint
-from ofa_ds.engine import Engine, init_distributed, load_deepspeed_config
+from ofa_ds.engine import Engine, init_distributed, leave_distributed, load_deepspeed_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS = 4
@@ -250,6 +250,7 @@ def main(folder: Path, *jobs: str) -> None:
     results = {job: functions[job](ranks, folder) for job in jobs}
     if ranks.rank == 0:
         result_file(folder, ranks.world_size).write_text(json.dumps(results))
+    leave_distributed()
 
 
 if __name__ == "__main__":
