@@ -51,6 +51,8 @@ def _run(preset: str, root: Path) -> dict[str, Any]:
     _tell(f"making a state of {preset} on {RANKS} ranks and saving it in each way")
     result |= _launch(root, RANKS, "save", preset)
     result |= _launch(root, OTHER_RANKS, "load", preset)
+    _tell("steps on one rank, alone and while a save is written")
+    result |= _launch(root, 1, "flush", preset)
     ours, theirs, torchs = root / "ours" / "step_00000001", root / "deepspeed", root / "dcp"
     result["state_bytes"] = sum(file.stat().st_size for file in ours.iterdir())
     cli = [sys.executable, "-m", "ofa_ds.cli", "checkpoint"]
@@ -139,11 +141,13 @@ def table(result: dict[str, Any]) -> str:
         f"{result['background_stall_s']:.2f} s (first {result['background_first_stall_s']:.2f}), "
         f"{result['background_stall_s'] / result['memcpy_s']:.2f}x memcpy"
     )
+    slowdown = f"{100 * (result['step_flushing_s'] / result['step_alone_s'] - 1):+.1f} %"
     universal, consolidate, dcp_file = (cell(name) for name in ("ds_to_universal", "zero_to_fp32", "dcp_to_torch_save"))
     rows = [
         ("job", "ofa-ds", "DeepSpeed", "torch DCP"),
         ("save, 2 ranks", seconds("save_s"), seconds("deepspeed_save_s"), seconds("dcp_save_s")),
         ("stall of a background save", stall, "-", "-"),
+        ("a step while it is written", slowdown, "-", "-"),
         ("load at 3 ranks", seconds("load_s"), "not possible", seconds("dcp_load_s")),
         ("make it loadable at 3 ranks", f"0; reshard: {cell('reshard')}", f"ds_to_universal: {universal}", "0"),
         ("one fp32 file", f"export: {cell('export')}", f"zero_to_fp32: {consolidate}", f"dcp_to_torch: {dcp_file}"),

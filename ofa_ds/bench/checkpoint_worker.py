@@ -1,11 +1,13 @@
-"""The ranks of `bench checkpoint`: `torchrun checkpoint_worker.py save|load FOLDER PRESET`."""
+"""The ranks of `bench checkpoint`: `torchrun checkpoint_worker.py save|load|flush FOLDER PRESET`."""
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +19,27 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from ofa_ds import checkpoint
+from ofa_ds.bench.step import pair_examples
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig, load_recipe, recipe_to_dict
-from ofa_ds.engine import Engine, build, init_distributed, load_deepspeed_config
+from ofa_ds.data.batch import pack
+from ofa_ds.engine import Engine, build, init_distributed, leave_distributed, load_deepspeed_config
 from ofa_ds.model.config import ModelConfig, preset
 from ofa_ds.model.ofa import OFA
 
 VOCAB_SIZE = 47_400
 """With it base has 173 M parameters: the size that the goals were set for."""
 REPEATS = 3
+FLUSHED_STEPS = 5
 
 
 def state_config(name: str) -> ModelConfig:
     return preset(name, vocab_size=VOCAB_SIZE)
 
 
-def make_engine(name: str) -> Engine:
-    """ZeRO-3 in bf16 with moments, as after one step; the values are drawn, not trained."""
-    config = load_deepspeed_config("zero3")
-    config["bf16"] = {"enabled": True}
+def make_engine(name: str, deepspeed: str) -> Engine:
+    """ZeRO with moments, as after one step (stage 3 in bf16); the values are drawn, not trained."""
+    config = load_deepspeed_config(deepspeed)
+    config["bf16"] = {"enabled": deepspeed == "zero3"}
     ranks = init_distributed("cpu")
     batch, optim, train = BatchConfig(global_rows=ranks.world_size, micro_rows=1), OptimConfig(), TrainConfig()
     model = state_config(name)
@@ -111,12 +116,43 @@ def load(engine: Engine, root: Path) -> dict[str, Any]:
     }
 
 
+def flush(engine: Engine, root: Path) -> dict[str, Any]:
+    """Seconds of a forward and backward of one example, alone and while a save is being written, by turns."""
+    config = engine.module.config
+    one = pair_examples()[0]
+    ids = one.target % VOCAB_SIZE
+    examples = [replace(one, source=one.source % VOCAB_SIZE, target=ids, prev=ids)]
+    batch = pack(examples, [(256, 256)], config.patch_size, config.image_bucket_size)
+    saver = checkpoint.BackgroundSaver(engine, root / "flushed", keep=1)
+    saver.start(0, {})
+    saver.finish()
+    alone, written, beside = [], [], 0
+    for step in range(FLUSHED_STEPS + 1):
+        for seconds, saves in ((alone, False), (written, True)):
+            if saves:
+                saver.start(step, {})
+            started = time.perf_counter()
+            engine.module(batch)[0].sum().backward()
+            seconds.append(time.perf_counter() - started)
+            if saves:
+                beside += not saver.is_done()
+                saver.finish()
+    saver.close()
+    return {
+        "step_alone_s": statistics.median(alone[1:]), "step_flushing_s": statistics.median(written[1:]),
+        "steps_flushed_throughout": beside,
+    }  # fmt: skip
+
+
 def main(what: str, root: Path, name: str) -> None:
-    engine = make_engine(name)
-    result = save(engine, root, name) if what == "save" else load(engine, root)
+    if what == "flush":
+        torch.set_num_threads(1)
+    engine = make_engine(name, "zero1" if what == "flush" else "zero3")
+    jobs = {"save": lambda: save(engine, root, name), "load": lambda: load(engine, root)}
+    result = flush(engine, root) if what == "flush" else jobs[what]()
     if engine.ranks.rank == 0:
         (root / f"{what}.json").write_text(json.dumps(result))
-    dist.barrier()
+    leave_distributed()
 
 
 if __name__ == "__main__":
