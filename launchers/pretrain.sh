@@ -8,6 +8,8 @@
 # RECIPE     a TOML file or a shipped name, with KEY=VALUE overrides, as in `ofa-ds pretrain`
 # --env      network settings such as launchers/rdma/*.env; they fill in what nothing else sets
 #
+# The same command with a hostfile of fewer or more hosts goes on from the newest checkpoint of run_dir: nothing to convert.
+#
 # Every host needs this directory, the current directory and the data at the same path, and ssh by key from here.
 # What the ranks see of the environment: NCCL_ GLOO_ UCX_ FI_ TORCH_ PYTORCH_ TRITON_ OMP_ DS_ OFA_ CUDA_DEVICE_ORDER TMPDIR,
 # then ~/.deepspeed_env and ./.deepspeed_env (left as they are), then --env: the first to set a variable wins.
