@@ -153,12 +153,8 @@ def _train(
     identity: dict[str, str],
     stop: StopSignal,
 ) -> int:
-    train, run_dir = recipe.train, Path(recipe.run_dir)
-    writer = None
-    if ranks.rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "recipe.toml").write_text(recipe_to_toml(recipe), encoding="utf-8")
-        writer = MetricsWriter(run_dir, num_steps=train.num_steps, first_step=first_step)
+    train = recipe.train
+    writer = _open_writer(recipe, first_step) if ranks.rank == 0 else None
     window = Window(engine.device)
     saver = Saver(engine, recipe, extra={"recipe": recipe_to_dict(recipe), "identity": identity})
     step, waited_s = first_step, 0.0
@@ -193,8 +189,15 @@ def _train(
         if writer is not None:
             writer.close()
     if ranks.rank == 0:
-        print(f"done: {step} steps; checkpoint {checkpoint.latest(run_dir)}")
+        print(f"done: {step} steps; checkpoint {checkpoint.latest(recipe.run_dir)}")
     return 0
+
+
+def _open_writer(recipe: Recipe, first_step: int) -> MetricsWriter:
+    run_dir = Path(recipe.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "recipe.toml").write_text(recipe_to_toml(recipe), encoding="utf-8")
+    return MetricsWriter(run_dir, num_steps=recipe.train.num_steps, first_step=first_step)
 
 
 def _log(engine: Engine, window: Window, writer: MetricsWriter | None, step: int) -> None:
@@ -241,7 +244,13 @@ class Saver:
         if self._background is None:
             checkpoint.save(self._engine, self._recipe.run_dir, step, self._extra, keep=train.keep)
             return
-        self._background.start(step, self._extra)
+        self.commit()  # the one before, which is waited for
+        try:
+            self._background.start(step, self._extra)
+        except RuntimeError as error:  # on all ranks: no room on the disk, or no directory
+            if wait:
+                raise
+            self._tell(str(error))
         if wait:
             self._background.finish()
             if self._background.failure:
@@ -252,9 +261,13 @@ class Saver:
         if self._background is None or not self._background.is_pending:
             return
         self._background.finish()
-        if self._background.failure and self._engine.ranks.rank == 0:
+        if self._background.failure:
+            self._tell(self._background.failure)
+
+    def _tell(self, why: str) -> None:
+        if self._engine.ranks.rank == 0:
             every = self._recipe.train.save_every
-            print(f"CHECKPOINT FAILED: {self._background.failure}; tried again in {every} steps", file=sys.stderr)
+            print(f"CHECKPOINT FAILED: {why}; tried again in {every} steps", file=sys.stderr)
 
     def close(self) -> None:
         if self._background is not None:

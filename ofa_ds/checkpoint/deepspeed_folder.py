@@ -49,8 +49,9 @@ from ofa_ds.checkpoint.deepspeed_states import (
 )
 from ofa_ds.checkpoint.format import flat_parts
 from ofa_ds.checkpoint.state import ForeignState, TensorInfo, TrainingState
+from ofa_ds.checkpoint.tensor_file import sync
 from ofa_ds.checkpoint.torch_file import Slot, save
-from ofa_ds.checkpoint.write import check_space, new_directory, sync_directory, sync_files
+from ofa_ds.checkpoint.write import check_space, new_directory
 from ofa_ds.engine_state import KINDS, MOMENTS, even_range
 from ofa_ds.progress import track
 
@@ -252,10 +253,10 @@ def write_deepspeed(
             save(tag / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", plan.optimizer(rank), STAND_INS)
         for rank in range(ranks) if stage == 3 else (None,):
             save(tag / model_file(rank), plan.model(rank or 0))
-        sync_directory(tag)
+        sync(tag)
         pointer = partial / "latest"
         pointer.write_text(tag.name, encoding="utf-8")
-        sync_files([pointer])
+        sync(pointer)
 
 
 class _Plan:

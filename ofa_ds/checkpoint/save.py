@@ -23,14 +23,12 @@ from ofa_ds.checkpoint.format import LATEST, MANIFEST, directory_name, file_name
 from ofa_ds.checkpoint.runs import remove, remove_leftovers, retire
 from ofa_ds.checkpoint.snapshot import Snapshot, room
 from ofa_ds.checkpoint.state import Facts, TensorInfo
-from ofa_ds.checkpoint.tensor_file import write_tensors
-from ofa_ds.checkpoint.write import PARTIAL, Parts, check_space, manifest_of, sync_directory
+from ofa_ds.checkpoint.tensor_file import sync, write_tensors
+from ofa_ds.checkpoint.write import HEADER_BYTES_A_TENSOR, PARTIAL, Parts, check_space, manifest_of
 from ofa_ds.engine_state import KINDS
 
 if TYPE_CHECKING:
     from ofa_ds.engine import Engine
-
-_HEADER_BYTES_A_TENSOR = 300
 
 
 def save(engine: Engine, run_dir: str | Path, step: int, extra: Mapping[str, Any], *, keep: int = 3) -> Path:
@@ -171,7 +169,7 @@ class Share:
     def num_bytes(self) -> int:
         """About what it takes on the disk; never less."""
         payload = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-        return payload + _HEADER_BYTES_A_TENSOR * len(self.tensors)
+        return payload + HEADER_BYTES_A_TENSOR * len(self.tensors)
 
 
 def prepare(engine: Engine, run_dir: Path, step: int, keep: int, share: Share) -> Target:
@@ -229,18 +227,18 @@ def _together(engine: Engine, target: Target) -> Iterator[None]:
 
 def _publish(target: Target) -> None:
     final = target.final
-    sync_directory(target.partial)
+    sync(target.partial)
     old = final.with_name(f"{final.name}.old")
     if final.exists():  # the same step again; a reader falls back to .old between the two renames
         if old.exists():
             remove(old)
         os.rename(final, old)
     os.rename(target.partial, final)
-    sync_directory(target.run_dir)
+    sync(target.run_dir)
     pointer = target.run_dir / f"{PARTIAL}{LATEST}"
     with open(pointer, "w", encoding="utf-8") as file:
         file.write(f"{final.name}\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(pointer, target.run_dir / LATEST)
-    sync_directory(target.run_dir)
+    sync(target.run_dir)

@@ -161,3 +161,12 @@ def check_size(path: Path, num_bytes: int | None = None) -> int:
     if num_bytes is not None and found != num_bytes:
         raise DamagedError(f"{path}: has {found} bytes, was written with {num_bytes}")
     return found
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a directory, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -6,7 +6,6 @@ import argparse
 import ctypes
 import errno
 import mmap
-import os
 import pickle
 import re
 import zipfile
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa_ds.checkpoint.tensor_file import CHUNK_BYTES, check_size
+from ofa_ds.checkpoint.tensor_file import CHUNK_BYTES, check_size, sync
 
 _PAGE = mmap.PAGESIZE
 _FOREIGN_CLASS = re.compile(r"GLOBAL ([\w.]+)")
@@ -112,11 +111,7 @@ def save(path: Path, content: Any, allow: Sequence[type | tuple[type, str]] = ()
         if slot not in filled:
             filled.add(slot)
             _fill(file, slot, tensor)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)
 
 
 def _pickle_with(names: Mapping[type, str]) -> ModuleType:

@@ -47,8 +47,9 @@ from ofa_ds.checkpoint.deepspeed_states import (
     whole_slot,
 )
 from ofa_ds.checkpoint.state import ForeignState, TensorInfo, TrainingState
+from ofa_ds.checkpoint.tensor_file import sync
 from ofa_ds.checkpoint.torch_file import TorchFile, save
-from ofa_ds.checkpoint.write import check_space, new_directory, sync_directory, sync_files
+from ofa_ds.checkpoint.write import check_space, new_directory
 from ofa_ds.engine_state import KINDS, MOMENTS
 from ofa_ds.progress import track
 
@@ -152,12 +153,12 @@ def write_universal(state: TrainingState, destination: Path) -> None:
         for name in track(trained, "writing", "tensors"):
             _write_parameter(tag / "zero" / safe_name(name), state, name)
         save(tag / "zero" / "optimizer_state.pt", optimizer, STAND_INS)
-        sync_directory(tag / "zero")
+        sync(tag / "zero")
         for rank in (None, 0):
             save(tag / model_file(rank), _model(state, trained, with_frozen=rank is None))
-        sync_directory(tag)
+        sync(tag)
         (partial / _POINTER).write_text(tag.name, encoding="utf-8")
-        sync_files([partial / _POINTER])
+        sync(partial / _POINTER)
 
 
 def _write_parameter(folder: Path, state: TrainingState, name: str) -> None:
@@ -165,7 +166,7 @@ def _write_parameter(folder: Path, state: TrainingState, name: str) -> None:
     for kind, file in _FILES.items():
         save(folder / file, {"param": whole_slot(state, name, kind)})
     save(folder / "step.pt", step_tensor(state.facts.state["adam_step"]))
-    sync_directory(folder)
+    sync(folder)
 
 
 def _optimizer_state(state: TrainingState) -> dict[str, Any]:

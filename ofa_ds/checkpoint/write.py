@@ -6,7 +6,7 @@ import errno
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -21,14 +21,15 @@ from torch import Tensor
 import ofa_ds
 from ofa_ds.checkpoint.format import FORMAT, MANIFEST, VERSION, Manifest, file_name, flat_parts, write_manifest
 from ofa_ds.checkpoint.state import Facts, TensorInfo, TrainingState, rng_prefix
-from ofa_ds.checkpoint.tensor_file import CHUNK_BYTES, bytes_of, spec_of
+from ofa_ds.checkpoint.tensor_file import CHUNK_BYTES, bytes_of, spec_of, sync
 from ofa_ds.engine_state import even_range
 from ofa_ds.progress import Progress
 from ofa_ds.tensor_writer import TensorWriter
 
 PARTIAL = ".partial_"
 _MIB = 1 << 20
-_HEADER_BYTES_A_TENSOR = 300
+HEADER_BYTES_A_TENSOR = 300
+"""About what a tensor takes in a header; never less."""
 _MAX_RNG_BYTES = 16_384
 
 Parts = Mapping[str, "str | list[list[int]]"]
@@ -169,7 +170,7 @@ def _extra_tensors(state: TrainingState, rank: int, ranks: int) -> dict[str, Ten
 def _num_bytes(state: TrainingState, ranks: int) -> int:
     """About what a checkpoint takes on the disk; never less."""
     payload = sum(4 * info.numel * len(info.kinds) for info in state.tensors.values())
-    headers = ranks * sum(len(info.kinds) for info in state.tensors.values()) * _HEADER_BYTES_A_TENSOR
+    headers = ranks * sum(len(info.kinds) for info in state.tensors.values()) * HEADER_BYTES_A_TENSOR
     return payload + headers + ranks * _MAX_RNG_BYTES
 
 
@@ -183,12 +184,12 @@ def new_directory(destination: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        sync_directory(partial)
+        sync(partial)
         os.rename(partial, destination)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    sync_directory(destination.parent)
+    sync(destination.parent)
 
 
 @contextmanager
@@ -205,7 +206,7 @@ def new_file(destination: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_directory(destination.parent)
+    sync(destination.parent)
 
 
 def check_space(directory: Path, num_bytes: int, num_files: int) -> None:
@@ -217,21 +218,3 @@ def check_space(directory: Path, num_bytes: int, num_files: int) -> None:
         raise OSError(errno.ENOSPC, text, str(directory))
     if found.f_files and found.f_favail < num_files:  # 0 where a file system does not count them
         raise OSError(errno.ENOSPC, f"{found.f_favail} more files fit, {num_files} are needed", str(directory))
-
-
-def sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_files(paths: Iterable[Path]) -> None:
-    """Make files that another library wrote durable."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -34,6 +34,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def detect(source: Path) -> str:
     """The format of a file or folder. Raises ValueError where it is none that is known."""
+    if source.suffix == ".safetensors":
+        raise ValueError(f"{source}: give its folder, where the {port.CONFIG} is")
     if source.is_file():
         return "fairseq"
     if not source.is_dir():

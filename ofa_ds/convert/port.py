@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from ofa_ds.checkpoint import torch_file
-from ofa_ds.checkpoint.tensor_file import TensorFile, bytes_of, spec_of
-from ofa_ds.checkpoint.write import sync_files
+from ofa_ds.checkpoint.tensor_file import TensorFile, bytes_of, spec_of, sync
 from ofa_ds.convert.foreign import Foreign
 from ofa_ds.convert.port_config import hints_from_port, to_port
 from ofa_ds.convert.weights import Weight, Weights, entries_of
@@ -152,4 +151,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    sync_files([path])
+    sync(path)
