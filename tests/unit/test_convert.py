@@ -210,6 +210,20 @@ def test_names_with_a_wrappers_prefix_are_understood(exported, saved, tmp_path):
     assert different(weights_of(tmp_path / "back"), weights_of(saved["resnet"])) == []
 
 
+def test_scales_called_gamma_are_the_ports_weights(saved, tmp_path):
+    """Old files of the 6B have the names that its code had before a loader renamed them (spec 05 section 4)."""
+    assert run("export", saved["6b"], tmp_path / "hf", "--format", "huggingface") == 0
+
+    def edit(tensors):
+        for name in [name for name in tensors if "weight_" in name]:
+            tensors[name.replace("weight_", "gamma_")] = tensors.pop(name)
+
+    change(tmp_path / "hf", edit)
+    assert any("gamma_cross_attn" in name for name in load_file(tmp_path / "hf" / "model.safetensors"))
+    assert run("import", tmp_path / "hf", tmp_path / "back") == 0
+    assert different(weights_of(tmp_path / "back"), weights_of(saved["6b"])) == []
+
+
 def test_a_configuration_that_is_no_ofa_is_refused(exported, tmp_path, capsys):
     config = json.loads((exported / "config.json").read_text())
     (exported / "config.json").write_text(json.dumps(config | {"normformer": False}))
