@@ -1,5 +1,6 @@
-"""Compile every kernel for GPUs that need not be there, or say what it would take on them at best.
+"""Time every kernel beside the alternatives; compile it for GPUs that need not be there; say what it takes at best.
 
+    python kernels/bench.py [--json]                    on a GPU
     python kernels/bench.py --roofline
     python kernels/bench.py --compile [--every] [--json] [--arch sm_80 sm_90] [--only NAME]
 
@@ -197,15 +198,23 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="NAME", help="kernels whose name contains NAME")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--roofline", action="store_true", help="print what each kernel takes at best, by arithmetic")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where speed is measured")
+    parser.add_argument("--small", action="store_true", help="speed at tiny shapes: whether all of it runs")
     options = parser.parse_args()
     if options.roofline:
         from roofline import print_table
 
         print_table()
         return 0
-    if not options.compile:
-        parser.error("nothing to do; want --compile or --roofline")
-    return run_compile(options)
+    if options.compile:
+        return run_compile(options)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("speed is measured on a GPU and torch finds none; --compile and --roofline need none")
+    import speed
+
+    results = speed.run(options.device, options.small)
+    print(json.dumps(speed.rows(results)) if options.json else speed.table(results))
+    return 0
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
