@@ -110,7 +110,9 @@ def test_sigterm_saves_at_the_next_step_and_the_same_command_goes_on_to_the_same
 
 def test_another_vocabulary_refuses_to_resume_and_says_so(data, whole, tmp_path):
     train_from_shards(data / "shards", size=310, out=tmp_path / "vocab", num_codes=118, num_bins=64)
-    process = start(data, whole, f"data.vocab={tmp_path / 'vocab'}", "train.num_steps=9")
+    other = (f"data.vocab={tmp_path / 'vocab'}", "train.num_steps=9")
+    process = start(data, whole, *other)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode != 0
-    assert "was trained with vocab" in output
+    assert "was trained with vocab" in output and "train.accept_changed" in output
+    assert "done: 9 steps" in finish(start(data, whole, *other, 'train.accept_changed=["vocab"]'))
