@@ -247,6 +247,7 @@ def _add_evaluate(commands) -> None:  # noqa: ANN001
     parser.add_argument("--task", choices=TASK_NAMES.split(), action="append", help="only this task; may be repeated")
     parser.add_argument("--rows", type=_positive, default=1000, help="examples per task at most")
     parser.add_argument("--beam", type=_positive, default=1, help="1 is greedy")
+    _add_ema(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--png", type=Path, help="write one picture per task: boxes, source, expected and generated text"
@@ -258,8 +259,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     from ofa_ds.report import format_table
 
     result = evaluate(
-        options.checkpoint, options.shards, tasks=options.task, rows=options.rows, beam=options.beam, png=options.png
-    )
+        options.checkpoint, options.shards, tasks=options.task, rows=options.rows, beam=options.beam, png=options.png,
+        average=options.ema,
+    )  # fmt: skip
     print(json.dumps(result) if options.json else format_table(result))
 
 
@@ -271,6 +273,7 @@ def _add_generate(commands) -> None:  # noqa: ANN001
     parser.add_argument("--image", type=Path, help="a JPEG or PNG file")
     parser.add_argument("--text", default="", help="question, expression, caption to check, or text to complete")
     parser.add_argument("--beam", type=_positive, default=5, help="1 is greedy")
+    _add_ema(parser)
     parser.add_argument("--png", type=Path, help="write the picture with the generated boxes and text here")
 
 
@@ -278,9 +281,14 @@ def _generate(options: argparse.Namespace) -> None:
     from ofa_ds.samples import generate_one
 
     answer = generate_one(
-        options.checkpoint, options.task, image=options.image, text=options.text, beam=options.beam, png=options.png
-    )
+        options.checkpoint, options.task, image=options.image, text=options.text, beam=options.beam, png=options.png,
+        average=options.ema,
+    )  # fmt: skip
     print(answer)
+
+
+def _add_ema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
 
 
 def _add_checkpoint(commands) -> None:  # noqa: ANN001

@@ -152,6 +152,8 @@ class OptimConfig:
     clip_norm: float = Field(5.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Of a moving average of the weights that checkpoints keep beside them; OFA's is 0.9999. 0: none."""
 
     @field_validator("betas")
     @classmethod

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ofa_ds import engine_state
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
+from ofa_ds.moving_average import MovingAverage
 from ofa_ds.processes import Ranks, choose_device, rendezvous
 from ofa_ds.schedule import polynomial_lr
 
@@ -213,6 +214,10 @@ class Engine:
         self._optim = optim
         self._train = train
         self._stage0_norm: float | None = None
+        self._average: MovingAverage | None = None
+        if optim.ema_decay:
+            masters = engine_state.masters(wrapped)
+            self._average = MovingAverage(masters, self.buffers(), optim.ema_decay)
         self.rng_state: Tensor | None = None
         """Torch CPU generator as loaded from a checkpoint of the same world size."""
 
@@ -281,7 +286,10 @@ class Engine:
             if self.stage == 0:
                 gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
                 self._stage0_norm = torch.nn.utils.get_total_norm(gradients).item()
+        before = self.num_updates
         self._wrapped.step()
+        if self._average is not None and self.num_updates > before:
+            self._average.update()
         return last
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -317,7 +325,16 @@ class Engine:
         """This rank's share of weights and moments. Only between optimizer steps: RuntimeError within one."""
         if self._wrapped.micro_steps % self._wrapped.gradient_accumulation_steps():
             raise RuntimeError("the training state is read within an accumulation; call it after the last micro-batch")
-        return engine_state.pieces(self._wrapped)
+        return engine_state.pieces(self._wrapped, self._averages)
+
+    @property
+    def has_average(self) -> bool:
+        """Whether a moving average of the weights is kept (`optim.ema_decay`)."""
+        return self._average is not None
+
+    @property
+    def _averages(self) -> engine_state.Averages | None:
+        return None if self._average is None else self._average.by_master
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shape of every parameter, partitioned or not."""
@@ -330,9 +347,14 @@ class Engine:
         """Persistent buffers."""
         return engine_state.saved_buffers(self.module)
 
+    def average_buffers(self) -> dict[str, Tensor]:
+        """Those of the moving average; empty where none is kept."""
+        return {} if self._average is None else self._average.buffers
+
     def agree_on_buffers(self) -> None:
         """Running statistics that differ between ranks become their mean."""
-        engine_state.agree_on_buffers(self.module)
+        engine_state.agree_on_buffers(self.buffers())
+        engine_state.agree_on_buffers(self.average_buffers())
 
     def counters(self) -> dict[str, Any]:
         """Step numbers and the loss scale."""
@@ -345,12 +367,27 @@ class Engine:
         engine_state.set_rng_states(self.device, states)
         self.rng_state = states.get("torch")
 
-    def restore(self, read: engine_state.Read, read_buffer: Callable[[str], Tensor], saved: dict[str, Any]) -> None:
-        """Weights, moments, buffers and counters from a checkpoint of any stage and world size."""
-        engine_state.restore(self._wrapped, read, saved)
+    def restore(
+        self,
+        read: engine_state.Read,
+        read_buffer: Callable[[str], Tensor],
+        saved: dict[str, Any],
+        read_average_buffer: Callable[[str], Tensor] | None = None,
+    ) -> None:
+        """Weights, moments, buffers and counters from a checkpoint of any stage and world size.
+
+        read_average_buffer: where the checkpoint has a moving average; else one starts anew at these weights.
+        """
+        averages = self._averages if read_average_buffer is not None else None
+        engine_state.restore(self._wrapped, read, saved, averages)
         with torch.no_grad():
             for name, buffer in self.buffers().items():
                 buffer.copy_(read_buffer(name))
+            if read_average_buffer is not None:
+                for name, buffer in self.average_buffers().items():
+                    buffer.copy_(read_average_buffer(name))
+        if self._average is not None and read_average_buffer is None:
+            self._average.restart()
 
 
 def _mixed(seed: int, step: int, rank: int) -> int:

@@ -11,7 +11,7 @@ Works on attributes of DeepSpeed's optimizers (0.16-0.19) and imports nothing of
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,16 @@ from torch import Tensor, nn
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
 """Tensors of one trainable parameter; a frozen one has the weight alone. All fp32."""
+AVERAGE = "ema"
+"""One more, of a trainable parameter where a moving average is kept."""
 
 _FLAT_BUFFERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 """Names of the fp32 master buffers: stage 3, stages 1 and 2, stage 1 with bf16 and fp32 accumulation."""
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
+Averages = Mapping[Tensor, Tensor]
+"""The moving average of each of `masters`, in its shape."""
 Read = Callable[[str, str, int, int], Tensor]
 """read(name, kind, start, numel) -> fp32 tensor [numel] on the CPU."""
 
@@ -54,21 +58,23 @@ def even_range(total: int, rank: int, world_size: int) -> tuple[int, int]:
     return start, min(part, total - start)
 
 
-def pieces(wrapped: Any) -> Iterator[Piece]:
+def pieces(wrapped: Any, averages: Averages | None = None) -> Iterator[Piece]:
     """Every parameter, tied ones once, in the order of `named_parameters`, with what this rank is to write of it."""
-    stepped = _adam_step(wrapped) > 0
+    trained = KINDS if _adam_step(wrapped) > 0 else KINDS[:1]
+    trained += (AVERAGE,) if averages is not None else ()
     for name, parameter in wrapped.module.named_parameters():
         shape, start, numel, even = _owned(parameter)
-        kinds = KINDS if parameter.requires_grad and stepped else KINDS[:1]
+        kinds = trained if parameter.requires_grad else KINDS[:1]
         tensors = {}
         if numel:
-            views = _views(wrapped, parameter)
+            views = _views(wrapped, parameter, averages)
             if views is not None:
                 tensors = {kind: view[:numel].detach() for kind, view in views.items() if kind in kinds}
             elif hasattr(parameter, "ds_id"):
                 tensors = {"weight": parameter.ds_tensor.detach().view(-1)[:numel].float()}
             else:
-                tensors = _replicated(wrapped, parameter, start, numel)
+                views = _replicated(wrapped, parameter, averages)
+                tensors = {kind: view[start : start + numel].detach().float() for kind, view in views.items()}
         yield Piece(
             name=name,
             shape=shape,
@@ -95,8 +101,8 @@ def _owned(parameter: nn.Parameter) -> tuple[tuple[int, ...], int, int, bool]:
     return shape, address.start, address.numel, False
 
 
-def _views(wrapped: Any, parameter: nn.Parameter) -> dict[str, Tensor] | None:
-    """Live fp32 master and moments of this rank's piece, stage 3 padding included; None where there is no master."""
+def _views(wrapped: Any, parameter: nn.Parameter, averages: Averages | None) -> dict[str, Tensor] | None:
+    """Live fp32 master, moments and average of this rank's piece, stage 3 padding included; None: no master."""
     optimizer = wrapped.optimizer
     if hasattr(parameter, "ds_id"):
         if not parameter.requires_grad:
@@ -108,16 +114,20 @@ def _views(wrapped: Any, parameter: nn.Parameter) -> dict[str, Tensor] | None:
         offset, numel = address.start, address.numel
     else:
         return None
-    flat = _flat_buffers(wrapped)[group]
-    state = _base(wrapped).state[flat]
-    views = {"weight": flat.narrow(0, offset, numel)}
-    return views | {kind: state[kind].narrow(0, offset, numel) for kind in MOMENTS if kind in state}
+    flat = masters(wrapped)[group]
+    return {kind: tensor.narrow(0, offset, numel) for kind, tensor in _kept(wrapped, flat, averages).items()}
 
 
-def _replicated(wrapped: Any, parameter: nn.Parameter, start: int, numel: int) -> dict[str, Tensor]:
-    tensors = {"weight": parameter.detach().reshape(-1)[start : start + numel].float()}
-    state = _base(wrapped).state.get(parameter, {})
-    return tensors | {kind: state[kind].reshape(-1)[start : start + numel] for kind in MOMENTS if kind in state}
+def _replicated(wrapped: Any, parameter: nn.Parameter, averages: Averages | None) -> dict[str, Tensor]:
+    """Live and whole, flat."""
+    return {kind: tensor.view(-1) for kind, tensor in _kept(wrapped, parameter, averages).items()}
+
+
+def _kept(wrapped: Any, master: Tensor, averages: Averages | None) -> dict[str, Tensor]:
+    """A master and what there is beside it, by kind."""
+    state = _base(wrapped).state.get(master, {})
+    tensors = {"weight": master} | {kind: state[kind] for kind in MOMENTS if kind in state}
+    return tensors | ({AVERAGE: averages[master]} if averages is not None and master in averages else {})
 
 
 def _base(wrapped: Any) -> torch.optim.Optimizer:
@@ -125,11 +135,12 @@ def _base(wrapped: Any) -> torch.optim.Optimizer:
     return getattr(wrapped.optimizer, "optimizer", wrapped.optimizer)
 
 
-def _flat_buffers(wrapped: Any) -> list[Tensor] | None:
+def masters(wrapped: Any) -> list[Tensor]:
+    """What AdamW updates: flat fp32 buffers, or at stage 0 the parameters."""
     for name in _FLAT_BUFFERS:
         if hasattr(wrapped.optimizer, name):
             return getattr(wrapped.optimizer, name)
-    return None
+    return [parameter for group in _base(wrapped).param_groups for parameter in group["params"]]
 
 
 def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -139,16 +150,16 @@ def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def agree_on_buffers(module: nn.Module) -> None:
+def agree_on_buffers(buffers: Mapping[str, Tensor]) -> None:
     """Make buffers the same on all ranks: the mean of those that differ (running statistics); the largest counter."""
     world_size = dist.get_world_size()
     if world_size == 1:
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for buffer in saved_buffers(module).values():
+    for buffer in buffers.values():
         by_dtype.setdefault(buffer.dtype, []).append(buffer)
-    for dtype, buffers in by_dtype.items():  # a ResNet has hundreds of small ones: few messages, not many
-        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+    for dtype, group in by_dtype.items():  # a ResNet has hundreds of small ones: few messages, not many
+        flat = torch.cat([buffer.reshape(-1) for buffer in group])
         low, high = flat.clone(), flat.clone()
         dist.all_reduce(low, op=dist.ReduceOp.MIN)
         dist.all_reduce(high, op=dist.ReduceOp.MAX)
@@ -156,8 +167,8 @@ def agree_on_buffers(module: nn.Module) -> None:
         if dtype.is_floating_point:
             dist.all_reduce(flat)
             agreed = torch.where(low == high, high, flat / world_size)
-        sizes = [buffer.numel() for buffer in buffers]
-        for buffer, values in zip(buffers, agreed.split(sizes), strict=True):
+        sizes = [buffer.numel() for buffer in group]
+        for buffer, values in zip(group, agreed.split(sizes), strict=True):
             buffer.copy_(values.view_as(buffer))
 
 
@@ -183,15 +194,18 @@ def _adam_step(wrapped: Any) -> int:
 
 
 @torch.no_grad()
-def restore(wrapped: Any, read: Read, saved: dict[str, Any]) -> None:
-    """Fill weights, moments and counters, whatever stage and world size wrote them. `saved`: from `counters`."""
+def restore(wrapped: Any, read: Read, saved: dict[str, Any], averages: Averages | None = None) -> None:
+    """Fill weights, moments, averages and counters, whatever stage and world size wrote them.
+
+    saved: from `counters`. averages: those to be filled; None where the state has none.
+    """
     optimizer = wrapped.optimizer
     stage3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
     if stage3:
         optimizer.checkpoint_event_prologue()  # partitions every parameter, those that stay gathered too
     _make_state(wrapped, saved["adam_step"])
     for name, parameter in wrapped.module.named_parameters():
-        _restore_parameter(wrapped, name, parameter, read, with_moments=saved["adam_step"] > 0)
+        _restore_parameter(wrapped, name, parameter, read, averages)
     if stage3:
         for parameter in wrapped.module.parameters():
             parameter.ds_secondary_tensor = None  # hpZ: the epilogue forgets only those of trainable parameters
@@ -209,31 +223,26 @@ def restore(wrapped: Any, read: Read, saved: dict[str, Any]) -> None:
             setattr(scaler, key, value)
 
 
-def _restore_parameter(wrapped: Any, name: str, parameter: nn.Parameter, read: Read, *, with_moments: bool) -> None:
+def _restore_parameter(wrapped: Any, name: str, parameter: nn.Parameter, read: Read, averages: Averages | None) -> None:
     _, start, numel, even = _owned(parameter)
-    views = _views(wrapped, parameter)
-    kinds = KINDS if with_moments and parameter.requires_grad else KINDS[:1]
+    views = _views(wrapped, parameter, averages)
     if views is not None:
         for kind, view in views.items():
             view.zero_()  # padding too
-            if kind in kinds:
-                view[:numel].copy_(read(name, kind, start, numel))
+            view[:numel].copy_(read(name, kind, start, numel))
         if hasattr(parameter, "ds_id"):
             parameter.ds_tensor.view(-1).copy_(views["weight"])  # the copy that forward gathers
     elif hasattr(parameter, "ds_id"):  # frozen, stage 3
         parameter.ds_tensor.view(-1)[:numel].copy_(read(name, "weight", start, numel))
     elif even:  # replicated: this rank needs all of it
-        parameter.view(-1).copy_(read(name, "weight", 0, parameter.numel()))
-        for kind in kinds[1:]:
-            _base(wrapped).state[parameter][kind].view(-1).copy_(read(name, kind, 0, parameter.numel()))
+        for kind, view in _replicated(wrapped, parameter, averages).items():
+            view.copy_(read(name, kind, 0, parameter.numel()))
 
 
 def _make_state(wrapped: Any, step: int) -> None:
     """Give a fresh optimizer the moments it lacks, in the form its class wants, learnt from a one-element probe."""
     base = _base(wrapped)
-    flats = _flat_buffers(wrapped)
-    if flats is None:
-        flats = [parameter for group in base.param_groups for parameter in group["params"]]
+    flats = masters(wrapped)
     known = inspect.signature(type(base).__init__).parameters  # AdamW.defaults holds a key that AdamW() refuses
     probe_weight = nn.Parameter(torch.zeros(1, device=flats[0].device))
     probe_weight.grad = torch.zeros_like(probe_weight)

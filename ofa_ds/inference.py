@@ -62,11 +62,12 @@ class Subject:
         return pack(examples, sizes or [(side, side)], config.patch_size, config.image_bucket_size).to(self.device)
 
 
-def load_subject(checkpoint: str | Path, device: str | torch.device | None = None) -> Subject:
+def load_subject(checkpoint: str | Path, device: str | torch.device | None = None, *, average: bool = False) -> Subject:
     """The model of a checkpoint, or of the newest one of a run directory, with the recipe that was saved with it.
 
-    device: the first GPU where there is one, unless given. Raises ValueError: no checkpoint, or the vocabulary that the
-    recipe names is no longer the one that the model was trained with.
+    device: the first GPU where there is one, unless given. average: take the moving average of its weights.
+    Raises ValueError: no checkpoint, no average in it, or the vocabulary that the recipe names is no longer the one
+    that the model was trained with.
     """
     directory = find(checkpoint)
     manifest = read_manifest(directory)
@@ -80,7 +81,7 @@ def load_subject(checkpoint: str | Path, device: str | torch.device | None = Non
         )
     settings = dataclasses.replace(model_config(recipe, vocab.size), activation_checkpointing=False)
     model = OFA(settings)
-    model.load_state_dict(load_model_weights(directory))
+    model.load_state_dict(load_model_weights(directory, average=average))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Subject(
         model=model.to(device).eval(), vocab=vocab, recipe=recipe, path=str(directory), step=int(manifest["step"])

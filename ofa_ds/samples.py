@@ -130,15 +130,16 @@ def readable(ctx: Context, ids: Sequence[int]) -> str:
 
 def generate_one(
     checkpoint: str | Path, task: str, *, image: str | Path | None = None, text: str = "", beam: int = 5,
-    png: str | Path | None = None,
+    png: str | Path | None = None, average: bool = False,
 ) -> str:  # fmt: skip
     """The model's answer to one task. Boxes, one a line, are told in pixels of the picture that was given.
 
     text: the question (vqa), the caption to check (itm), the phrase to find (visual_grounding), the region
     "x0,y0,x1,y1" in pixels (grounded_caption), or the text with <mask> where something is missing (text_infilling).
-    Raises ValueError: a picture or text that the task needs is missing or malformed.
+    average: ask the moving average of the weights. Raises ValueError: a picture or text that the task needs is missing
+    or malformed.
     """
-    subject = load_subject(checkpoint)
+    subject = load_subject(checkpoint, average=average)
     ctx = subject.context(Negatives([], [], {"other": []}))
     picture = None if task == "text_infilling" else _read_picture(task, image)
     example = ask(ctx, task, picture, text)

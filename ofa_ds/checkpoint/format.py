@@ -30,13 +30,13 @@ import numpy as np
 import xxhash
 
 from ofa_ds.checkpoint.tensor_file import DamagedError, check_size, whole_numbers
-from ofa_ds.engine_state import MOMENTS
+from ofa_ds.engine_state import AVERAGE, MOMENTS
 
 FORMAT = "ofa-ds checkpoint"
 VERSION = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
-KINDS = ("weight", *MOMENTS, "ema")
+KINDS = ("weight", *MOMENTS, AVERAGE)
 """What there may be of a parameter, all fp32; the weight is always there."""
 
 Manifest = dict[str, Any]

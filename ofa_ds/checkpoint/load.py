@@ -14,6 +14,7 @@ from ofa_ds.checkpoint.runs import find, report, step_directories
 from ofa_ds.checkpoint.state import NO_STEPS, Reader
 from ofa_ds.checkpoint.tensor_file import DamagedError
 from ofa_ds.checkpoint.verify import check_files
+from ofa_ds.engine_state import AVERAGE
 
 if TYPE_CHECKING:
     from ofa_ds.engine import Engine
@@ -47,9 +48,12 @@ def load(engine: Engine, path: str | Path, accept: Accept | None = None) -> Mani
     if accept is not None:
         accept(reader.manifest)
     _compare_parameters(reader, engine.parameter_shapes(), set(engine.buffers()))
-    if any("ema" in info.kinds for info in reader.tensors.values()):
-        report(f"{path}: its moving average is left out, training has none")
-    engine.restore(reader.read, reader.buffer, reader.facts.state)
+    if reader.has_average and not engine.has_average:
+        report(f"{path}: its moving average is left out, optim.ema_decay is 0")
+    if engine.has_average and not reader.has_average:
+        report(f"{path}: has no moving average; one starts at its weights")
+    read_average_buffer = reader.ema_buffer if reader.has_average else None
+    engine.restore(reader.read, reader.buffer, reader.facts.state, read_average_buffer)
     if states := reader.rng(engine.ranks.rank):  # a rank that was not there: each step is seeded from its number anyway
         engine.set_rng_states(states)
     return reader.manifest
@@ -123,18 +127,23 @@ def _refuse_other_model(directory: Path, wanted: Shapes, saved: Shapes) -> None:
         raise ValueError(f"{directory}: holds another model: {'; '.join(detail)}; {way_out}")
 
 
-def load_model_weights(path: str | Path) -> dict[str, Tensor]:
+def load_model_weights(path: str | Path, *, average: bool = False) -> dict[str, Tensor]:
     """Every parameter (fp32) and buffer by name, whole, on the CPU; needs no engine and no other process.
 
-    path: a checkpoint, or a run directory (its newest one). Raises ValueError; DamagedError where a checksum is wrong.
+    path: a checkpoint, or a run directory (its newest one). average: the moving average in the place of the weights.
+    Raises ValueError; DamagedError where a checksum is wrong.
     """
     directory = find(path)
     manifest = read_manifest(directory)
     if problems := check_files(directory, manifest["files"]):
         raise DamagedError(problems[0])
     reader = Reader(directory, manifest)
-    weights = {
-        name: reader.read(name, "weight", 0, tensor.numel).reshape(tensor.shape)
-        for name, tensor in reader.tensors.items()
-    }
-    return weights | {name: reader.buffer(name) for name in reader.buffers}
+    if average and not reader.has_average:
+        raise ValueError(f"{directory}: has no moving average; it was trained without optim.ema_decay")
+    weights = {}
+    for name, info in reader.tensors.items():
+        kind = AVERAGE if average and info.trainable else "weight"
+        weights[name] = reader.read(name, kind, 0, info.numel).reshape(info.shape)
+    averaged = reader.ema_buffers if average else {}
+    buffers = {name: reader.ema_buffer(name) if name in averaged else reader.buffer(name) for name in reader.buffers}
+    return weights | buffers

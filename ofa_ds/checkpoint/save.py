@@ -9,6 +9,7 @@ before it as they were, and at most a hidden directory that the next save remove
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from ofa_ds.checkpoint.snapshot import Snapshot, room
 from ofa_ds.checkpoint.state import Facts, TensorInfo
 from ofa_ds.checkpoint.tensor_file import sync, write_tensors
 from ofa_ds.checkpoint.write import HEADER_BYTES_A_TENSOR, PARTIAL, Parts, check_space, manifest_of
-from ofa_ds.engine_state import KINDS
+from ofa_ds.engine_state import AVERAGE, KINDS
 
 if TYPE_CHECKING:
     from ofa_ds.engine import Engine
@@ -76,13 +77,12 @@ class BackgroundSaver:
         self._pending = target, share.without_tensors(), facts
 
     def _new_snapshot(self) -> Snapshot:
-        size = sum(
-            len(KINDS) * room(4 * piece.numel) if piece.trainable else room(4 * piece.numel)
-            for piece in self._engine.pieces()
-        )
-        others = [*self._engine.buffers().values(), *self._engine.rng_states().values()]
+        engine = self._engine
+        kinds = (*KINDS, AVERAGE) if engine.has_average else KINDS  # moments come with the first step
+        size = sum((len(kinds) if piece.trainable else 1) * room(4 * piece.numel) for piece in engine.pieces())
+        others = [*engine.buffers().values(), *engine.average_buffers().values(), *engine.rng_states().values()]
         size += sum(room(tensor.numel() * tensor.element_size()) for tensor in others)
-        return Snapshot(size, pin=self._engine.device.type == "cuda")
+        return Snapshot(size, pin=engine.device.type == "cuda")
 
     @property
     def is_pending(self) -> bool:
@@ -143,6 +143,7 @@ class Share:
     uneven: dict[str, tuple[int, int]]
     """(start, numel) of pieces that no rule describes."""
     buffers: dict[str, tuple[int, ...]]
+    average_buffers: dict[str, tuple[int, ...]]
 
     @classmethod
     def of(cls, engine: Engine) -> Share:
@@ -157,13 +158,15 @@ class Share:
             for kind, tensor in piece.tensors.items():
                 tensors[f"{kind}|{piece.name}"] = tensor
         tensors |= {f"rng|{name}": state for name, state in engine.rng_states().items()}
-        buffers = engine.buffers()
-        if engine.ranks.rank == 0:
-            tensors |= {f"buffer|{name}": buffer for name, buffer in buffers.items()}
-        return cls(tensors, infos, uneven, {name: tuple(buffer.shape) for name, buffer in buffers.items()})
+        shapes: list[dict[str, tuple[int, ...]]] = []
+        for prefix, buffers in (("buffer", engine.buffers()), ("ema_buffer", engine.average_buffers())):
+            shapes.append({name: tuple(buffer.shape) for name, buffer in buffers.items()})
+            if engine.ranks.rank == 0:
+                tensors |= {f"{prefix}|{name}": buffer for name, buffer in buffers.items()}
+        return cls(tensors, infos, uneven, *shapes)
 
     def without_tensors(self) -> Share:
-        return Share({}, self.infos, self.uneven, self.buffers)
+        return dataclasses.replace(self, tensors={})
 
     @property
     def num_bytes(self) -> int:
@@ -191,7 +194,8 @@ def commit(engine: Engine, target: Target, share: Share, facts: Facts, entry: di
         if engine.ranks.rank == 0:
             manifest = manifest_of(
                 share.infos, _parts([uneven for _, uneven in reports], share.infos),
-                files=[entry for entry, _ in reports], stage=engine.stage, facts=facts, buffers=share.buffers,
+                files=[entry for entry, _ in reports], stage=engine.stage, facts=facts,
+                buffers=share.buffers, ema_buffers=share.average_buffers,
             )  # fmt: skip
             write_manifest(target.partial / MANIFEST, manifest)
             _publish(target)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ofa_ds.checkpoint.format import Layout, Manifest
 from ofa_ds.checkpoint.tensor_file import TensorFile, bytes_of, read_into
+from ofa_ds.engine_state import AVERAGE
 
 _OPEN_FILES = 64
 _OPEN_HEADERS = 4
@@ -126,6 +127,11 @@ class Reader:
     def __del__(self) -> None:
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
+
+    @property
+    def has_average(self) -> bool:
+        """Whether there is a moving average of every trainable parameter."""
+        return all(AVERAGE in info.kinds for info in self.tensors.values() if info.trainable)
 
     def again(self) -> Reader:
         """Another reader of the same checkpoint, for another thread."""

@@ -158,7 +158,7 @@ def export_checkpoint(source: Path, destination: Path, plan: ExportPlan) -> dict
     weights = _weights(reader, DTYPES[plan.dtype], "ema" if plan.use_ema else "weight")
     size = sum(weight.numel * weight.dtype.itemsize for weight in weights.values())
     if plan.format == "fairseq":
-        average = _weights(reader, DTYPES[plan.dtype], "ema") if _has_ema(reader) and not plan.use_ema else None
+        average = _weights(reader, DTYPES[plan.dtype], "ema") if reader.has_average and not plan.use_ema else None
         with new_file(destination) as path:
             check_space(path.parent, size * (1 if average is None else 2), 1)
             updates = reader.facts.state.get("adam_step", 0)
@@ -200,13 +200,9 @@ def _model_of(reader: Reader) -> tuple[Recipe, ModelConfig]:
     return recipe, model_config(recipe, embedding.shape[0])
 
 
-def _has_ema(reader: Reader) -> bool:
-    return any("ema" in info.kinds for info in reader.tensors.values())
-
-
 def _weights(reader: Reader, dtype: torch.dtype, kind: str) -> Weights:
     """Parameters (in `dtype`) and buffers (in their own) by official name. Raises ValueError: there is no such kind."""
-    if kind == "ema" and not _has_ema(reader):
+    if kind == "ema" and not reader.has_average:
         raise ValueError(f"{reader.directory}: has no moving average")
 
     def parameter(name: str, info: TensorInfo) -> Weight:

@@ -76,7 +76,8 @@ def to_state(foreign: Foreign, options: Options) -> tuple[ForeignState, ModelCon
     average = {}
     if foreign.ema is not None and not options.use_ema:
         average, _ = _official(foreign.ema, f"{foreign.origin}, moving average", options.drop)
-        compare({name: weight.shape for name, weight in (fresh | average).items()}, config, f"{foreign.origin} (ema)")
+        average = fresh | average
+        compare({name: weight.shape for name, weight in average.items()}, config, f"{foreign.origin} (ema)")
     facts = Facts(state=dict(NO_STEPS), rng_ranks=0)
     state = ForeignState(
         tensors={

@@ -31,7 +31,7 @@ RESHARD = {
 }
 """World size -> (what two ranks saved, ZeRO stage that loads it)."""
 
-JOBS = {2: ("parity", "precision", "resume"), 3: ("parity", "reshard"), 1: ("parity", "reshard")}
+JOBS = {2: ("parity", "precision", "resume"), 3: ("parity", "reshard"), 1: ("parity", "reshard", "average")}
 """World size -> jobs of its launch; the launch of 2 ranks saves what the others load."""
 
 

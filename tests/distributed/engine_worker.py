@@ -5,6 +5,7 @@ One launch does many cases, since starting a rank takes seconds. Cases share no 
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import sys
@@ -17,6 +18,7 @@ from batches import random_batch
 from deepspeed.accelerator import get_accelerator
 from engine_cases import KINDS, PARITY, RESHARD, STEPS, VOCAB, result_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from toy import Toy, toy_batch
 
 from ofa_ds import checkpoint
@@ -29,7 +31,7 @@ from ofa_ds.model.config import preset
 from ofa_ds.model.ofa import OFA
 from ofa_ds.schedule import polynomial_lr
 
-OPTIM = OptimConfig(peak_lr=1e-3, warmup_steps=3, eps=1e-6, clip_norm=0.5)
+OPTIM = OptimConfig(peak_lr=1e-3, warmup_steps=3, eps=1e-6, clip_norm=0.5, ema_decay=0.8)
 TRAIN = TrainConfig(num_steps=30, seed=3)
 
 
@@ -47,10 +49,12 @@ def ds_config(stage: int, **more: Any) -> dict[str, Any]:
     return {**load_deepspeed_config(f"zero{stage}"), **more}
 
 
-def build_engine(ranks: Any, make: Callable[[], nn.Module], config: dict[str, Any], accumulation: int) -> Engine:
+def build_engine(
+    ranks: Any, make: Callable[[], nn.Module], config: dict[str, Any], accumulation: int, optim: OptimConfig = OPTIM
+) -> Engine:
     rows = 12 // (ranks.world_size * accumulation)
     batch = BatchConfig(global_rows=12, micro_rows=rows)
-    return build(make, deepspeed=config, optim=OPTIM, batch=batch, train=TRAIN, ranks=ranks)
+    return build(make, deepspeed=config, optim=optim, batch=batch, train=TRAIN, ranks=ranks)
 
 
 def dispose(engine: Engine) -> None:
@@ -59,10 +63,12 @@ def dispose(engine: Engine) -> None:
     gc.collect()
 
 
-def one_process() -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """Plain torch on whole global batches: losses, gradient norms and final weights."""
+def one_process() -> tuple[list[float], list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """Plain torch on whole global batches: losses, gradient norms, final weights and their moving average."""
     torch.manual_seed(TRAIN.seed)
     model = make_ofa()
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(OPTIM.ema_decay))
+    average.update_parameters(model)  # its first update is a copy
     optimizer = torch.optim.AdamW(model.parameters(), betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay)
     losses, norms = [], []
     for step in range(STEPS):
@@ -73,9 +79,11 @@ def one_process() -> tuple[list[float], list[float], dict[str, Tensor]]:
         for group in optimizer.param_groups:
             group["lr"] = polynomial_lr(step, peak_lr=OPTIM.peak_lr, warmup_steps=OPTIM.warmup_steps, num_steps=30)
         optimizer.step()
+        average.update_parameters(model)
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, norms, {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    weights, averaged = model.state_dict(), average.module.state_dict()
+    return losses, norms, weights, {name: averaged[name] for name, _ in model.named_parameters()}
 
 
 def train_ofa(
@@ -99,18 +107,22 @@ def train_ofa(
     return losses, norms
 
 
-def parity(ranks: Any) -> list[dict[str, Any]]:
-    want_losses, want_norms, want_weights = one_process()
+def parity(ranks: Any, folder: Path) -> list[dict[str, Any]]:
+    want_losses, want_norms, want_weights, want_average = one_process()
     results = []
     for stage, accumulation in PARITY[ranks.world_size]:
         engine = build_engine(ranks, make_ofa, ds_config(stage), accumulation)
         losses, norms = train_ofa(engine, STEPS, accumulation, ranks.world_size)
         weights = engine.full_weights()
+        path = checkpoint.save(engine, folder / f"parity_{ranks.world_size}_{stage}_{accumulation}", STEPS, extra={})
         if weights is not None:
             assert weights.keys() == want_weights.keys()
+            reader = Reader(path, read_manifest(path))
+            weights |= {f"ema|{name}": whole_tensor(reader, name, "ema") for name in want_average}
+            wanted = want_weights | {f"ema|{name}": tensor for name, tensor in want_average.items()}
             # The gradient of a key's bias is mathematically zero, so AdamW turns rounding into steps there.
-            compared = [name for name in want_weights if not name.endswith(("k_proj.bias", "k_linear.bias"))]
-            apart = {name: _apart(weights[name], want_weights[name]) for name in compared}
+            compared = [name for name in wanted if not name.endswith(("k_proj.bias", "k_linear.bias"))]
+            apart = {name: _apart(weights[name], wanted[name]) for name in compared}
             worst = max(apart, key=apart.get)
             results.append({
                 "stage": stage, "accumulation": accumulation, "losses": losses,
@@ -160,7 +172,8 @@ def train_toy(engine: Engine, first: int, last: int, world_size: int) -> None:
 def state_of(engine: Engine) -> dict[str, Tensor]:
     """Everything of this rank that a checkpoint must bring back."""
     pieces = {f"{kind}|{piece.name}": tensor for piece in engine.pieces() for kind, tensor in piece.tensors.items()}
-    state = pieces | engine.buffers() | engine.rng_states()
+    average = {f"ema_buffer|{name}": buffer for name, buffer in engine.average_buffers().items()}
+    state = pieces | engine.buffers() | average | engine.rng_states()
     counters = engine.counters()
     counters = {key: torch.tensor(float(value)) for key, value in (counters | counters.pop("loss_scaler")).items()}
     return {name: tensor.detach().clone() for name, tensor in (state | counters).items()}
@@ -231,14 +244,47 @@ def reshard(ranks: Any, folder: Path) -> list[dict[str, Any]]:
 
 
 def whole_tensors(path: Path) -> dict[str, Tensor]:
-    """Every parameter's weight and moments and every buffer, put together from all files."""
+    """Every parameter's weight, moments and average and every buffer, put together from all files."""
     assert checkpoint.verify(path) == []
     reader = Reader(path, read_manifest(path))
-    result = {name: reader.buffer(name) for name in reader.manifest["buffers"]}
-    for name, tensor in reader.manifest["tensors"].items():
-        for kind in ("weight", "exp_avg", "exp_avg_sq") if tensor["trainable"] else ("weight",):
-            result[f"{kind}|{name}"] = reader.read(name, kind, 0, torch.Size(tensor["shape"]).numel())
+    result = {name: reader.buffer(name) for name in reader.buffers}
+    result |= {f"ema_buffer|{name}": reader.ema_buffer(name) for name in reader.ema_buffers}
+    for name, info in reader.tensors.items():
+        assert info.kinds == (("weight", "exp_avg", "exp_avg_sq", "ema") if info.trainable else ("weight",))
+        result |= {f"{kind}|{name}": whole_tensor(reader, name, kind) for kind in info.kinds}
     return result
+
+
+def whole_tensor(reader: Reader, name: str, kind: str) -> Tensor:
+    info = reader.tensors[name]
+    return reader.read(name, kind, 0, info.numel).reshape(info.shape)
+
+
+def change_average(ranks: Any, folder: Path) -> list[dict[str, Any]]:
+    """A run goes on with a moving average that its checkpoint lacks, and without one that it has."""
+    results = []
+    plain = dataclasses.replace(OPTIM, ema_decay=0.0)
+    for stage in range(4):
+        run_dir = folder / f"without_average_{stage}"
+        engine = build_engine(ranks, make_toy, ds_config(stage), 2, plain)
+        train_toy(engine, 0, 2, ranks.world_size)
+        checkpoint.save(engine, run_dir, 2, extra={})
+        dispose(engine)
+        engine = build_engine(ranks, make_toy, ds_config(stage), 2)
+        train_toy(engine, 0, 1, ranks.world_size)  # so that its average is not where it begins by itself
+        checkpoint.resume(engine, run_dir)
+        begun = state_of(engine)
+        averages = {name: tensor for name, tensor in begun.items() if name.startswith("ema")}
+        own = {name: begun[name.replace("ema_buffer|", "").replace("ema|", "weight|")] for name in averages}
+        train_toy(engine, 2, 3, ranks.world_size)
+        path = checkpoint.save(engine, run_dir, 3, extra={})
+        dispose(engine)
+        engine = build_engine(ranks, make_toy, ds_config(stage), 2, plain)
+        checkpoint.load(engine, path)
+        left = [name for name in state_of(engine) if name.startswith("ema")]
+        dispose(engine)
+        results.append({"averages": len(averages), "different": different(averages, own), "left": left})
+    return results
 
 
 def fuzz(ranks: Any, folder: Path) -> dict[str, Any]:
@@ -264,10 +310,11 @@ def fuzz(ranks: Any, folder: Path) -> dict[str, Any]:
 def main(folder: Path, *jobs: str) -> None:
     ranks = init_distributed("cpu")
     functions = {
-        "parity": lambda: parity(ranks),
+        "parity": lambda: parity(ranks, folder),
         "precision": lambda: precision(ranks),
         "resume": lambda: resume_exactly(ranks, folder),
         "reshard": lambda: reshard(ranks, folder),
+        "average": lambda: change_average(ranks, folder),
         "fuzz": lambda: fuzz(ranks, folder),
     }
     results = {job: functions[job]() for job in jobs}

@@ -68,6 +68,12 @@ def test_what_two_ranks_saved_loads_at_another_world_size_and_stage(results, ran
     assert case["norm"] > 0
 
 
+@pytest.mark.parametrize("stage", range(4))
+def test_a_moving_average_begins_at_the_weights_of_a_checkpoint_without_one_and_may_be_left_out(results, stage):
+    case = results(1, "average")[stage]
+    assert case["averages"] > 10 and case["different"] == [] and case["left"] == []
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

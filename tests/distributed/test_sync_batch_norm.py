@@ -70,7 +70,7 @@ def run_averaging(rank: int) -> dict[str, object]:
     for _ in range(rank + 1):
         norm(torch.full((2, CHANNELS, 3, 3), float(10 * rank)))
     before = norm.running_mean.clone()
-    agree_on_buffers(norm)
+    agree_on_buffers(dict(norm.named_buffers()))
     return {"before": before, "mean": norm.running_mean, "var": norm.running_var, "count": norm.num_batches_tracked}
 
 

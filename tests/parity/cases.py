@@ -20,6 +20,7 @@ from ofa_ds.model.encoder import Encoded
 from ofa_ds.model.names import to_port_name
 from ofa_ds.model.ofa import OFA
 
+KERNELS_ON = KernelConfig(attention="triton", layer_norm="triton", cross_entropy="triton")
 BATCH_NORM = {"default": "batch", "frozen": "frozen", "sync": "sync"}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from adapter import packed
-from cases import Case, Run, run_case
+from cases import KERNELS_ON, Case, Run, run_case
 from numerics import TOLERANCE, assert_close
 
 from ofa_ds.config import KernelConfig
@@ -40,21 +40,6 @@ ZERO_GRADIENTS = ("k_proj.bias", "pos_k_linear.bias")
 
 CROSS_ATTENTION_TOLERANCE = 1e-6
 """The original hands its attention probabilities out in float32, whatever the model's precision."""
-
-
-KERNELS_ON = KernelConfig(attention="triton", layer_norm="triton", cross_entropy="triton")
-
-
-@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["fp64", "fp32"])
-def dtype(request: pytest.FixtureRequest, kernels: str) -> torch.dtype:
-    if kernels == "triton" and request.param == torch.float64:
-        pytest.skip("kernels compute in fp32")
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def chosen(kernels: str) -> KernelConfig:
-    return KERNELS_ON if kernels == "triton" else KernelConfig()
 
 
 @pytest.mark.golden("case_[!f]*.npz")

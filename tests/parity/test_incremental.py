@@ -9,16 +9,13 @@ import torch
 from cases import Case
 from numerics import TOLERANCE, assert_close
 
+from ofa_ds.config import KernelConfig
+
 pytestmark = pytest.mark.golden("case_f_*.npz")
 
 
-@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["fp64", "fp32"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
-def test_steps_with_a_cache_are_the_full_pass(golden_file: Path, dtype: torch.dtype) -> None:
-    case = Case(golden_file)
+def test_steps_with_a_cache_are_the_full_pass(golden_file: Path, dtype: torch.dtype, chosen: KernelConfig) -> None:
+    case = Case(golden_file, chosen)
     model = case.model(dtype)
     batch, padded = case.batch(model.config, dtype)
     previous = torch.from_numpy(case.inputs["prev_output_tokens"])
@@ -32,8 +29,8 @@ def test_steps_with_a_cache_are_the_full_pass(golden_file: Path, dtype: torch.dt
         assert_close(out, expected, TOLERANCE[dtype], name)
 
 
-def test_beams_may_change_places(golden_file: Path, dtype: torch.dtype) -> None:
-    case = Case(golden_file)
+def test_beams_may_change_places(golden_file: Path, dtype: torch.dtype, chosen: KernelConfig) -> None:
+    case = Case(golden_file, chosen)
     model = case.model(dtype)
     batch, padded = case.batch(model.config, dtype)
     previous, order = (torch.from_numpy(case.arrays[f"reorder/{name}"]) for name in ("prev", "order"))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ofa_ds.config import KernelConfig
 from ofa_ds.data.batch import Batch
 from ofa_ds.loss import group_counts, group_sums
 from ofa_ds.model.ofa import OFA
@@ -94,11 +95,18 @@ def test_twelve_updates_are_those_of_the_original(tag: str, golden_dir: Path) ->
 
 
 @pytest.mark.golden(FILE)
-def test_adamw_of_torch_in_fp32_stays_near_the_original(golden_dir: Path) -> None:
-    follow("sampled_patches7_ls0.1", golden_dir, TorchAdam, torch.float32, 1e-3)
+def test_adamw_of_torch_in_fp32_stays_near_the_original(golden_dir: Path, chosen: KernelConfig) -> None:
+    follow("sampled_patches7_ls0.1", golden_dir, TorchAdam, torch.float32, 1e-3, chosen)
 
 
-def follow(tag: str, golden_dir: Path, optimizer: type, dtype: torch.dtype, tolerance: float) -> None:
+def follow(
+    tag: str,
+    golden_dir: Path,
+    optimizer: type,
+    dtype: torch.dtype,
+    tolerance: float,
+    kernels: KernelConfig | None = None,
+) -> None:
     """Train on the recorded pair; compare loss and gradient norm of each update, and the weights at the end."""
     recorded = {key.removeprefix(f"{tag}/"): value for key, value in fixture(golden_dir, FILE).items() if tag in key}
     inputs = [
@@ -106,7 +114,8 @@ def follow(tag: str, golden_dir: Path, optimizer: type, dtype: torch.dtype, tole
         for name in PAIR
     ]
     smoothing = float(match[1]) if (match := re.search(r"_ls([\d.]+)", tag)) else 0.0
-    model = OFA(adapter.MICRO).to(dtype).train()
+    config = dataclasses.replace(adapter.MICRO, kernels=kernels or KernelConfig())
+    model = OFA(config).to(dtype).train()
     adapter.load(model, adapter.stored_weights(golden_dir, "micro_state.npz"))
     parameters = list(model.parameters())
     adam = optimizer(parameters)
