@@ -90,13 +90,25 @@ class Case:
         return {"out": out.detach(), **grads}
 
 
+FEW = 8
+
+
+def relative_to(out: Tensor, exact: Tensor, size: Tensor) -> float:
+    return ((out.double() - exact).abs().max() / size).item()
+
+
 def assert_right(case: Case, **options: object) -> None:
     ours, low, exact = case.results("triton", **options), case.results("torch"), case.results("torch", torch.float64)
     assert ours.keys() == exact.keys()
+    assert all(ours[name].shape == value.shape and ours[name].dtype == torch.float32 for name, value in exact.items())
+    exact = {name: value for name, value in exact.items() if value.numel()}
+    sizes = {name: value.abs().max().clamp(min=1) for name, value in exact.items()}
+    relative = max(relative_to(low[name], exact[name], size) for name, size in sizes.items())
     for name, value in exact.items():
-        assert ours[name].shape == value.shape and ours[name].dtype == torch.float32
-        if value.numel():
+        if value.numel() > FEW:
             assert_as_accurate(ours[name], low[name], value)
+        else:  # torch's own error of one of a few numbers is luck: what counts is that of all results together
+            assert relative_to(ours[name], value, sizes[name]) <= 2 * relative + 1e-6, name
 
 
 ENCODER = Case((5, 70, 1))
@@ -149,7 +161,7 @@ def cases(draw: st.DrawFn) -> Case:
     )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_any_shape_is_exact(case: Case) -> None:
     assert_right(case)

@@ -136,7 +136,7 @@ def small_tiles(columns: int, rows: int, item_bytes: int = 4) -> Iterator[None]:
 # ---------------------------------------------------------------- numbers
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=800, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     num_tokens=st.integers(0, 12),
     vocab=st.integers(2, 700),

@@ -145,14 +145,14 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("call", NORMS)
-@settings(max_examples=45, deadline=None, derandomize=True)
+@settings(max_examples=160, deadline=None, derandomize=True)
 @given(**rows_and_width, seed=st.integers(0, 99))
 def test_norm_and_its_gradients_are_as_accurate_as_torch(call: Call, num_rows: int, width: int, seed: int) -> None:
     torch.manual_seed(seed)
     assert_kernel_is_accurate(call, norm_inputs(num_rows, width))
 
 
-@settings(max_examples=65, deadline=None, derandomize=True)
+@settings(max_examples=160, deadline=None, derandomize=True)
 @given(**rows_and_width, gamma=st.booleans(), path=st.booleans(), seed=st.integers(0, 99))
 def test_residual_sum_and_norm_are_as_accurate_as_torch(num_rows, width, gamma, path, seed) -> None:
     torch.manual_seed(seed)
@@ -160,7 +160,7 @@ def test_residual_sum_and_norm_are_as_accurate_as_torch(num_rows, width, gamma, 
     assert_kernel_is_accurate(call, add_inputs(num_rows, width, gamma))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=160, deadline=None, derandomize=True)
 @given(**rows_and_width, gamma=st.booleans(), path=st.booleans(), seed=st.integers(0, 99))
 def test_residual_sum_without_norm_is_as_accurate_as_torch(num_rows, width, gamma, path, seed) -> None:
     torch.manual_seed(seed)
@@ -184,7 +184,7 @@ def with_mask(mask_ND: Tensor, call: Callable[..., Call], **options) -> Call:
     return masked
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=160, deadline=None, derandomize=True)
 @given(**rows_and_width, gamma=st.booleans(), path=st.booleans(), norm=st.booleans(), seed=st.integers(0, 99))
 def test_backward_draws_the_dropout_mask_of_the_forward(num_rows, width, gamma, path, norm, seed) -> None:
     torch.manual_seed(seed)
