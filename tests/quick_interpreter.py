@@ -18,7 +18,7 @@ def _with_room() -> Callable[[Callable[[], Any]], Any]:
     """Calls what it is given from a frame of 64 KiB.
 
     Python keeps frames in chunks of 16 KiB and maps or unmaps one wherever the stack crosses its end; a kernel that
-    hovers there spends half its time so. A frame too large for a chunk gets a larger one, with room for the calls below.
+    hovers there spends half its time so. A frame too large for a chunk gets a larger one, with room for calls below.
     """
     names: dict[str, Any] = {}
     unused = " = ".join(f"_{n}" for n in range(_FRAME_BYTES // 8))
