@@ -1,16 +1,14 @@
 """Writes one safetensors file, tensor by tensor, from bytes that need not all be in memory at once.
 
-    8 bytes: length of the header | header, JSON | bytes of the tensors, in the order of the header
+    8 bytes: length of the header | header, JSON, spaces | bytes of the tensors, in the order of the header
 
-Knows no torch and nothing else of the project: the process that writes checkpoints in the background
+The spaces fill a block of the disk. Knows no torch: the process that writes checkpoints in the background
 (`background_writer.py`) starts in a tenth of a second and stays small.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +17,9 @@ from typing import Any
 
 import xxhash
 
-_libc = ctypes.CDLL(None)
+from ofa_ds.direct_file import BLOCK_BYTES, DirectFile
+
 _NO_SUM = "0" * 16
-_WRITEBACK_BYTES = 1 << 25
-_SYNC_FILE_RANGE_WRITE = 2
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,7 @@ class TensorWriter:
         self._sum = xxhash.xxh3_64()
         self._left = specs[0].num_bytes if specs else 0
         self._header_bytes = len(self._header([_NO_SUM] * len(specs)))
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        self._at = self._started = 8 + self._header_bytes
+        self._file = DirectFile(path, 8 + self._header_bytes)
         self._finish_tensors()
 
     def __enter__(self) -> TensorWriter:
@@ -65,7 +61,7 @@ class TensorWriter:
             if kind is None:
                 self._finish()
         finally:
-            os.close(self._file)
+            self._file.close()
 
     def write(self, data: bytes | memoryview) -> None:
         """Add bytes to the tensor whose turn it is."""
@@ -75,11 +71,7 @@ class TensorWriter:
             raise ValueError(f"{self.path}: {len(data)} bytes for a tensor that lacks {self._left}")
         self._sum.update(data)
         self._left -= len(data)
-        _write_all(self._file, data, self._at)
-        self._at += len(data)
-        if self._at - self._started >= _WRITEBACK_BYTES:
-            _start_writeback(self._file, self._started, self._at - self._started)
-            self._started = self._at
+        self._file.write(data)
         self._finish_tensors()
 
     @property
@@ -87,7 +79,7 @@ class TensorWriter:
         """Name, sizes and the header's checksum (xxh3-128), for the manifest."""
         return {
             "name": self.path.name,
-            "bytes": self._at,
+            "bytes": self._file.size,
             "header_bytes": self._header_bytes,
             "header_xxh3_128": self._whole,
         }
@@ -105,11 +97,7 @@ class TensorWriter:
             raise ValueError(f"{self.path}: {self._specs[len(self._sums)].name} lacks {self._left} bytes")
         header = self._header(self._sums)
         self._whole = xxhash.xxh3_128_hexdigest(header)
-        _write_all(self._file, len(header).to_bytes(8, "little") + header, 0)
-        os.fsync(self._file)
-        found = os.fstat(self._file).st_size
-        if found != self._at:
-            raise OSError(f"{self.path}: has {found} bytes after writing {self._at}; is the disk full?")
+        self._file.finish(len(header).to_bytes(8, "little") + header)
 
     def _header(self, sums: Sequence[str]) -> bytes:
         """Always of the same length, whatever the sums."""
@@ -120,18 +108,4 @@ class TensorWriter:
             start, end = end, end + spec.num_bytes
             header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
-        return text + b" " * (-len(text) % 8)
-
-
-def _start_writeback(descriptor: int, at: int, num_bytes: int) -> None:
-    """Have the disk begin now: otherwise it idles until fsync, and then everything waits for it."""
-    call = getattr(_libc, "sync_file_range", None)
-    if call is not None:
-        call(descriptor, ctypes.c_int64(at), ctypes.c_int64(num_bytes), _SYNC_FILE_RANGE_WRITE)
-
-
-def _write_all(descriptor: int, data: bytes | memoryview, at: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view[: 1 << 30], at)
-        view, at = view[written:], at + written
+        return text + b" " * (-(8 + len(text)) % BLOCK_BYTES)

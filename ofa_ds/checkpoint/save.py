@@ -26,6 +26,7 @@ from ofa_ds.checkpoint.snapshot import Snapshot, room
 from ofa_ds.checkpoint.state import Facts, TensorInfo
 from ofa_ds.checkpoint.tensor_file import sync, write_tensors
 from ofa_ds.checkpoint.write import HEADER_BYTES_A_TENSOR, PARTIAL, Parts, check_space, manifest_of
+from ofa_ds.direct_file import BLOCK_BYTES
 from ofa_ds.engine_state import AVERAGE, KINDS
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ def save(engine: Engine, run_dir: str | Path, step: int, extra: Mapping[str, Any
             raise OSError(f"{error}; run_dir must be on a file system that all hosts share") from error
     commit(engine, target, share, Facts(step=step, state=engine.counters(), extra=dict(extra)), entry)
     return target.final
+
+
+WRITER_SHARE = 0.02
+"""Of a core, for the writer beside each rank that trains on the CPU."""
 
 
 class BackgroundSaver:
@@ -82,7 +87,8 @@ class BackgroundSaver:
         size = sum((len(kinds) if piece.trainable else 1) * room(4 * piece.numel) for piece in engine.pieces())
         others = [*engine.buffers().values(), *engine.average_buffers().values(), *engine.rng_states().values()]
         size += sum(room(tensor.numel() * tensor.element_size()) for tensor in others)
-        return Snapshot(size, pin=engine.device.type == "cuda")
+        on_gpu = engine.device.type == "cuda"
+        return Snapshot(size, share=1.0 if on_gpu else WRITER_SHARE, pin=on_gpu)
 
     @property
     def is_pending(self) -> bool:
@@ -172,7 +178,7 @@ class Share:
     def num_bytes(self) -> int:
         """About what it takes on the disk; never less."""
         payload = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-        return payload + HEADER_BYTES_A_TENSOR * len(self.tensors)
+        return payload + HEADER_BYTES_A_TENSOR * len(self.tensors) + BLOCK_BYTES
 
 
 def prepare(engine: Engine, run_dir: Path, step: int, keep: int, share: Share) -> Target:

@@ -21,6 +21,8 @@ from torch import Tensor
 from ofa_ds.checkpoint.tensor_file import spec_of
 
 _ALIGNMENT = 64
+_HEAD = _ALIGNMENT
+"""Its first byte is 1 when the trainer waits for the writer."""
 _MADV_POPULATE_WRITE = 23
 _libc = ctypes.CDLL(None)
 _PACKAGE_ROOT = Path(__file__).parents[2]
@@ -29,12 +31,14 @@ _PACKAGE_ROOT = Path(__file__).parents[2]
 class Snapshot:
     """Room for one copy of the state and the process that writes it. `take` copies; `wait` says how it went."""
 
-    def __init__(self, size: int, *, pin: bool) -> None:
+    def __init__(self, size: int, *, share: float, pin: bool) -> None:
         """size: bytes, as `room` counts them, of the largest set of tensors that `take` will be given.
 
-        pin: page-lock the memory, so that copies from a GPU run at full speed; where that fails they are slower.
+        share: of a core that the process takes while nobody waits for it: where training needs every core, a writer at
+        full speed would slow its steps. pin: page-lock the memory, so that copies from a GPU run at full speed; where
+        that fails they are slower.
         """
-        self._size = size
+        self._size = _HEAD + size
         self._descriptor = os.memfd_create("ofa-ds snapshot")
         os.ftruncate(self._descriptor, self._size)
         self._map = mmap.mmap(self._descriptor, self._size)
@@ -42,10 +46,10 @@ class Snapshot:
         threading.Thread(target=self._claim, daemon=True).start()
         if pin:
             with contextlib.suppress(RuntimeError):
-                torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), size, 0)
+                torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self._size, 0)
         python_path = os.pathsep.join([str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ofa_ds.background_writer", str(self._descriptor), str(self._size)],
+            [sys.executable, "-m", "ofa_ds.background_writer", *map(str, (self._descriptor, self._size, share))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
             pass_fds=[self._descriptor], env={**os.environ, "PYTHONPATH": python_path},
         )  # fmt: skip
@@ -75,13 +79,14 @@ class Snapshot:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._answer = None
+        self._bytes[0] = 0
         assert self._process.stdin is not None
         self._process.stdin.write(f'{{"path": {json.dumps(str(path))}, "tensors": {self._rows}}}\n')
         self._process.stdin.flush()
 
     def _lay_out(self, specs: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
         """Where each tensor goes: the same in every save of a run."""
-        at, rows, targets = 0, [], []
+        at, rows, targets = _HEAD, [], []
         for name, dtype, shape in specs:
             spec = spec_of(name, dtype, shape)
             if at + room(spec.num_bytes) > self._size:
@@ -103,6 +108,7 @@ class Snapshot:
         """The manifest entry of the file, once it is durable. Raises OSError where it could not be written."""
         if self._answer is None:
             assert self._process.stdout is not None
+            self._bytes[0] = 1  # do not rest any more
             line = self._process.stdout.readline()
             gone = {"problem": f"the process that writes it ended with code {self._process.wait() if not line else 0}"}
             self._answer = json.loads(line) if line else gone

@@ -22,6 +22,7 @@ import ofa_ds
 from ofa_ds.checkpoint.format import FORMAT, MANIFEST, VERSION, Manifest, file_name, flat_parts, write_manifest
 from ofa_ds.checkpoint.state import Facts, TensorInfo, TrainingState, rng_prefix
 from ofa_ds.checkpoint.tensor_file import CHUNK_BYTES, bytes_of, spec_of, sync
+from ofa_ds.direct_file import BLOCK_BYTES
 from ofa_ds.engine_state import even_range
 from ofa_ds.progress import Progress
 from ofa_ds.tensor_writer import TensorWriter
@@ -171,7 +172,7 @@ def _num_bytes(state: TrainingState, ranks: int) -> int:
     """About what a checkpoint takes on the disk; never less."""
     payload = sum(4 * info.numel * len(info.kinds) for info in state.tensors.values())
     headers = ranks * sum(len(info.kinds) for info in state.tensors.values()) * HEADER_BYTES_A_TENSOR
-    return payload + headers + ranks * _MAX_RNG_BYTES
+    return payload + headers + ranks * (_MAX_RNG_BYTES + BLOCK_BYTES)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import torch
 from toy import Toy, toy_batch
 
-from ofa_ds import checkpoint
+from ofa_ds import checkpoint, direct_file
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
 from ofa_ds.engine import Engine, build, init_distributed, load_deepspeed_config
 
@@ -55,7 +55,8 @@ def kill_at(number: int, folder: Path) -> None:
 
         return wrapped
 
-    os.fsync, os.pwrite = counted(os.fsync), counted(os.pwrite)
+    direct_file._STAGE_BYTES = direct_file.BLOCK_BYTES  # as many writes as there can be
+    os.fsync, os.pwrite, os.ftruncate = (counted(call) for call in (os.fsync, os.pwrite, os.ftruncate))
     sys.addaudithook(hook)
 
 

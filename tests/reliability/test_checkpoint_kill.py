@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,8 +59,8 @@ def test_a_save_that_the_disk_cannot_take_is_an_error_and_harms_nothing(outcome)
 def test_another_model_or_a_damaged_file_is_refused_and_resume_takes_the_one_before(outcome):
     refusals = outcome["refusals"]
     assert refusals["another model"].startswith("ValueError") and "model's (blocks.2" in refusals["another model"]
-    assert (
-        refusals["damaged"].startswith("DamagedError")
-        and "rank_00000.safetensors: weight|blocks" in refusals["damaged"]
+    assert re.match(
+        r"DamagedError: .*/rank_00000\.safetensors: (weight|exp_avg|exp_avg_sq)\|blocks\.\S+ has checksum",
+        refusals["damaged"],
     )
     assert refusals["resumed step"] == "7"
