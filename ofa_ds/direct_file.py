@@ -21,6 +21,19 @@ _SYNC_FILE_RANGE_WRITE = 2
 _libc = ctypes.CDLL(None)
 
 
+def set_direct(descriptor: int, on: bool) -> bool:
+    """Have reads and writes pass by the page cache, or not any more.
+
+    Returns whether it is on; a file system in memory, for one, does not have it.
+    """
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+    except OSError:
+        return False
+    return on
+
+
 class DirectFile:
     """`head_bytes` (a multiple of BLOCK_BYTES) are kept free at the front, for what `finish` is given.
 
@@ -35,18 +48,9 @@ class DirectFile:
         self.path = path
         self._head_bytes = head_bytes
         self._file = os.open(path, flags, 0o644)
-        self._direct = self._set_direct(True)
+        self._direct = set_direct(self._file, True)
         self._stage = memoryview(mmap.mmap(-1, _STAGE_BYTES))  # page-aligned
         self._at, self._filled = head_bytes, 0
-
-    def _set_direct(self, on: bool) -> bool:
-        """Returns whether it is on; a file system in memory, for one, does not have it."""
-        flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
-        try:
-            fcntl.fcntl(self._file, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
-        except OSError:
-            return False
-        return on
 
     @property
     def size(self) -> int:
@@ -96,7 +100,7 @@ class DirectFile:
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                self._direct = self._set_direct(False)  # it wants another alignment, or cannot do it after all
+                self._direct = set_direct(self._file, False)  # it wants another alignment, or cannot do it after all
                 continue
             view, at = view[written:], at + written
         if not self._direct:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ofa_ds.direct_file import BLOCK_BYTES, set_direct
 from ofa_ds.tensor_writer import TensorSpec, TensorWriter
 
 MAX_HEADER_BYTES = 100_000_000
@@ -66,8 +69,13 @@ class TensorFile:
     Raises DamagedError where the header does not describe exactly the bytes of the file.
     """
 
-    def __init__(self, path: Path, *, num_bytes: int | None = None, header_xxh3_128: str | None = None) -> None:
-        """num_bytes, header_xxh3_128: what the manifest says; None for a file that no manifest of ours describes."""
+    def __init__(
+        self, path: Path, *, num_bytes: int | None = None, header_xxh3_128: str | None = None, direct: bool = False
+    ) -> None:
+        """num_bytes, header_xxh3_128: what the manifest says; None for a file that no manifest of ours describes.
+
+        direct: only for `check`, which then asks the disk and not the page cache.
+        """
         self.path = path
         num_bytes = check_size(path, num_bytes)
         self._file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -86,6 +94,8 @@ class TensorFile:
             end = entry.end
         if self.begin + end != num_bytes:
             raise DamagedError(f"{path}: tensors end at byte {self.begin + end} of {num_bytes}")
+        if direct:
+            set_direct(self._file, True)
 
     def _parse(self, header: bytes) -> None:
         try:
@@ -115,18 +125,33 @@ class TensorFile:
         read_into(self._file, bytes_of(flat), self.begin + entry.start + start * entry.dtype.itemsize, self.path)
         return flat.reshape(entry.shape) if numel is None else flat
 
-    def check(self, name: str) -> str | None:
-        """None, or what is wrong with the bytes of one tensor."""
-        entry = self.entries[name]
-        found, buffer = xxhash.xxh3_64(), memoryview(bytearray(min(CHUNK_BYTES, entry.end - entry.start)))
-        for at in range(entry.start, entry.end, CHUNK_BYTES):
-            part = buffer[: min(CHUNK_BYTES, entry.end - at)]
-            read_into(self._file, part, self.begin + at, self.path)
-            found.update(part)
-        want = self.metadata.get(name)
-        if found.hexdigest() == want:
-            return None
-        return f"{self.path}: {name} has checksum {found.hexdigest()}, was written with {want}"
+    def check(self, names: Sequence[str]) -> list[str]:
+        """What is wrong with the bytes of these tensors, which lie one after the other."""
+        problems = []
+        blocks = self._blocks(self.entries[names[0]].start, self.entries[names[-1]].end) if names else iter(())
+        part = memoryview(b"")
+        for name in names:
+            found, left = xxhash.xxh3_64(), self.entries[name].end - self.entries[name].start
+            while left:
+                part = part or next(blocks)
+                count = min(left, len(part))
+                found.update(part[:count])
+                part, left = part[count:], left - count
+            if found.hexdigest() != (want := self.metadata.get(name)):
+                problems.append(f"{self.path}: {name} has checksum {found.hexdigest()}, was written with {want}")
+        return problems
+
+    def _blocks(self, start: int, end: int) -> Iterator[memoryview]:
+        """Bytes start : end after the header, in order; each block is overwritten by the next one."""
+        buffer = memoryview(mmap.mmap(-1, CHUNK_BYTES))
+        at, end = self.begin + start, self.begin + end
+        skipped = at % BLOCK_BYTES
+        at -= skipped
+        while at < end:
+            count = min(CHUNK_BYTES, end - at)
+            _read_block(self._file, buffer, count, at, self.path)
+            yield buffer[skipped:count]
+            at, skipped = at + count, 0
 
 
 def read_into(descriptor: int, buffer: memoryview, at: int, path: Path) -> None:
@@ -136,6 +161,24 @@ def read_into(descriptor: int, buffer: memoryview, at: int, path: Path) -> None:
         if not count:
             raise DamagedError(f"{path}: ends at byte {at}")
         buffer, at = buffer[count:], at + count
+
+
+def _read_block(descriptor: int, buffer: memoryview, count: int, at: int, path: Path) -> None:
+    """Fill the first `count` bytes, which may ask the disk for a whole last block."""
+    whole = -(-count // BLOCK_BYTES) * BLOCK_BYTES
+    done = 0
+    while done < count:
+        try:
+            got = os.preadv(descriptor, [buffer[done:whole]], at + done)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            set_direct(descriptor, False)  # another alignment is wanted, or a read ended within a block
+            read_into(descriptor, buffer[done:count], at + done, path)
+            return
+        if not got:
+            raise DamagedError(f"{path}: ends at byte {at + done}")
+        done += got
 
 
 def _stored(dtype: str, shape: list[int], data_offsets: list[int]) -> Stored:

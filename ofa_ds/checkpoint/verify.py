@@ -25,7 +25,7 @@ def verify(path: str | Path) -> list[str]:
         manifest = read_manifest(directory)
     except DamagedError as error:
         return [str(error)]
-    return check_files(directory, manifest["files"])
+    return check_files(directory, manifest["files"], direct=True)
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -53,56 +53,54 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def check_files(
-    directory: Path, entries: Sequence[Mapping[str, Any]], *, progress: bool = True, left_out: tuple[str, ...] = ()
+    directory: Path,
+    entries: Sequence[Mapping[str, Any]],
+    *,
+    progress: bool = True,
+    left_out: tuple[str, ...] = (),
+    direct: bool = False,
 ) -> list[str]:
     """What is wrong with the files of these manifest entries. Reads and hashes without Python's lock, in threads.
 
-    left_out: beginnings of names (`exp_avg|`, ...) of tensors that nobody is going to read.
+    left_out: beginnings of names (`exp_avg|`, ...) of tensors that nobody is going to read. direct: ask the disk and
+    not the page cache, which then holds nothing of it for a second reading.
     """
     meter = Progress(sum(entry["bytes"] for entry in entries) // _MIB, "checking", "MiB") if progress else None
     try:
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            return [problem for entry in entries for problem in _check_file(pool, directory, entry, meter, left_out)]
+            problems: list[str] = []
+            for entry in entries:
+                problems += _check_file(pool, directory, entry, left_out, direct)
+                if meter is not None:
+                    meter.add(entry["bytes"] // _MIB)
+            return problems
     finally:
         if meter is not None:
             meter.close()
 
 
 def _check_file(
-    pool: ThreadPoolExecutor,
-    directory: Path,
-    entry: Mapping[str, Any],
-    meter: Progress | None,
-    left_out: tuple[str, ...],
+    pool: ThreadPoolExecutor, directory: Path, entry: Mapping[str, Any], left_out: tuple[str, ...], direct: bool
 ) -> list[str]:
-    path = directory / entry["name"]
+    path, sizes = directory / entry["name"], {"num_bytes": entry["bytes"], "header_xxh3_128": entry["header_xxh3_128"]}
     try:
-        file = TensorFile(path, num_bytes=entry["bytes"], header_xxh3_128=entry["header_xxh3_128"])
+        file = TensorFile(path, **sizes, direct=direct)
     except (DamagedError, OSError) as error:
         return [str(error)]
-    problems: list[str] = []
-    for found in pool.map(lambda names: _check_tensors(file, names), _tasks(file, left_out)):
-        problems += found
-    if meter is not None:
-        meter.add(entry["bytes"] // _MIB)
-    return problems
+    return [problem for found in pool.map(file.check, _tasks(file, left_out)) for problem in found]
 
 
 def _tasks(file: TensorFile, left_out: tuple[str, ...]) -> list[list[str]]:
-    """Names of tensors that lie together, about _BYTES_A_TASK a list."""
+    """Names of tensors that lie one after the other, about _BYTES_A_TASK a list."""
     tasks: list[list[str]] = []
-    size = _BYTES_A_TASK
+    size, end = 0, -1
     for name, entry in file.entries.items():
         if name.startswith(left_out):
             continue
-        if size >= _BYTES_A_TASK:
+        if entry.start != end or size >= _BYTES_A_TASK:
             tasks.append([])
             size = 0
         tasks[-1].append(name)
         size += entry.end - entry.start
+        end = entry.end
     return tasks
-
-
-def _check_tensors(file: TensorFile, names: Sequence[str]) -> list[str]:
-    problems = (file.check(name) for name in names)
-    return [problem for problem in problems if problem]

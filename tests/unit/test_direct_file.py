@@ -63,7 +63,7 @@ def test_a_disk_that_refuses_direct_writes_is_written_through_the_cache(tmp_path
         return pwrite(descriptor, data, at)
 
     monkeypatch.setattr(os, "pwrite", once)
-    monkeypatch.setattr(DirectFile, "_set_direct", lambda self, on: on)
+    monkeypatch.setattr(direct_file, "set_direct", lambda descriptor, on: on)
     assert written(tmp_path / "file", b"", [b"y" * (STAGE + 3)]) == b"y" * (STAGE + 3)
     assert refused
 
