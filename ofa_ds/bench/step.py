@@ -28,6 +28,7 @@ from ofa_ds.data.batch import Batch, pack
 from ofa_ds.data.tasks import Example
 from ofa_ds.model.config import preset
 from ofa_ds.model.ofa import OFA
+from ofa_ds.model.products import without_onednn
 from ofa_ds.processes import keep_freed_memory
 
 ORIGINAL_PAIR_S = 1.008
@@ -96,7 +97,8 @@ def padded_step(model: OFA, passes: list[PaddedBatch]) -> Callable[[], None]:
 
     def run() -> None:
         model.zero_grad()
-        sum(padded(batch) / (batch.target != PAD_ID).sum() for batch in passes).backward()
+        with without_onednn():
+            sum(padded(batch) / (batch.target != PAD_ID).sum() for batch in passes).backward()
 
     return run
 
@@ -107,8 +109,14 @@ def count_flops(run: Callable[[], None]) -> int:
     def baddbmm_flops(_: object, a_shape: Sequence[int], b_shape: Sequence[int], **__: object) -> int:
         return 2 * math.prod(a_shape) * b_shape[-1]
 
-    in_place = {torch.ops.aten.baddbmm_: baddbmm_flops}  # the counter knows only the one that makes a new tensor
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    def linear_flops(x_shape: Sequence[int], weight_shape: Sequence[int], *_: object, **__: object) -> int:
+        return 2 * math.prod(x_shape) * weight_shape[0]
+
+    # The counter knows neither the form of baddbmm that writes into its argument nor oneDNN's linear layer.
+    more = {torch.ops.aten.baddbmm_: baddbmm_flops}
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        more[torch.ops.mkldnn._linear_pointwise] = linear_flops
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
         run()
     return counter.get_total_flops()
 

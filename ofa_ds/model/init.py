@@ -7,7 +7,9 @@ module tree overwrites it.
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+
+from ofa_ds.model.products import linear
 
 INIT_STD = 0.02
 
@@ -20,6 +22,9 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
         nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Conv2d(nn.Conv2d):

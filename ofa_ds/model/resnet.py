@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ofa_ds.model.init import Conv2d
+from ofa_ds.model.products import linear
 
 BATCH_NORM_MODES = ("frozen", "batch", "sync")
 EXPANSION = 4
@@ -137,7 +138,7 @@ class PointwiseConv(Conv2d):
         pixels = x.permute(0, 2, 3, 1)
         if stride > 1:
             pixels = pixels[:, ::stride, ::stride]
-        return F.linear(pixels, self.weight.flatten(1)).permute(0, 3, 1, 2)
+        return linear(pixels, self.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
 class Bottleneck(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ofa_ds.model.init import Linear
+from ofa_ds.model.products import linear
 from ofa_ds.model.resnet import DropPath
 
 MLP_RATIO = 4
@@ -31,7 +32,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_IPC: Tensor) -> Tensor:
         """[I, P, C] -> [I, P, C]."""
-        projected = F.linear(x_IPC, self.in_proj_weight, self.in_proj_bias)
+        projected = linear(x_IPC, self.in_proj_weight, self.in_proj_bias)
         query, key, value = projected.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(query, key, value)
         return self.out_proj(out.transpose(1, 2).flatten(2))

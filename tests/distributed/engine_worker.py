@@ -27,6 +27,7 @@ from ofa_ds.checkpoint.state import Reader
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
 from ofa_ds.engine import Engine, build, init_distributed, leave_distributed, load_deepspeed_config
 from ofa_ds.loss import group_counts, group_sums
+from ofa_ds.model import products
 from ofa_ds.model.config import preset
 from ofa_ds.model.ofa import OFA
 from ofa_ds.schedule import polynomial_lr
@@ -108,6 +109,7 @@ def train_ofa(
 
 
 def parity(ranks: Any, folder: Path) -> list[dict[str, Any]]:
+    products.MIN_PRODUCT = 1  # also the smallest layers by oneDNN, where this machine uses it: a function of our own
     want_losses, want_norms, want_weights, want_average = one_process()
     results = []
     for stage, accumulation in PARITY[ranks.world_size]:
