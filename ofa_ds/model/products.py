@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 MIN_PRODUCT = 1 << 21
 """Multiplications from which on oneDNN pays: each of its calls costs 10 us more."""
-ROWS = 64
+MIN_ROWS = 128
+ROWS = 32
 """Rows are padded to a multiple: oneDNN compiles each new shape, for milliseconds, and batches differ in length."""
 
 
@@ -55,6 +56,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() * weight.shape[0] >= MIN_PRODUCT
+        and x.numel() >= MIN_ROWS * x.shape[-1]
         and _allowed
         and onednn_is_faster()
         and not torch.is_autocast_enabled("cpu")

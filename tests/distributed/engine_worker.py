@@ -109,7 +109,9 @@ def train_ofa(
 
 
 def parity(ranks: Any, folder: Path) -> list[dict[str, Any]]:
-    products.MIN_PRODUCT = 1  # also the smallest layers by oneDNN, where this machine uses it: a function of our own
+    products.MIN_PRODUCT = products.MIN_ROWS = (
+        1  # also the smallest layers by oneDNN, where this machine uses it: a function of our own
+    )
     want_losses, want_norms, want_weights, want_average = one_process()
     results = []
     for stage, accumulation in PARITY[ranks.world_size]:
