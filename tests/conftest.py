@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: minutes; runs with --slow only")
+    config.addinivalue_line("markers", "gpu: needs a GPU, and TRITON_INTERPRET=0")
     config.addinivalue_line(
         "markers",
         "golden(pattern, without=()): runs once per file of --golden that matches, as `golden_file` where the test "
@@ -72,9 +73,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item, mark in marked if mark is not None and not golden_files(config, mark)]
     if not config.getoption("slow"):
         left_out += [item for item in items if item.get_closest_marker("slow")]
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and not gpu_is_there():
+        left_out += on_gpu
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def gpu_is_there() -> bool:
+    """Whether kernels are compiled and run on a GPU."""
+    import torch  # takes a second, which most runs of a few tests need not spend
+
+    return torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0"
 
 
 @pytest.fixture(scope="session")

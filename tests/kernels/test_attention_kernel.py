@@ -1,6 +1,6 @@
-"""Attention in Triton's interpreter, in fp32, against the reference in fp64: outputs and all eight gradients.
+"""Attention in fp32 against the reference in fp64: outputs and all eight gradients, in the interpreter or on a GPU.
 
-The interpreter runs programs one after another: these tests say nothing about races.
+The interpreter runs programs one after another: what can be said of races is in test_gpu.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ofa_kernels import attention_ops_triton
+from ofa_kernels._launch import interpreting
 from ofa_kernels.attention import RelativeCodes, Tokens, attention, plan_attention, position_terms
 
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 NAMES = ("q", "k", "v", "pos_q", "pos_k", "row", "head scale")
 
 
@@ -51,25 +53,28 @@ class Case:
         num_positions = max(lengths) + 4
         generator = torch.Generator().manual_seed(self.seed)
         position = [torch.randperm(num_positions, generator=generator)[:n].sort().values for n in lengths]
-        return Tokens(torch.tensor([0, *lengths]).cumsum(0).int(), torch.cat(position), num_positions)
+        offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+        return Tokens(offsets.to(DEVICE), torch.cat(position).to(DEVICE), num_positions)
 
     def codes(self) -> RelativeCodes | None:
         """Every fifth query position is of a kind that has no relative bias."""
         if not self.relative:
             return None
         queries, keys = self.sides()
-        query = torch.arange(queries.num_positions) + 3
+        query = torch.arange(queries.num_positions, device=DEVICE) + 3
         query[::5] -= 1000
-        return RelativeCodes(query, torch.arange(keys.num_positions), queries.num_positions + 2)
+        return RelativeCodes(query, torch.arange(keys.num_positions, device=DEVICE), queries.num_positions + 2)
 
-    def inputs(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    def inputs(self, dtype: torch.dtype = torch.float32, rounded: torch.dtype | None = None) -> list[Tensor]:
+        """rounded: the dtype whose values they have, where that is a narrower one."""
         queries, keys = self.sides()
         generator = torch.Generator().manual_seed(self.seed + 1)
         num_queries, num_keys, width = len(queries.position), len(keys.position), self.heads * self.head_dim
         shapes = [(num_queries, width), (num_keys, width), (num_keys, width)]
         shapes += [(queries.num_positions, width), (keys.num_positions, width)]
         shapes += [(self.heads, queries.num_positions + 2), (self.heads,)]
-        return [(torch.randn(*shape, generator=generator) / 2).to(dtype).requires_grad_() for shape in shapes]
+        values = [(torch.randn(*shape, generator=generator) / 2).to(DEVICE) for shape in shapes]
+        return [each.to(rounded or dtype).to(dtype).requires_grad_() for each in values]
 
     def run(self, kernel: str, inputs: list[Tensor], *, dropout: float = 0.0, deterministic: bool = True) -> Tensor:
         q, k, v, pos_q, pos_k, row, head_scale = inputs
@@ -80,12 +85,14 @@ class Case:
         row = row if self.relative else None
         return attention((q, k, v), plan, positions, row, head_scale, scale=self.scale, dropout=dropout)
 
-    def results(self, kernel: str, dtype: torch.dtype = torch.float32, **options: object) -> dict[str, Tensor]:
+    def results(
+        self, kernel: str, dtype: torch.dtype = torch.float32, rounded: torch.dtype | None = None, **options: object
+    ) -> dict[str, Tensor]:
         """The output and every gradient that exists."""
-        inputs = self.inputs(dtype)
+        inputs = self.inputs(dtype, rounded)
         out = self.run(kernel, inputs, **options)
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)) / 2
-        out.backward(upstream.to(dtype))
+        out.backward(upstream.to(DEVICE, rounded or dtype).to(dtype))
         grads = {name: x.grad for name, x in zip(NAMES, inputs, strict=True) if x.grad is not None}
         return {"out": out.detach(), **grads}
 
@@ -99,8 +106,13 @@ def relative_to(out: Tensor, exact: Tensor, size: Tensor) -> float:
 
 def assert_right(case: Case, **options: object) -> None:
     ours, low, exact = case.results("triton", **options), case.results("torch"), case.results("torch", torch.float64)
+    assert_results(ours, low, exact)
+
+
+def assert_results(ours: dict[str, Tensor], low: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Each of `ours` as near `exact` as plain torch's, `low`, and of its dtype and shape."""
     assert ours.keys() == exact.keys()
-    assert all(ours[name].shape == value.shape and ours[name].dtype == torch.float32 for name, value in exact.items())
+    assert all(ours[name].shape == each.shape and ours[name].dtype == each.dtype for name, each in low.items())
     exact = {name: value for name, value in exact.items() if value.numel()}
     sizes = {name: value.abs().max().clamp(min=1) for name, value in exact.items()}
     relative = max(relative_to(low[name], exact[name], size) for name, size in sizes.items())
