@@ -187,6 +187,8 @@ def _export_training(reader: Reader, destination: Path, plan: ExportPlan) -> dic
             reader, destination, ranks=ranks, stage=stage, dtype=DTYPES[plan.dtype], sub_group_size=plan.sub_group_size
         )
         notes = [f"for stage {stage} on {ranks} ranks in {plan.dtype}"]
+    if reader.has_average:
+        notes.append("without the moving average, which DeepSpeed's files have no place for")
     return {"path": str(destination), "format": plan.format, "step": reader.facts.step, "notes": notes}
 
 

@@ -43,7 +43,9 @@ STEP_DIR = f"step_{STEPS:08d}"
 SUB_GROUP = {("bf16", 3): 3000}
 """Where stage 3 has several flat groups: elements of a rank's one."""
 
-EXTRA = {"recipe": {"optim": json.loads(json.dumps(dataclasses.asdict(OPTIM)))}}
+PLAIN = dataclasses.replace(OPTIM, ema_decay=0.0)
+"""DeepSpeed keeps no moving average."""
+EXTRA = {"recipe": {"optim": json.loads(json.dumps(dataclasses.asdict(PLAIN)))}}
 
 
 def config_of(precision: str, stage: int, **more: Any) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def fresh(ranks: Any, config: dict[str, Any]) -> Engine:
         torch.manual_seed(99)
         return make_toy()
 
-    engine = build_engine(ranks, other, config, 2)
+    engine = build_engine(ranks, other, config, 2, PLAIN)
     with torch.no_grad():
         for buffer in engine.buffers().values():
             buffer.fill_(7)
@@ -79,11 +81,11 @@ def fresh(ranks: Any, config: dict[str, Any]) -> Engine:
 def saved(ranks: Any, folder: Path) -> dict[str, float]:
     """Trained engines, saved by this project and by DeepSpeed. Returns the gradient norm two steps later."""
     norms = {}
-    engine = build_engine(ranks, make_toy, config_of("fp32", 3), 2)
+    engine = build_engine(ranks, make_toy, config_of("fp32", 3), 2, PLAIN)
     checkpoint.save(engine, folder / "ours_untrained", STEPS, extra=EXTRA)
     dispose(engine)
     for precision, stage in SAVED:
-        engine = build_engine(ranks, make_toy, config_of(precision, stage), 2)
+        engine = build_engine(ranks, make_toy, config_of(precision, stage), 2, PLAIN)
         train_toy(engine, 0, STEPS, ranks.world_size)
         checkpoint.save(engine, folder / f"ours_{precision}_{stage}", STEPS, extra=EXTRA)  # makes buffers agree
         engine._wrapped.save_checkpoint(folder / f"deepspeed_{precision}_{stage}")
@@ -101,7 +103,7 @@ def stage0(ranks: Any, folder: Path) -> list[str]:
         model.frozen.requires_grad_(True)
         return model
 
-    engine = build_engine(ranks, thawed, config_of("fp32", 0), 2)
+    engine = build_engine(ranks, thawed, config_of("fp32", 0), 2, PLAIN)
     train_toy(engine, 0, STEPS, ranks.world_size)
     original = checkpoint.save(engine, folder / "ours_fp32_0", STEPS, extra=EXTRA)
     engine._wrapped.save_checkpoint(folder / "deepspeed_fp32_0")

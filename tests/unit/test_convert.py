@@ -124,6 +124,12 @@ def test_the_moving_average_goes_to_fairseq_and_back_and_may_be_taken_as_the_wei
     assert different(whole(tmp_path / "again"), averaged) == []
 
 
+def test_an_export_to_deepspeed_says_that_the_moving_average_stays_behind(tmp_path, capsys):
+    ofa_checkpoint(tmp_path / "averaged", CONFIGS["nano"], kinds=("weight", "exp_avg", "exp_avg_sq", "ema"))
+    assert run("export", tmp_path / "averaged", tmp_path / "out", "--format", "universal") == 0
+    assert "without the moving average" in capsys.readouterr().out
+
+
 def test_the_tokenizers_files_travel_with_the_weights(tmp_path):
     vocab = train_vocab(["a cat sat on a mat"] * 3, 260, tmp_path / "vocab", num_codes=16, num_bins=12)
     config = preset("nano", vocab_size=vocab.size)
