@@ -8,6 +8,7 @@ import sys
 import deepspeed
 import torch
 
+from ofa_ds.engine import init_distributed
 from ofa_ds.model.config import ModelConfig, ResNetConfig, ViTConfig, preset
 from ofa_ds.model.ofa import OFA
 
@@ -37,5 +38,5 @@ def differing(config: ModelConfig) -> list[str]:
 
 
 if __name__ == "__main__":
-    deepspeed.init_distributed("gloo")
+    init_distributed("cpu")
     sys.exit("; ".join(name for config in CONFIGS for name in differing(config)) or 0)
