@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MIN_PRODUCT = 1 << 21
-"""Multiplications from which on oneDNN pays: each of its calls costs 10 us more."""
+MIN_PRODUCT = 1 << 25
+"""Multiplications from which on oneDNN pays: it then saves 0.4 ms a call, against milliseconds for each new shape."""
 MIN_ROWS = 128
 ROWS = 32
 """Rows are padded to a multiple: oneDNN compiles each new shape, for milliseconds, and batches differ in length."""

@@ -87,20 +87,20 @@ def chosen(monkeypatch) -> list[tuple[int, ...]]:
 
 
 def test_large_products_in_fp32_go_to_onednn_in_rows_of_thirty_two(chosen) -> None:
-    linear(*arguments(130, 128, 256))
-    assert chosen == [(160, 128)]
+    linear(*arguments(130, 512, 1024))
+    assert chosen == [(160, 512)]
 
 
 def test_few_rows_small_products_other_precisions_autocast_and_comparisons_stay_with_torch(chosen) -> None:
-    linear(*arguments(4, 128, 256))
-    linear(*arguments(130, 8, 16))
-    linear(*arguments(100, 512, 512))  # padding would cost as much as is gained
-    linear(*arguments(130, 128, 256, dtype=torch.float64))
-    linear(*arguments(130, 128, 256, dtype=torch.bfloat16))
+    linear(*arguments(4, 512, 1024))
+    linear(*arguments(130, 128, 256))
+    linear(*arguments(100, 1024, 1024))  # padding would cost as much as is gained
+    linear(*arguments(130, 512, 1024, dtype=torch.float64))
+    linear(*arguments(130, 512, 1024, dtype=torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
-        assert linear(*arguments(130, 128, 256)).dtype == torch.bfloat16
+        assert linear(*arguments(130, 512, 1024)).dtype == torch.bfloat16
     with without_onednn():
-        linear(*arguments(130, 128, 256))
+        linear(*arguments(130, 512, 1024))
     assert chosen == []
 
 
