@@ -216,8 +216,7 @@ class Engine:
         self._stage0_norm: float | None = None
         self._average: MovingAverage | None = None
         if optim.ema_decay:
-            masters = engine_state.masters(wrapped)
-            self._average = MovingAverage(masters, self.buffers(), optim.ema_decay)
+            self._average = MovingAverage(engine_state.masters(wrapped), self.buffers(), optim.ema_decay)
         self.rng_state: Tensor | None = None
         """Torch CPU generator as loaded from a checkpoint of the same world size."""
 

@@ -142,7 +142,7 @@ def load_model_weights(path: str | Path, *, average: bool = False) -> dict[str, 
         raise ValueError(f"{directory}: has no moving average; it was trained without optim.ema_decay")
     weights = {}
     for name, info in reader.tensors.items():
-        kind = AVERAGE if average and info.trainable else "weight"
+        kind = AVERAGE if average and AVERAGE in info.kinds else "weight"
         weights[name] = reader.read(name, kind, 0, info.numel).reshape(info.shape)
     averaged = reader.ema_buffers if average else {}
     buffers = {name: reader.ema_buffer(name) if name in averaged else reader.buffer(name) for name in reader.buffers}

@@ -131,7 +131,10 @@ class Reader:
     @property
     def has_average(self) -> bool:
         """Whether there is a moving average of every trainable parameter."""
-        return all(AVERAGE in info.kinds for info in self.tensors.values() if info.trainable)
+        infos = self.tensors.values()
+        return any(AVERAGE in info.kinds for info in infos) and all(
+            AVERAGE in info.kinds for info in infos if info.trainable
+        )
 
     def again(self) -> Reader:
         """Another reader of the same checkpoint, for another thread."""
