@@ -86,7 +86,7 @@ def _add_conversions(actions: Any, command: AddCommand, positive: Callable[[str]
 
 def _show(options: argparse.Namespace) -> None:
     from ofa_ds.checkpoint.format import read_manifest
-    from ofa_ds.checkpoint.verify import describe
+    from ofa_ds.checkpoint.verifying import describe
 
     facts = describe(options.checkpoint)
     tensors = read_manifest(Path(facts["path"]))["tensors"] if options.tensors else {}
@@ -104,7 +104,7 @@ def _show(options: argparse.Namespace) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     from ofa_ds.checkpoint.runs import find
-    from ofa_ds.checkpoint.verify import verify
+    from ofa_ds.checkpoint.verifying import verify
 
     directory = find(options.checkpoint)
     problems = verify(directory)

@@ -19,11 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("weight", *MOMENTS)
-"""Tensors of one trainable parameter; a frozen one has the weight alone. All fp32."""
-AVERAGE = "ema"
-"""One more, of a trainable parameter where a moving average is kept."""
+from ofa_ds.partition import AVERAGE, KINDS, MOMENTS, even_range
 
 _FLAT_BUFFERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 """Names of the fp32 master buffers: stage 3, stages 1 and 2, stage 1 with bf16 and fp32 accumulation."""
@@ -49,13 +45,6 @@ class Piece:
     """Cut by the stage 3 rule, so that (shape, rank, world size) tells start and numel."""
     tensors: dict[str, Tensor]
     """Live fp32 views [numel] per kind; a copy where the engine keeps no fp32 one. Empty where numel is 0."""
-
-
-def even_range(total: int, rank: int, world_size: int) -> tuple[int, int]:
-    """(start, numel) of `rank` when `total` elements are cut into ceil(total / world_size) pieces."""
-    part = -(-total // world_size)
-    start = min(rank * part, total)
-    return start, min(part, total - start)
 
 
 def pieces(wrapped: Any, averages: Averages | None = None) -> Iterator[Piece]:

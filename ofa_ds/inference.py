@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ofa_ds.checkpoint.format import read_manifest
-from ofa_ds.checkpoint.load import load_model_weights
+from ofa_ds.checkpoint.loading import load_model_weights
 from ofa_ds.checkpoint.runs import find
 from ofa_ds.config import PAD_ID, Recipe, recipe_from_dict
 from ofa_ds.data.batch import Batch, pack

@@ -47,13 +47,12 @@ from ofa_ds.checkpoint.deepspeed_states import (
     step_tensor,
     whole_slot,
 )
-from ofa_ds.checkpoint.format import flat_parts
-from ofa_ds.checkpoint.state import ForeignState, TensorInfo, TrainingState
-from ofa_ds.checkpoint.tensor_file import sync
+from ofa_ds.checkpoint.format import TensorInfo
+from ofa_ds.checkpoint.state import ForeignState, TrainingState
 from ofa_ds.checkpoint.torch_file import Slot, save
-from ofa_ds.checkpoint.write import check_space, new_directory
-from ofa_ds.engine_state import KINDS, MOMENTS, even_range
+from ofa_ds.partition import KINDS, MOMENTS, even_range, flat_parts
 from ofa_ds.progress import track
+from ofa_ds.storage.atomic import check_space, new_directory, sync
 
 _OPTIM_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 _BYTES_A_NAME = 2000

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ofa_ds.checkpoint.deepspeed_states import facts_of, open_states, origin_of, plain_name, step_of
-from ofa_ds.checkpoint.state import ForeignState, TensorInfo
-from ofa_ds.engine_state import KINDS, MOMENTS
+from ofa_ds.checkpoint.format import TensorInfo
+from ofa_ds.checkpoint.state import ForeignState
+from ofa_ds.partition import KINDS, MOMENTS
 
 
 def read_stage0(path: Path) -> ForeignState:

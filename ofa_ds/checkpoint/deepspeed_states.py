@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ofa_ds.checkpoint.state import Facts, TrainingState
-from ofa_ds.checkpoint.tensor_file import whole_numbers
+from ofa_ds.checkpoint.format import Facts
+from ofa_ds.checkpoint.state import TrainingState
 from ofa_ds.checkpoint.torch_file import Slot, TorchFile
-from ofa_ds.engine_state import KINDS
+from ofa_ds.partition import KINDS
+from ofa_ds.storage.safetensors_file import whole_numbers
 
 DEEPSPEED_VERSION = "0.19.8"
 """Whose layout is written."""

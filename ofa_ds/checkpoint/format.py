@@ -20,17 +20,24 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import xxhash
 
-from ofa_ds.checkpoint.tensor_file import DamagedError, check_size, whole_numbers
-from ofa_ds.engine_state import AVERAGE, MOMENTS
+import ofa_ds
+from ofa_ds.checkpoint.layout import Layout
+from ofa_ds.partition import AVERAGE, MOMENTS, even_range, flat_parts
+from ofa_ds.storage.direct_file import BLOCK_BYTES
+from ofa_ds.storage.safetensors_file import DamagedError, check_size, whole_numbers
+from ofa_ds.storage.tensor_writer import TensorSpec
 
 FORMAT = "ofa-ds checkpoint"
 VERSION = 2
@@ -40,10 +47,43 @@ KINDS = ("weight", *MOMENTS, AVERAGE)
 """What there may be of a parameter, all fp32; the weight is always there."""
 
 Manifest = dict[str, Any]
+Parts = Mapping[str, "str | list[list[int]]"]
+"""Who holds what of each tensor: "even", or [rank, start, numel] of each part."""
 
+HEADER_BYTES_A_TENSOR = 300
+"""About what a tensor takes in a header; never less."""
+
+_MAX_RNG_BYTES = 16_384
 _FIRST_LINE = re.compile(rb'\{"xxh3_128": "([0-9a-f]{32})",\n')
 _MAX_ELEMENTS = 2**48
 _MAX_MANIFEST_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """A parameter."""
+
+    shape: tuple[int, ...]
+    trainable: bool = True
+    kinds: tuple[str, ...] = ("weight",)
+    """What there is of it, of format.KINDS in that order."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """All of a training state that is no tensor; the same names as in the manifest."""
+
+    step: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+    """What `Engine.counters` gives: Adam's step, DeepSpeed's counters, the loss scale."""
+    rng_ranks: int | None = None
+    """Ranks of the run whose generator states there are; None: as many as there are files."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """`recipe`, `identity` (fingerprints of data and vocabulary), `origin` of what was imported."""
 
 
 def file_name(rank: int) -> str:
@@ -54,12 +94,105 @@ def directory_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def infos_of(manifest: Manifest) -> dict[str, TensorInfo]:
+    """What a manifest says of each parameter."""
+    return {
+        name: TensorInfo(shape=tuple(entry["shape"]), trainable=entry["trainable"], kinds=tuple(entry["kinds"]))
+        for name, entry in manifest["tensors"].items()
+    }
+
+
+def facts_of(manifest: Manifest) -> Facts:
+    return Facts(
+        step=manifest["step"], state=manifest["state"], rng_ranks=manifest["rng_ranks"], extra=manifest["extra"]
+    )
+
+
 def write_manifest(path: Path, manifest: Manifest) -> None:
     body = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items()).encode() + b"}\n"
     with open(path, "xb") as file:
         file.write(b'{"xxh3_128": "%s",\n' % xxhash.xxh3_128_hexdigest(body).encode() + body)
         file.flush()
         os.fsync(file.fileno())
+
+
+def parts_of(tensors: Mapping[str, TensorInfo], ranks: int, stage: int) -> Parts:
+    """What a manifest says of each tensor: who holds what. Stages 1 and 2 cut the trainable ones as one flat buffer."""
+    parts: dict[str, str | list[list[int]]] = dict.fromkeys(tensors, "even")
+    if stage in (1, 2):
+        parts |= flat_parts({name: info.numel for name, info in tensors.items() if info.trainable}, ranks)
+    return parts
+
+
+def payload_specs(tensors: Mapping[str, TensorInfo], parts: Parts, rank: int, ranks: int) -> list[TensorSpec]:
+    """What a rank's file holds of the parameters, in its order."""
+    specs = []
+    for name, info in tensors.items():
+        _, numel = piece_of(parts[name], info, rank, ranks)
+        if numel:
+            specs += [TensorSpec(f"{kind}|{name}", "F32", (numel,), 4 * numel) for kind in info.kinds]
+    return specs
+
+
+def piece_of(parts: str | list[list[int]], info: TensorInfo, rank: int, ranks: int) -> tuple[int, int]:
+    """(start, numel) of what a rank holds of a parameter."""
+    if parts == "even":
+        return even_range(info.numel, rank, ranks)
+    return next(((start, numel) for holder, start, numel in parts if holder == rank), (0, 0))
+
+
+def rng_prefix(rank: int, world_size: int) -> str:
+    """Names of generator states begin so; those of ranks that a smaller world has no file for say whose they are."""
+    return "rng|" if rank < world_size else f"rng_{rank}|"
+
+
+def num_bytes_of(tensors: Mapping[str, TensorInfo], ranks: int) -> int:
+    """About what a checkpoint takes on the disk; never less."""
+    payload = sum(4 * info.numel * len(info.kinds) for info in tensors.values())
+    headers = ranks * sum(len(info.kinds) for info in tensors.values()) * HEADER_BYTES_A_TENSOR
+    return payload + headers + ranks * (_MAX_RNG_BYTES + BLOCK_BYTES)
+
+
+def manifest_of(
+    tensors: Mapping[str, TensorInfo],
+    parts: Parts,
+    *,
+    files: list[dict[str, Any]],
+    stage: int,
+    facts: Facts,
+    buffers: Mapping[str, tuple[int, ...]],
+    ema_buffers: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> Manifest:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": facts.step,
+        "world_size": len(files),
+        "zero_stage": stage,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "code": _code_version(),
+        "state": facts.state,
+        "extra": facts.extra,
+        "rng_ranks": len(files) if facts.rng_ranks is None else facts.rng_ranks,
+        "files": files,
+        "buffers": {name: list(shape) for name, shape in buffers.items()},
+        "ema_buffers": {name: list(shape) for name, shape in ema_buffers.items()},
+        "tensors": {
+            name: {
+                "shape": list(info.shape), "trainable": info.trainable, "kinds": list(info.kinds), "parts": parts[name],
+            }
+            for name, info in tensors.items()
+        },
+    }  # fmt: skip
+
+
+def _code_version() -> dict[str, str]:
+    return {
+        "ofa_ds": ofa_ds.__version__,
+        "torch": version("torch"),
+        "deepspeed": version("deepspeed"),
+        "python": platform.python_version(),
+    }
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -126,97 +259,3 @@ def _check_parts(name: str, parts: list[list[int]], total: int, world_size: int)
         seen.add(rank)
     if end != total:
         raise ValueError(f"{name}: parts hold {end} of {total} elements")
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Elements of a tensor in one rank's file."""
-
-    rank: int
-    start: int
-    """First of the tensor's elements in this file."""
-    numel: int
-
-
-class Layout:
-    """Where the manifest puts each element: file and byte. Arithmetic only; reads nothing."""
-
-    def __init__(self, manifest: Mapping[str, Any]) -> None:
-        self.world_size: int = manifest["world_size"]
-        self._files = manifest["files"]
-        tensors = manifest["tensors"].values()
-        self._index = {name: k for k, name in enumerate(manifest["tensors"])}
-        self._kinds = {name: tuple(tensor["kinds"]) for name, tensor in manifest["tensors"].items()}
-        self._totals = np.array([math.prod(tensor["shape"]) for tensor in tensors], dtype=np.int64)
-        self._bytes = np.array([4 * len(tensor["kinds"]) for tensor in tensors], dtype=np.int64)
-        self._even = np.array([tensor["parts"] == "even" for tensor in tensors], dtype=bool)
-        self._parts = {
-            name: [Overlap(*part) for part in tensor["parts"]]
-            for name, tensor in manifest["tensors"].items()
-            if tensor["parts"] != "even"
-        }
-        self._listed: list[list[tuple[int, int]]] = [[] for _ in range(self.world_size)]
-        for name, parts in self._parts.items():
-            for part in parts:
-                self._listed[part.rank].append((self._index[name], part.numel))
-        self._ends: dict[int, np.ndarray] = {}
-
-    def begin(self, rank: int) -> int:
-        """First byte after the header of a rank's file."""
-        return 8 + self._files[rank]["header_bytes"]
-
-    def num_bytes(self, rank: int) -> int:
-        """Bytes of a rank's pieces of all parameters."""
-        ends = self._ends_of(rank)
-        return int(ends[-1]) if len(ends) else 0
-
-    def overlaps(self, name: str, start: int, numel: int) -> list[Overlap]:
-        """The parts that hold elements start : start + numel of a tensor."""
-        if not numel:
-            return []
-        end = start + numel
-        if name in self._parts:
-            return [part for part in self._parts[name] if part.start < end and part.start + part.numel > start]
-        total = int(self._totals[self._index[name]])
-        part = -(-total // self.world_size)
-        ranks = range(start // part, -(-end // part))
-        return [Overlap(rank, rank * part, min(part, total - rank * part)) for rank in ranks]
-
-    def byte(self, name: str, kind: str, part: Overlap) -> int:
-        """The byte of that rank's file at which its part of `kind` starts. Raises ValueError: there is no such kind."""
-        kinds = self._kinds[name]
-        if kind not in kinds:
-            raise ValueError(f"the checkpoint has no {kind} of {name}")
-        index = self._index[name]
-        end = int(self._ends_of(part.rank)[index])
-        return self.begin(part.rank) + end - 4 * part.numel * (len(kinds) - kinds.index(kind))
-
-    def _ends_of(self, rank: int) -> np.ndarray:
-        """[tensors] byte after each one's pieces in a rank's file, counted from the end of the header."""
-        if rank not in self._ends:
-            part = -(-self._totals // self.world_size)
-            numel = np.where(self._even, np.clip(self._totals - rank * part, 0, part), 0)
-            for index, count in self._listed[rank]:
-                numel[index] = count
-            self._ends[rank] = np.cumsum(numel * self._bytes)
-        return self._ends[rank]
-
-
-def flat_parts(numels: Mapping[str, int], world_size: int) -> dict[str, list[list[int]]]:
-    """How ZeRO stages 1 and 2 share trainable parameters out: one flat buffer, padded to 2 x ranks, cut evenly.
-
-    Returns [rank, start, numel] per tensor, as a manifest lists them.
-    """
-    share = -(-sum(numels.values()) // (2 * world_size)) * 2
-    result: dict[str, list[list[int]]] = {}
-    at = 0
-    for name, numel in numels.items():
-        parts, start = [], 0
-        while start < numel:
-            rank = (at + start) // share
-            count = min(numel - start, (rank + 1) * share - at - start)
-            parts.append([rank, start, count])
-            start += count
-        result[name] = parts
-        at += numel
-    return result

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from ofa_ds.checkpoint.format import read_manifest
+from ofa_ds.checkpoint.format import (
+    MANIFEST,
+    Manifest,
+    Parts,
+    TensorInfo,
+    facts_of,
+    file_name,
+    infos_of,
+    manifest_of,
+    num_bytes_of,
+    parts_of,
+    payload_specs,
+    read_manifest,
+    rng_prefix,
+    write_manifest,
+)  # fmt: skip
+from ofa_ds.checkpoint.layout import Layout
 from ofa_ds.checkpoint.runs import find
-from ofa_ds.checkpoint.state import Reader
-from ofa_ds.checkpoint.tensor_file import DamagedError
-from ofa_ds.checkpoint.verify import check_files
-from ofa_ds.checkpoint.write import write_checkpoint
+from ofa_ds.checkpoint.stream import CheckedStream, Small
+from ofa_ds.progress import Progress
+from ofa_ds.storage.atomic import check_space, new_directory
+from ofa_ds.storage.direct_file import BLOCK_BYTES
+from ofa_ds.storage.tensor_writer import TensorWriter
 
-
-def open_checked(path: str | Path, left_out: tuple[str, ...] = ()) -> Reader:
-    """A checkpoint, or the newest one of a run, every byte of it checked. Raises ValueError, DamagedError.
-
-    left_out: beginnings of names (`exp_avg|`, ...) that will not be read.
-    """
-    directory = find(path)
-    manifest = read_manifest(directory)
-    if problems := check_files(directory, manifest["files"], left_out=left_out):
-        raise DamagedError(problems[0])
-    return Reader(directory, manifest)
+_MIB = 1 << 20
+_MAX_FILES = 64
+"""Read, and written, at the same time. With more of them a checkpoint is checked first and copied then."""
+_BUFFER_BYTES = 64 * _MIB
+"""For all files that are read, and for all that are written."""
+_MAX_BLOCK_BYTES = 4 * _MIB
+_THREADS = 4
+"""They only wait for the disk."""
 
 
 def reshard(source: str | Path, destination: Path, *, ranks: int, stage: int | None = None) -> Path:
@@ -29,6 +47,90 @@ def reshard(source: str | Path, destination: Path, *, ranks: int, stage: int | N
 
     Nobody needs this to go on with a run, which reads any checkpoint; it is for files that are staged beforehand.
     """
-    reader = open_checked(source)
-    own = int(reader.manifest["zero_stage"]) if stage is None else stage
-    return write_checkpoint(destination, reader, ranks=ranks, stage=own)
+    directory = find(source)
+    manifest = read_manifest(directory)
+    own = int(manifest["zero_stage"]) if stage is None else stage
+    if max(ranks, manifest["world_size"]) > _MAX_FILES:
+        from ofa_ds.checkpoint.loading import open_checked
+        from ofa_ds.checkpoint.write import write_checkpoint  # with torch, which the way below does without
+
+        return write_checkpoint(destination, open_checked(directory), ranks=ranks, stage=own)
+    infos = infos_of(manifest)
+    parts = parts_of(infos, ranks, own)
+    with new_directory(destination) as partial:
+        check_space(partial, num_bytes_of(infos, ranks), ranks + 2)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            files = _copy(directory, manifest, partial, infos, parts, ranks, pool)
+        shapes = ({name: tuple(shape) for name, shape in manifest[each].items()} for each in ("buffers", "ema_buffers"))
+        buffers, ema_buffers = shapes
+        facts = facts_of(manifest)
+        write_manifest(
+            partial / MANIFEST,
+            manifest_of(infos, parts, files=files, stage=own, facts=facts, buffers=buffers, ema_buffers=ema_buffers),
+        )
+    return destination
+
+
+def _copy(
+    directory: Path,
+    manifest: Manifest,
+    partial: Path,
+    infos: Mapping[str, TensorInfo],
+    parts: Parts,
+    ranks: int,
+    pool: Executor,
+) -> list[dict[str, Any]]:
+    """Write every rank's file in one pass over the checkpoint; returns the manifest's entries."""
+    tensors = {name: {**manifest["tensors"][name], "parts": parts[name]} for name in infos}
+    layout = Layout({"world_size": ranks, "files": [], "tensors": tensors})
+    meter = Progress(sum(entry["bytes"] for entry in manifest["files"]) // _MIB, "writing", "MiB")
+    with ExitStack() as stack:
+        stack.callback(meter.close)
+        source = CheckedStream(directory, manifest, pool, _block_bytes(manifest["world_size"]))
+        stack.callback(source.close)
+        files, small = [], []
+        for rank in range(ranks):
+            small.append(_small(source, manifest, rank, ranks))
+            specs = payload_specs(infos, parts, rank, ranks) + [each.spec(name) for name, each in small[rank].items()]
+            writer = TensorWriter(partial / file_name(rank), specs, stage_bytes=_block_bytes(ranks), pool=pool)
+            files.append(stack.enter_context(writer))
+        for name, info in infos.items():
+            shares = [(part.rank, 4 * part.numel) for part in layout.overlaps(name, 0, info.numel)]
+            for kind in info.kinds:
+                _deal(source.read(name, kind, info.numel), [(files[rank], count) for rank, count in shares])
+            meter.add(4 * info.numel * len(info.kinds) // _MIB)
+        for file, tensors_beside in zip(files, small, strict=True):
+            for each in tensors_beside.values():
+                file.write(each.data)
+    return [file.entry for file in files]
+
+
+def _deal(views: Iterable[memoryview], shares: list[tuple[TensorWriter, int]]) -> None:
+    """Give each file, in turn, as many bytes as are its own."""
+    turns = iter(shares)
+    left = 0
+    for view in views:
+        while view:
+            if not left:
+                file, left = next(turns)
+            count = min(left, len(view))
+            file.write(view[:count])
+            view, left = view[count:], left - count
+
+
+def _small(source: CheckedStream, manifest: Manifest, rank: int, ranks: int) -> dict[str, Small]:
+    """Generator states of this rank and of those that no longer have a file; rank 0 also the buffers."""
+    found: dict[str, Small] = {}
+    saved_by = manifest["world_size"]
+    for origin in range(rank, manifest["rng_ranks"], ranks):
+        old, new = rng_prefix(origin, saved_by), rng_prefix(origin, ranks)
+        mine = {name: each for name, each in source.small[origin % saved_by].items() if name.startswith(old)}
+        found |= {f"{new}{name.removeprefix(old)}": each for name, each in mine.items()}
+    if rank == 0:
+        found |= {name: each for name, each in source.small[0].items() if name.startswith(("buffer|", "ema_buffer|"))}
+    return found
+
+
+def _block_bytes(num_files: int) -> int:
+    """Of one of a file's two buffers."""
+    return min(_MAX_BLOCK_BYTES, _BUFFER_BYTES // (2 * num_files) // BLOCK_BYTES * BLOCK_BYTES)

@@ -8,10 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
 from ofa_ds.checkpoint.format import MANIFEST, read_manifest
-from ofa_ds.checkpoint.tensor_file import DamagedError
+from ofa_ds.storage.safetensors_file import DamagedError
 
 _STEP_DIR = re.compile(r"step_(\d{8,})(\.old)?")
 _TRASH = ".trash_"
@@ -115,5 +113,7 @@ def remove_leftovers(run_dir: Path, partial: str) -> None:
 
 
 def report(text: str) -> None:
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    """One line for the user, from rank 0 alone. A process that has not imported torch has no ranks."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_initialized() or dist.get_rank() == 0:
         print(f"checkpoint: {text}", file=sys.stderr)

@@ -25,6 +25,7 @@ _HEAD = _ALIGNMENT
 """Its first byte is 1 when the trainer waits for the writer."""
 _MADV_POPULATE_WRITE = 23
 _libc = ctypes.CDLL(None)
+_WRITER = "ofa_ds.storage.background_writer"
 _PACKAGE_ROOT = Path(__file__).parents[2]
 
 
@@ -49,7 +50,7 @@ class Snapshot:
                 torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self._size, 0)
         python_path = os.pathsep.join([str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ofa_ds.background_writer", *map(str, (self._descriptor, self._size, share))],
+            [sys.executable, "-m", _WRITER, str(self._descriptor), str(self._size), str(share)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
             pass_fds=[self._descriptor], env={**os.environ, "PYTHONPATH": python_path},
         )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -13,9 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ofa_ds.checkpoint.format import Layout, Manifest
-from ofa_ds.checkpoint.tensor_file import TensorFile, bytes_of, read_into
-from ofa_ds.engine_state import AVERAGE
+from ofa_ds.checkpoint.format import Facts, Manifest, TensorInfo, facts_of, infos_of, rng_prefix
+from ofa_ds.checkpoint.layout import Layout
+from ofa_ds.checkpoint.tensor_file import TensorFile, bytes_of
+from ofa_ds.partition import AVERAGE
+from ofa_ds.storage.safetensors_file import read_into
 
 _OPEN_FILES = 64
 _OPEN_HEADERS = 4
@@ -26,33 +27,6 @@ NO_STEPS: dict[str, Any] = {
     "adam_step": 0, "global_steps": 0, "skipped_steps": 0, "global_samples": 0, "loss_scaler": {},
 }  # fmt: skip
 """The counters of a model that has not been trained here."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorInfo:
-    """A parameter."""
-
-    shape: tuple[int, ...]
-    trainable: bool = True
-    kinds: tuple[str, ...] = ("weight",)
-    """What there is of it, of format.KINDS in that order."""
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """All of a training state that is no tensor; the same names as in the manifest."""
-
-    step: int = 0
-    state: dict[str, Any] = field(default_factory=dict)
-    """What `Engine.counters` gives: Adam's step, DeepSpeed's counters, the loss scale."""
-    rng_ranks: int | None = None
-    """Ranks of the run whose generator states there are; None: as many as there are files."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """`recipe`, `identity` (fingerprints of data and vocabulary), `origin` of what was imported."""
 
 
 class TrainingState(Protocol):
@@ -112,15 +86,10 @@ class Reader:
         self.directory = directory
         self.manifest = manifest
         self.layout = Layout(manifest)
-        self.tensors = {
-            name: TensorInfo(shape=tuple(entry["shape"]), trainable=entry["trainable"], kinds=tuple(entry["kinds"]))
-            for name, entry in manifest["tensors"].items()
-        }
+        self.tensors = infos_of(manifest)
         self.buffers = {name: tuple(shape) for name, shape in manifest["buffers"].items()}
         self.ema_buffers = {name: tuple(shape) for name, shape in manifest["ema_buffers"].items()}
-        self.facts = Facts(
-            step=manifest["step"], state=manifest["state"], rng_ranks=manifest["rng_ranks"], extra=manifest["extra"]
-        )
+        self.facts = facts_of(manifest)
         self._files: OrderedDict[int, int] = OrderedDict()
         self._headers: OrderedDict[int, TensorFile] = OrderedDict()
 
@@ -183,8 +152,3 @@ class Reader:
                 os.close(self._files.popitem(last=False)[1])
             self._files[rank] = os.open(self._path(rank), os.O_RDONLY | os.O_NOFOLLOW)
         return self._files[rank]
-
-
-def rng_prefix(rank: int, world_size: int) -> str:
-    """Names of generator states begin so; those of ranks that a smaller world has no file for say whose they are."""
-    return "rng|" if rank < world_size else f"rng_{rank}|"

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa_ds.checkpoint.tensor_file import CHUNK_BYTES, check_size, sync
+from ofa_ds.storage.atomic import sync
+from ofa_ds.storage.safetensors_file import CHUNK_BYTES, check_size
 
 _PAGE = mmap.PAGESIZE
 _FOREIGN_CLASS = re.compile(r"GLOBAL ([\w.]+)")

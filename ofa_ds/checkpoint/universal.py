@@ -46,12 +46,12 @@ from ofa_ds.checkpoint.deepspeed_states import (
     step_tensor,
     whole_slot,
 )
-from ofa_ds.checkpoint.state import ForeignState, TensorInfo, TrainingState
-from ofa_ds.checkpoint.tensor_file import sync
+from ofa_ds.checkpoint.format import TensorInfo
+from ofa_ds.checkpoint.state import ForeignState, TrainingState
 from ofa_ds.checkpoint.torch_file import TorchFile, save
-from ofa_ds.checkpoint.write import check_space, new_directory
-from ofa_ds.engine_state import KINDS, MOMENTS
+from ofa_ds.partition import KINDS, MOMENTS
 from ofa_ds.progress import track
+from ofa_ds.storage.atomic import check_space, new_directory, sync
 
 _POINTER = "latest_universal"
 _FILES = {"weight": "fp32.pt", **{kind: f"{kind}.pt" for kind in MOMENTS}}

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from ofa_ds.checkpoint.deepspeed_folder import read_deepspeed, write_deepspeed
-from ofa_ds.checkpoint.format import MANIFEST
-from ofa_ds.checkpoint.reshard import open_checked
+from ofa_ds.checkpoint.format import MANIFEST, TensorInfo
+from ofa_ds.checkpoint.loading import open_checked
 from ofa_ds.checkpoint.runs import step_directories
-from ofa_ds.checkpoint.state import ForeignState, Reader, TensorInfo
+from ofa_ds.checkpoint.state import ForeignState, Reader
 from ofa_ds.checkpoint.universal import read_universal, write_universal
-from ofa_ds.checkpoint.write import check_space, new_directory, new_file, write_checkpoint
+from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.config import Recipe, recipe_from_dict, recipe_to_dict
 from ofa_ds.convert import fairseq, port
 from ofa_ds.convert.architecture import architecture
@@ -26,6 +26,7 @@ from ofa_ds.convert.weights import Weight, Weights
 from ofa_ds.data.vocab import Vocab, load_vocab
 from ofa_ds.data.vocab_files import write_files
 from ofa_ds.model.config import ModelConfig, model_config
+from ofa_ds.storage.atomic import check_space, new_directory, new_file
 
 FORMATS = ("deepspeed", "universal", "huggingface", "fairseq", "modelscope")
 _MOMENTS = ("exp_avg|", "exp_avg_sq|")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ofa_ds.checkpoint.state import ForeignState, TensorInfo, TrainingState
+from ofa_ds.checkpoint.format import TensorInfo
+from ofa_ds.checkpoint.state import ForeignState, TrainingState
 from ofa_ds.model.positions import num_image_rows
 
 _EMBEDDING = "encoder.embed_tokens.weight"

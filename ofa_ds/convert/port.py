@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from ofa_ds.checkpoint import torch_file
-from ofa_ds.checkpoint.tensor_file import TensorFile, bytes_of, spec_of, sync
+from ofa_ds.checkpoint.tensor_file import TensorFile, bytes_of, spec_of
 from ofa_ds.convert.foreign import Foreign
 from ofa_ds.convert.port_config import hints_from_port, to_port
 from ofa_ds.convert.weights import Weight, Weights, entries_of
 from ofa_ds.model.config import ModelConfig
-from ofa_ds.tensor_writer import TensorWriter
+from ofa_ds.storage.atomic import sync
+from ofa_ds.storage.tensor_writer import TensorWriter
 
 CONFIG = "config.json"
 MODELSCOPE_CONFIG = "configuration.json"
@@ -58,8 +59,7 @@ def _safetensors(path: Path) -> Weights:
     file = TensorFile(path)
 
     def reader(name: str) -> Weight:
-        entry = file.entries[name]
-        return Weight(entry.shape, entry.dtype, lambda start, numel: file.read(name, start, numel))
+        return Weight(file.entry(name).shape, file.dtype(name), lambda start, numel: file.read(name, start, numel))
 
     return {name: reader(name) for name in file.names()}
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ofa_ds.checkpoint.tensor_file import CHUNK_BYTES
 from ofa_ds.model.config import MAX_TOKEN_DISTANCE, ModelConfig
 from ofa_ds.model.names import ALIASES, to_port_name
 from ofa_ds.model.ofa import OFA
 from ofa_ds.model.positions import RelativeRow, code_image_ids, token_buckets
+from ofa_ds.storage.safetensors_file import CHUNK_BYTES
 
 _VERSION = 3.0
 """Of fairseq's layers: what `encoder.version` and `decoder.version` hold."""

@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import torch
 from toy import Toy, toy_batch
 
-from ofa_ds import checkpoint, direct_file
+from ofa_ds import checkpoint
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
 from ofa_ds.engine import Engine, build, init_distributed, load_deepspeed_config
+from ofa_ds.storage import direct_file
 
 TIMED_KILLS = 100
 BACKGROUND_KILLS = 120

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ofa_ds.background_writer import Pace
+from ofa_ds.storage.background_writer import Pace
 
 
 def rested_s(pace: Pace, num_bytes: int, cpu_s: float) -> float:

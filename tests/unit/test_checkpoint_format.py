@@ -11,9 +11,11 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from ofa_ds.checkpoint import describe, latest, load_model_weights, verify
-from ofa_ds.checkpoint.format import FORMAT, KINDS, MANIFEST, VERSION, Layout, read_manifest, write_manifest
-from ofa_ds.checkpoint.tensor_file import DamagedError, TensorFile, write_tensors
-from ofa_ds.engine_state import even_range
+from ofa_ds.checkpoint.format import FORMAT, KINDS, MANIFEST, VERSION, read_manifest, write_manifest
+from ofa_ds.checkpoint.layout import Layout
+from ofa_ds.checkpoint.tensor_file import TensorFile, write_tensors
+from ofa_ds.partition import even_range
+from ofa_ds.storage.safetensors_file import DamagedError
 
 
 def write_checkpoint(directory, *, world_size=2, step=3, shapes=None):

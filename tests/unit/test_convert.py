@@ -13,7 +13,7 @@ from checkpoints import different, ofa_checkpoint, whole
 from safetensors.torch import load_file, save_file
 
 from ofa_ds.checkpoint.format import read_manifest
-from ofa_ds.checkpoint.verify import describe, verify
+from ofa_ds.checkpoint.verifying import describe, verify
 from ofa_ds.cli import main
 from ofa_ds.config import recipe_from_dict
 from ofa_ds.convert import port

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ofa_ds import direct_file
-from ofa_ds.direct_file import BLOCK_BYTES, DirectFile
+from ofa_ds.storage import direct_file
+from ofa_ds.storage.direct_file import BLOCK_BYTES, DirectFile
 
 STAGE = 4 * BLOCK_BYTES
 

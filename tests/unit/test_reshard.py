@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,16 +16,17 @@ from checkpoints import COUNTERS, different, ofa_checkpoint, state_of, whole
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ofa_ds.checkpoint.format import FORMAT, KINDS, MANIFEST, VERSION, flat_parts, read_manifest, write_manifest
+from ofa_ds.checkpoint.format import FORMAT, KINDS, MANIFEST, VERSION, Facts, read_manifest, write_manifest
 from ofa_ds.checkpoint.reshard import reshard
 from ofa_ds.checkpoint.runs import prune
-from ofa_ds.checkpoint.state import Facts, ForeignState, Reader
-from ofa_ds.checkpoint.verify import describe, verify
+from ofa_ds.checkpoint.state import ForeignState, Reader
+from ofa_ds.checkpoint.verifying import describe, verify
 from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.cli import main
 from ofa_ds.convert.weights import shapes_of
-from ofa_ds.engine_state import even_range
 from ofa_ds.model.config import preset
+from ofa_ds.partition import even_range, flat_parts
+from ofa_ds.storage.safetensors_file import DamagedError
 
 DIMENSIONS = st.sampled_from([1, 2, 3, 5, 7, 13, 31, 64])
 SHAPES = st.lists(st.lists(DIMENSIONS, max_size=3).map(tuple), min_size=1, max_size=6)
@@ -55,6 +58,60 @@ def test_n_to_m_to_n_is_the_identity_on_every_byte(tmp_path_factory, shapes, kin
         assert torch.equal(whole(folder / "m")[f"weight|{name}"], tensor)
     one, other = (read_manifest(folder / name) for name in ("n", "again"))
     assert {key for key in one if one[key] != other[key]} <= {"created", "xxh3_128"}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shapes=SHAPES, n=st.integers(1, 9), m=st.integers(1, 9), stages=st.tuples(STAGES, STAGES))
+def test_one_pass_over_few_files_writes_what_the_way_for_many_files_writes(
+    tmp_path_factory, monkeypatch, shapes, n, m, stages
+):
+    folder = tmp_path_factory.mktemp("ways")
+    tensors = {f"layer.{k}": torch.randn(shape) for k, shape in enumerate(shapes)}
+    state = state_of(tensors, kinds=dict.fromkeys(tensors, KINDS), buffers={"seen": torch.arange(5)})
+    write_checkpoint(folder / "n", state, ranks=n, stage=stages[0])
+    reshard(folder / "n", folder / "one_pass", ranks=m, stage=stages[1])
+    with monkeypatch.context() as patch:
+        patch.setattr("ofa_ds.checkpoint.reshard._MAX_FILES", 0)
+        reshard(folder / "n", folder / "many", ranks=m, stage=stages[1])
+    assert payload(folder / "one_pass") == payload(folder / "many")
+    one, other = (read_manifest(folder / name) for name in ("one_pass", "many"))
+    assert {key for key in one if one[key] != other[key]} <= {"created", "xxh3_128"}
+
+
+@pytest.mark.parametrize("max_files", [0, 64])
+def test_a_flipped_bit_anywhere_stops_a_reshard_and_leaves_nothing(tmp_path, monkeypatch, max_files):
+    monkeypatch.setattr("ofa_ds.checkpoint.reshard._MAX_FILES", max_files)
+    tensors = {"a": torch.randn(700), "b": torch.randn(3, 5)}
+    buffers = {"seen": torch.arange(5)}
+    write_checkpoint(
+        tmp_path / "n", state_of(tensors, kinds=dict.fromkeys(tensors, KINDS), buffers=buffers), ranks=2, stage=3
+    )
+    for path in sorted((tmp_path / "n").iterdir()):
+        whole_file = path.read_bytes()
+        for at in range(3, len(whole_file), 61):
+            raw = bytearray(whole_file)
+            raw[at] ^= 1 << (at % 8)
+            path.write_bytes(raw)
+            with pytest.raises(DamagedError, match=path.name):
+                reshard(tmp_path / "n", tmp_path / "m", ranks=3)
+            assert [each.name for each in tmp_path.iterdir()] == ["n"]
+        path.write_bytes(whole_file)
+    reshard(tmp_path / "n", tmp_path / "m", ranks=3)
+
+
+def test_looking_at_checking_pruning_and_resharding_never_wait_for_torch(tmp_path):
+    ofa_checkpoint(tmp_path / "run" / "step_00000002", preset("nano", vocab_size=60), ranks=2)
+    run = str(tmp_path / "run")
+    code = f"""
+import sys
+from ofa_ds.cli import main
+for arguments in (["show", {run!r}], ["verify", {run!r}], ["prune", {run!r}],
+                  ["reshard", {run!r}, {str(tmp_path / "new")!r}, "--ranks", "3"]):
+    assert main(["checkpoint", *arguments]) == 0
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    assert verify(tmp_path / "new") == []
 
 
 @settings(max_examples=200, deadline=None)
@@ -191,12 +248,12 @@ def test_verify_names_each_damaged_tensor_and_file(run_dir, capsys):
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
-    from ofa_ds.checkpoint import write
+    from ofa_ds.storage import atomic
 
     class Full:
         f_bavail, f_frsize, f_files, f_favail = 10, 4096, 100, 50
 
-    monkeypatch.setattr(write.os, "statvfs", lambda path: Full)
+    monkeypatch.setattr(atomic.os, "statvfs", lambda path: Full)
     state = state_of({"a": torch.randn(50_000)}, kinds={"a": KINDS[:3]})
     with pytest.raises(OSError, match="GB are free"):
         write_checkpoint(tmp_path / "x", state, ranks=2, stage=3)

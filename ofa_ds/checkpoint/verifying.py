@@ -11,8 +11,8 @@ from typing import Any
 
 from ofa_ds.checkpoint.format import KINDS, read_manifest
 from ofa_ds.checkpoint.runs import find
-from ofa_ds.checkpoint.tensor_file import DamagedError, TensorFile
 from ofa_ds.progress import Progress
+from ofa_ds.storage.safetensors_file import DamagedError, SafetensorsFile
 
 _BYTES_A_TASK = 1 << 27
 _MIB = 1 << 20
@@ -84,13 +84,13 @@ def _check_file(
 ) -> list[str]:
     path, sizes = directory / entry["name"], {"num_bytes": entry["bytes"], "header_xxh3_128": entry["header_xxh3_128"]}
     try:
-        file = TensorFile(path, **sizes, direct=direct)
+        file = SafetensorsFile(path, **sizes, direct=direct)
     except (DamagedError, OSError) as error:
         return [str(error)]
     return [problem for found in pool.map(file.check, _tasks(file, left_out)) for problem in found]
 
 
-def _tasks(file: TensorFile, left_out: tuple[str, ...]) -> list[list[str]]:
+def _tasks(file: SafetensorsFile, left_out: tuple[str, ...]) -> list[list[str]]:
     """Names of tensors that lie one after the other, about _BYTES_A_TASK a list."""
     tasks: list[list[str]] = []
     size, end = 0, -1

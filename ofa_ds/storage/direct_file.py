@@ -11,6 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
+from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 
 BLOCK_BYTES = 4096
@@ -37,11 +38,17 @@ def set_direct(descriptor: int, on: bool) -> bool:
 class DirectFile:
     """`head_bytes` (a multiple of BLOCK_BYTES) are kept free at the front, for what `finish` is given.
 
-    Pieces of any size are gathered in one aligned buffer.
+    Pieces of any size are gathered in an aligned buffer. Not for two threads at once.
     """
 
-    def __init__(self, path: Path, head_bytes: int) -> None:
-        """Raises FileExistsError."""
+    def __init__(
+        self, path: Path, head_bytes: int, *, stage_bytes: int | None = None, pool: Executor | None = None
+    ) -> None:
+        """stage_bytes: of the buffer, a multiple of BLOCK_BYTES. pool: writes there, from one of two such buffers,
+        while the other one is filled.
+
+        Raises FileExistsError.
+        """
         if head_bytes % BLOCK_BYTES:
             raise ValueError(f"a head of {head_bytes} bytes, want a multiple of {BLOCK_BYTES}")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
@@ -49,8 +56,11 @@ class DirectFile:
         self._head_bytes = head_bytes
         self._file = os.open(path, flags, 0o644)
         self._direct = set_direct(self._file, True)
-        self._stage = memoryview(mmap.mmap(-1, _STAGE_BYTES))  # page-aligned
+        self._stage_bytes = stage_bytes or _STAGE_BYTES
+        self._stage, self._spare = (memoryview(mmap.mmap(-1, self._stage_bytes)) for _ in range(2))  # page-aligned
         self._at, self._filled = head_bytes, 0
+        self._pool = pool
+        self._pending: Future[None] | None = None
 
     @property
     def size(self) -> int:
@@ -61,39 +71,56 @@ class DirectFile:
         """Raises OSError: the disk is full, or fails."""
         view = memoryview(data)
         while view:
-            count = min(len(view), _STAGE_BYTES - self._filled)
+            count = min(len(view), self._stage_bytes - self._filled)
             self._stage[self._filled : self._filled + count] = view[:count]
             self._filled += count
             view = view[count:]
-            if self._filled == _STAGE_BYTES:
-                self._put(_STAGE_BYTES, self._at)
-                self._at, self._filled = self._at + _STAGE_BYTES, 0
+            if self._filled == self._stage_bytes:
+                self._put_whole_stage()
 
     def finish(self, head: bytes) -> None:
         """Write what is left and the head, and make the file durable."""
         if len(head) != self._head_bytes:
             raise ValueError(f"{self.path}: a head of {len(head)} bytes where {self._head_bytes} were kept")
+        self._wait()
         size = self.size
         if self._filled:
             padded = -(-self._filled // BLOCK_BYTES) * BLOCK_BYTES
             self._stage[self._filled : padded] = bytes(padded - self._filled)
-            self._put(padded, self._at)
+            self._put(self._stage[:padded], self._at)
             os.ftruncate(self._file, size)
-        for start in range(0, len(head), _STAGE_BYTES):
-            part = head[start : start + _STAGE_BYTES]
+        for start in range(0, len(head), self._stage_bytes):
+            part = head[start : start + self._stage_bytes]
             self._stage[: len(part)] = part
-            self._put(len(part), start)
+            self._put(self._stage[: len(part)], start)
         os.fsync(self._file)
         found = os.fstat(self._file).st_size
         if found != size:
             raise OSError(f"{self.path}: has {found} bytes after writing {size}; is the disk full?")
 
     def close(self) -> None:
+        """What was not finished is not whole."""
+        if self._pending is not None:
+            wait([self._pending])  # it must not write into another file that gets this descriptor
         os.close(self._file)
 
-    def _put(self, count: int, at: int) -> None:
-        """Write the first bytes of the stage."""
-        view, start = self._stage[:count], at
+    def _put_whole_stage(self) -> None:
+        if self._pool is None:
+            self._put(self._stage, self._at)
+        else:
+            self._wait()
+            self._pending = self._pool.submit(self._put, self._stage, self._at)
+            self._stage, self._spare = self._spare, self._stage
+        self._at, self._filled = self._at + self._stage_bytes, 0
+
+    def _wait(self) -> None:
+        """Until the spare buffer is written."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _put(self, view: memoryview, at: int) -> None:
+        start, count = at, len(view)
         while view:
             try:
                 written = os.pwrite(self._file, view, at)

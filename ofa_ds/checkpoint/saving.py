@@ -20,14 +20,24 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ofa_ds.checkpoint.format import LATEST, MANIFEST, directory_name, file_name, write_manifest
+from ofa_ds.checkpoint.format import (
+    HEADER_BYTES_A_TENSOR,
+    LATEST,
+    MANIFEST,
+    Facts,
+    Parts,
+    TensorInfo,
+    directory_name,
+    file_name,
+    manifest_of,
+    write_manifest,
+)
 from ofa_ds.checkpoint.runs import remove, remove_leftovers, retire
 from ofa_ds.checkpoint.snapshot import Snapshot, room
-from ofa_ds.checkpoint.state import Facts, TensorInfo
-from ofa_ds.checkpoint.tensor_file import sync, write_tensors
-from ofa_ds.checkpoint.write import HEADER_BYTES_A_TENSOR, PARTIAL, Parts, check_space, manifest_of
-from ofa_ds.direct_file import BLOCK_BYTES
-from ofa_ds.engine_state import AVERAGE, KINDS
+from ofa_ds.checkpoint.tensor_file import write_tensors
+from ofa_ds.partition import AVERAGE, KINDS
+from ofa_ds.storage.atomic import PARTIAL, check_space, sync
+from ofa_ds.storage.direct_file import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from ofa_ds.engine import Engine

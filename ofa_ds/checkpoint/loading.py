@@ -12,9 +12,9 @@ from torch import Tensor
 from ofa_ds.checkpoint.format import Manifest, read_manifest
 from ofa_ds.checkpoint.runs import find, report, step_directories
 from ofa_ds.checkpoint.state import NO_STEPS, Reader
-from ofa_ds.checkpoint.tensor_file import DamagedError
-from ofa_ds.checkpoint.verify import check_files
-from ofa_ds.engine_state import AVERAGE
+from ofa_ds.checkpoint.verifying import check_files
+from ofa_ds.partition import AVERAGE
+from ofa_ds.storage.safetensors_file import DamagedError
 
 if TYPE_CHECKING:
     from ofa_ds.engine import Engine
@@ -127,19 +127,27 @@ def _refuse_other_model(directory: Path, wanted: Shapes, saved: Shapes) -> None:
         raise ValueError(f"{directory}: holds another model: {'; '.join(detail)}; {way_out}")
 
 
+def open_checked(path: str | Path, left_out: tuple[str, ...] = ()) -> Reader:
+    """A checkpoint, or the newest one of a run, every byte of it checked. Raises ValueError, DamagedError.
+
+    left_out: beginnings of names (`exp_avg|`, ...) that will not be read.
+    """
+    directory = find(path)
+    manifest = read_manifest(directory)
+    if problems := check_files(directory, manifest["files"], left_out=left_out):
+        raise DamagedError(problems[0])
+    return Reader(directory, manifest)
+
+
 def load_model_weights(path: str | Path, *, average: bool = False) -> dict[str, Tensor]:
     """Every parameter (fp32) and buffer by name, whole, on the CPU; needs no engine and no other process.
 
     path: a checkpoint, or a run directory (its newest one). average: the moving average in the place of the weights.
     Raises ValueError; DamagedError where a checksum is wrong.
     """
-    directory = find(path)
-    manifest = read_manifest(directory)
-    if problems := check_files(directory, manifest["files"]):
-        raise DamagedError(problems[0])
-    reader = Reader(directory, manifest)
+    reader = open_checked(path)
     if average and not reader.has_average:
-        raise ValueError(f"{directory}: has no moving average; it was trained without optim.ema_decay")
+        raise ValueError(f"{reader.directory}: has no moving average; it was trained without optim.ema_decay")
     weights = {}
     for name, info in reader.tensors.items():
         kind = AVERAGE if average and AVERAGE in info.kinds else "weight"

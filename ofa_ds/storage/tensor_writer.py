@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from ofa_ds.direct_file import BLOCK_BYTES, DirectFile
+from ofa_ds.storage.direct_file import BLOCK_BYTES, DirectFile
 
 _NO_SUM = "0" * 16
 
@@ -39,8 +40,19 @@ class TensorWriter:
     The manifest has the header's own checksum: together they cover every byte, and each tensor can be checked alone.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
-        """metadata: for `__metadata__`, in place of checksums. Raises FileExistsError; OSError: the disk is full."""
+    def __init__(
+        self,
+        path: Path,
+        specs: Sequence[TensorSpec],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        stage_bytes: int | None = None,
+        pool: Executor | None = None,
+    ) -> None:
+        """metadata: for `__metadata__`, in place of checksums. stage_bytes, pool: as `DirectFile` takes them.
+
+        Raises FileExistsError; OSError: the disk is full.
+        """
         self.path = path
         self._metadata = metadata
         self._specs = specs
@@ -48,7 +60,7 @@ class TensorWriter:
         self._sum = xxhash.xxh3_64()
         self._left = specs[0].num_bytes if specs else 0
         self._header_bytes = len(self._header([_NO_SUM] * len(specs)))
-        self._file = DirectFile(path, 8 + self._header_bytes)
+        self._file = DirectFile(path, 8 + self._header_bytes, stage_bytes=stage_bytes, pool=pool)
         self._finish_tensors()
 
     def __enter__(self) -> TensorWriter:

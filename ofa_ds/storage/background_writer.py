@@ -1,4 +1,4 @@
-"""The process that writes one rank's checkpoint files while training goes on: `-m ofa_ds.background_writer`.
+"""The process that writes one rank's checkpoint files while training goes on: `-m ofa_ds.storage.background_writer`.
 
     argument 1: descriptor of the memory shared with the trainer        argument 2: its size in bytes
     argument 3: the share of a core it takes; all of one from when the memory's first byte is 1: somebody waits
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ofa_ds.tensor_writer import TensorSpec, TensorWriter
+from ofa_ds.storage.tensor_writer import TensorSpec, TensorWriter
 
 _CHUNK_BYTES = 1 << 22
 _NAP_S = 0.05
