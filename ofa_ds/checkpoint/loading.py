@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ofa_ds.checkpoint.format import Manifest, read_manifest
+from ofa_ds.checkpoint.format import KINDS, Manifest, read_manifest
 from ofa_ds.checkpoint.runs import find, report, step_directories
-from ofa_ds.checkpoint.state import NO_STEPS, Reader
+from ofa_ds.checkpoint.state import NO_STEPS, Reader, StreamReader
+from ofa_ds.checkpoint.stream import MAX_FILES, CheckedStream
 from ofa_ds.checkpoint.verifying import check_files
 from ofa_ds.partition import AVERAGE
 from ofa_ds.storage.safetensors_file import DamagedError
@@ -137,6 +140,22 @@ def open_checked(path: str | Path, left_out: tuple[str, ...] = ()) -> Reader:
     if problems := check_files(directory, manifest["files"], left_out=left_out):
         raise DamagedError(problems[0])
     return Reader(directory, manifest)
+
+
+@contextmanager
+def open_stream(path: str | Path, kinds: Sequence[str]) -> Iterator[Reader]:
+    """A checkpoint, or the newest one of a run, of which each tensor's `kinds` are read once and in order.
+
+    Its bytes are checked as they are read, so that nothing is read twice; those of very many files are checked before.
+    Raises ValueError, DamagedError.
+    """
+    directory = find(path)
+    manifest = read_manifest(directory)
+    if manifest["world_size"] > MAX_FILES:
+        yield open_checked(directory, tuple(f"{kind}|" for kind in KINDS if kind not in kinds))
+        return
+    with ThreadPoolExecutor(2) as pool, closing(CheckedStream(directory, manifest, pool, kinds=kinds)) as stream:
+        yield StreamReader(directory, manifest, stream)
 
 
 def load_model_weights(path: str | Path, *, average: bool = False) -> dict[str, Tensor]:

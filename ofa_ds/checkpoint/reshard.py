@@ -26,18 +26,12 @@ from ofa_ds.checkpoint.format import (
 )  # fmt: skip
 from ofa_ds.checkpoint.layout import Layout
 from ofa_ds.checkpoint.runs import find
-from ofa_ds.checkpoint.stream import CheckedStream, Small
+from ofa_ds.checkpoint.stream import MAX_FILES, CheckedStream, Small, block_bytes_of
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import check_space, new_directory
-from ofa_ds.storage.direct_file import BLOCK_BYTES
 from ofa_ds.storage.tensor_writer import TensorWriter
 
 _MIB = 1 << 20
-_MAX_FILES = 64
-"""Read, and written, at the same time. With more of them a checkpoint is checked first and copied then."""
-_BUFFER_BYTES = 64 * _MIB
-"""For all files that are read, and for all that are written."""
-_MAX_BLOCK_BYTES = 4 * _MIB
 _THREADS = 4
 """They only wait for the disk."""
 
@@ -50,7 +44,7 @@ def reshard(source: str | Path, destination: Path, *, ranks: int, stage: int | N
     directory = find(source)
     manifest = read_manifest(directory)
     own = int(manifest["zero_stage"]) if stage is None else stage
-    if max(ranks, manifest["world_size"]) > _MAX_FILES:
+    if max(ranks, manifest["world_size"]) > MAX_FILES:  # checked first and copied then
         from ofa_ds.checkpoint.loading import open_checked
         from ofa_ds.checkpoint.write import write_checkpoint  # with torch, which the way below does without
 
@@ -86,18 +80,18 @@ def _copy(
     meter = Progress(sum(entry["bytes"] for entry in manifest["files"]) // _MIB, "writing", "MiB")
     with ExitStack() as stack:
         stack.callback(meter.close)
-        source = CheckedStream(directory, manifest, pool, _block_bytes(manifest["world_size"]))
+        source = CheckedStream(directory, manifest, pool)
         stack.callback(source.close)
         files, small = [], []
         for rank in range(ranks):
             small.append(_small(source, manifest, rank, ranks))
             specs = payload_specs(infos, parts, rank, ranks) + [each.spec(name) for name, each in small[rank].items()]
-            writer = TensorWriter(partial / file_name(rank), specs, stage_bytes=_block_bytes(ranks), pool=pool)
+            writer = TensorWriter(partial / file_name(rank), specs, stage_bytes=block_bytes_of(ranks), pool=pool)
             files.append(stack.enter_context(writer))
         for name, info in infos.items():
             shares = [(part.rank, 4 * part.numel) for part in layout.overlaps(name, 0, info.numel)]
             for kind in info.kinds:
-                _deal(source.read(name, kind, info.numel), [(files[rank], count) for rank, count in shares])
+                _deal(source.read(name, kind, 0, info.numel), [(files[rank], count) for rank, count in shares])
             meter.add(4 * info.numel * len(info.kinds) // _MIB)
         for file, tensors_beside in zip(files, small, strict=True):
             for each in tensors_beside.values():
@@ -129,8 +123,3 @@ def _small(source: CheckedStream, manifest: Manifest, rank: int, ranks: int) -> 
     if rank == 0:
         found |= {name: each for name, each in source.small[0].items() if name.startswith(("buffer|", "ema_buffer|"))}
     return found
-
-
-def _block_bytes(num_files: int) -> int:
-    """Of one of a file's two buffers."""
-    return min(_MAX_BLOCK_BYTES, _BUFFER_BYTES // (2 * num_files) // BLOCK_BYTES * BLOCK_BYTES)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ofa_ds.checkpoint.format import Facts, Manifest, TensorInfo, facts_of, infos_of, rng_prefix
 from ofa_ds.checkpoint.layout import Layout
+from ofa_ds.checkpoint.stream import CheckedStream
 from ofa_ds.checkpoint.tensor_file import TensorFile, bytes_of
 from ofa_ds.partition import AVERAGE
 from ofa_ds.storage.safetensors_file import read_into
@@ -152,3 +153,22 @@ class Reader:
                 os.close(self._files.popitem(last=False)[1])
             self._files[rank] = os.open(self._path(rank), os.O_RDONLY | os.O_NOFOLLOW)
         return self._files[rank]
+
+
+class StreamReader(Reader):
+    """Compares checksums as it goes: what has read a tensor from its first element to its last knows that it is right.
+
+    Until then `read` may raise DamagedError, and nothing of the tensor is to be relied on.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, stream: CheckedStream) -> None:
+        super().__init__(directory, manifest)
+        self._stream = stream
+
+    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
+        result = torch.empty(numel)
+        buffer = bytes_of(result)
+        for view in self._stream.read(name, kind, start, numel):
+            buffer[: len(view)] = view
+            buffer = buffer[len(view) :]
+        return result

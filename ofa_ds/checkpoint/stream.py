@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
-from ofa_ds.checkpoint.format import KINDS, Manifest
+from ofa_ds.checkpoint.format import KINDS, Manifest, TensorInfo, infos_of
 from ofa_ds.checkpoint.layout import Layout
+from ofa_ds.storage.direct_file import BLOCK_BYTES
 from ofa_ds.storage.direct_reader import DirectReader
 from ofa_ds.storage.safetensors_file import DamagedError, SafetensorsFile, wrong_sum
 from ofa_ds.storage.tensor_writer import TensorSpec
 
-_KINDS = tuple(f"{kind}|" for kind in KINDS)
+_PREFIXES = tuple(f"{kind}|" for kind in KINDS)
+MAX_FILES = 64
+"""Of those that are read, or written, at the same time."""
+_BUFFER_BYTES = 64 << 20
+"""For all files that are read, and for all that are written."""
+_MAX_BLOCK_BYTES = 4 << 20
+
+
+def block_bytes_of(num_files: int) -> int:
+    """Of one of a file's two buffers."""
+    return min(_MAX_BLOCK_BYTES, _BUFFER_BYTES // (2 * num_files) // BLOCK_BYTES * BLOCK_BYTES)
 
 
 @dataclass(frozen=True)
@@ -31,11 +42,24 @@ class Small:
 
 
 class CheckedStream:
-    """Holds all files open. Fastest where tensors are asked for in the manifest's order. For one thread."""
+    """Holds all files open. Fastest where tensors are asked for in the manifest's order. For one thread.
 
-    def __init__(self, directory: Path, manifest: Manifest, pool: Executor, block_bytes: int) -> None:
-        """pool, block_bytes: of the `DirectReader` of each file. Raises DamagedError: a header is wrong."""
+    Each tensor is to be read from its first element to its last; in between, others may not be.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        pool: Executor,
+        *,
+        kinds: Sequence[str] = KINDS,
+        max_block_bytes: int = _MAX_BLOCK_BYTES,
+    ) -> None:
+        """kinds: what will be read. pool: reads there. Raises DamagedError: a header, or what is `small`, is wrong."""
         self._layout = Layout(manifest)
+        self._position = ("", "", 0)
+        self._sum = xxhash.xxh3_64()
         self._sums: list[dict[str, str]] = []
         self.small: list[dict[str, Small]] = []
         """Of each rank's file, by name."""
@@ -44,22 +68,48 @@ class CheckedStream:
             file = SafetensorsFile(path, num_bytes=entry["bytes"], header_xxh3_128=entry["header_xxh3_128"])
             self.small.append(_small(file))
             self._sums.append(file.metadata)
-        self._files = [DirectReader(directory / entry["name"], pool, block_bytes) for entry in manifest["files"]]
+        block_bytes = min(max_block_bytes, block_bytes_of(len(manifest["files"])))
+        wanted = self._ranges(infos_of(manifest), kinds)
+        self._files = [
+            DirectReader(directory / entry["name"], pool, block_bytes, ranges)
+            for entry, ranges in zip(manifest["files"], wanted, strict=True)
+        ]
 
-    def read(self, name: str, kind: str, numel: int) -> Iterator[memoryview]:
-        """All bytes of a parameter's `kind`; each view is overwritten after the next one was asked for.
+    def read(self, name: str, kind: str, start: int, numel: int) -> Iterator[memoryview]:
+        """Bytes of elements start : start + numel of a parameter's `kind`.
 
-        Raises DamagedError where a checksum is wrong: nothing of what was yielded is then to be used.
+        Each view is overwritten after the next one was asked for. Raises DamagedError where a checksum is wrong:
+        nothing that was read of the tensor is then to be used. Raises ValueError where elements were left out.
         """
-        for part in self._layout.overlaps(name, 0, numel):
-            file, found = self._files[part.rank], xxhash.xxh3_64()
-            for view in file.read(self._layout.byte(name, kind, part), 4 * part.numel):
-                found.update(view)
+        if start and self._position != (name, kind, start):
+            raise ValueError(f"{kind} of {name} is to be read from its first element to its last, not from {start}")
+        end = start + numel
+        for part in self._layout.overlaps(name, start, numel):
+            low, high = max(start, part.start), min(end, part.start + part.numel)
+            if low == part.start:
+                self._sum = xxhash.xxh3_64()
+            file = self._files[part.rank]
+            for view in file.read(self._layout.byte(name, kind, part) + 4 * (low - part.start), 4 * (high - low)):
+                self._sum.update(view)
                 yield view
-            stored = f"{kind}|{name}"
-            want = self._sums[part.rank].get(stored)
-            if found.hexdigest() != want:
-                raise DamagedError(wrong_sum(file.path, stored, found.hexdigest(), want))
+            self._position = (name, kind, high)
+            if high == part.start + part.numel:
+                self._compare(part.rank, f"{kind}|{name}")
+
+    def _compare(self, rank: int, stored: str) -> None:
+        found, want = self._sum.hexdigest(), self._sums[rank].get(stored)
+        if found != want:
+            raise DamagedError(wrong_sum(self._files[rank].path, stored, found, want))
+
+    def _ranges(self, infos: Mapping[str, TensorInfo], kinds: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """(start, number of bytes) of these kinds in each file, ascending."""
+        ranges: list[list[tuple[int, int]]] = [[] for _ in self._sums]
+        for name, info in infos.items():
+            for part in self._layout.overlaps(name, 0, info.numel):
+                for kind in info.kinds:
+                    if kind in kinds:
+                        ranges[part.rank].append((self._layout.byte(name, kind, part), 4 * part.numel))
+        return ranges
 
     def close(self) -> None:
         for file in self._files:
@@ -68,7 +118,7 @@ class CheckedStream:
 
 def _small(file: SafetensorsFile) -> dict[str, Small]:
     """Raises DamagedError where a checksum is wrong."""
-    names = [name for name in file.names() if not name.startswith(_KINDS)]
+    names = [name for name in file.names() if not name.startswith(_PREFIXES)]
     for problem in file.check(names):
         raise DamagedError(problem)
     found = {}

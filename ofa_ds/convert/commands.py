@@ -11,7 +11,7 @@ import torch
 
 from ofa_ds.checkpoint.deepspeed_folder import read_deepspeed, write_deepspeed
 from ofa_ds.checkpoint.format import MANIFEST, TensorInfo
-from ofa_ds.checkpoint.loading import open_checked
+from ofa_ds.checkpoint.loading import open_checked, open_stream
 from ofa_ds.checkpoint.runs import step_directories
 from ofa_ds.checkpoint.state import ForeignState, Reader
 from ofa_ds.checkpoint.universal import read_universal, write_universal
@@ -26,10 +26,10 @@ from ofa_ds.convert.weights import Weight, Weights
 from ofa_ds.data.vocab import Vocab, load_vocab
 from ofa_ds.data.vocab_files import write_files
 from ofa_ds.model.config import ModelConfig, model_config
+from ofa_ds.partition import AVERAGE
 from ofa_ds.storage.atomic import check_space, new_directory, new_file
 
 FORMATS = ("deepspeed", "universal", "huggingface", "fairseq", "modelscope")
-_MOMENTS = ("exp_avg|", "exp_avg_sq|")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -148,13 +148,18 @@ class ExportPlan:
 
 
 def export_checkpoint(source: Path, destination: Path, plan: ExportPlan) -> dict[str, Any]:
-    """Write another program's format from a checkpoint, or the newest one of a run. Checks every byte of it first.
+    """Write another program's format from a checkpoint, or the newest one of a run. Checks every byte that it reads.
 
     Raises ValueError or OSError, one line; `destination` then does not exist.
     """
     if plan.format in ("deepspeed", "universal"):
         return _export_training(open_checked(source), destination, plan)
-    reader = open_checked(source, _MOMENTS)
+    with open_stream(source, ("weight", AVERAGE)) as reader:
+        return _export_weights(reader, destination, plan)
+
+
+def _export_weights(reader: Reader, destination: Path, plan: ExportPlan) -> dict[str, Any]:
+    """A model, for who trained OFA before."""
     recipe, config = _model_of(reader)
     weights = _weights(reader, DTYPES[plan.dtype], "ema" if plan.use_ema else "weight")
     size = sum(weight.numel * weight.dtype.itemsize for weight in weights.values())

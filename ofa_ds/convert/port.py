@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def write_huggingface(directory: Path, config: ModelConfig, weights: Weights) ->
     for number, names in enumerate(shards, 1):
         path = directory / (WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
         specs = [spec_of(name, entries[name].dtype, entries[name].shape) for name in names]
-        with TensorWriter(path, specs, metadata={"format": "pt"}) as file:
+        with ThreadPoolExecutor(1) as pool, TensorWriter(path, specs, metadata={"format": "pt"}, pool=pool) as file:
             for name in names:
                 for chunk in entries[name].chunks():
                     file.write(bytes_of(chunk))

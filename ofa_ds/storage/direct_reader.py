@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 
@@ -15,17 +16,25 @@ from ofa_ds.storage.safetensors_file import DamagedError, read_block
 class DirectReader:
     """Ranges of a file in ascending order, each block read while the one before is used. For one thread."""
 
-    def __init__(self, path: Path, pool: Executor, block_bytes: int) -> None:
-        """pool: reads there. block_bytes: a multiple of BLOCK_BYTES; two such buffers are kept."""
+    def __init__(
+        self, path: Path, pool: Executor, block_bytes: int, ranges: Iterable[tuple[int, int]] | None = None
+    ) -> None:
+        """pool: reads there. block_bytes: a multiple of direct_file.BLOCK_BYTES; two such buffers are kept.
+
+        ranges: (start, number of bytes) of what will be asked for, ascending: what to read ahead. None: everything.
+        """
         self.path = path
         self._pool = pool
         self._block_bytes = block_bytes
         self._file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         self._size = os.fstat(self._file).st_size
         set_direct(self._file, True)
+        self._wanted = list(self._blocks_of([(0, self._size)] if ranges is None else ranges))
         self._buffers = [memoryview(mmap.mmap(-1, block_bytes)) for _ in range(2)]
-        self._reads: dict[int, Future[None]] = {}
-        """By number of the block, which is in the buffer of the same parity."""
+        self._numbers: list[int | None] = [None, None]
+        """Which block is in each buffer, or on its way there."""
+        self._reads: list[Future[None] | None] = [None, None]
+        self._used = 0
 
     def read(self, start: int, num_bytes: int) -> Iterator[memoryview]:
         """Views of these bytes, one after the other; each is overwritten after the next one was asked for.
@@ -42,19 +51,35 @@ class DirectReader:
             start = min(end, at + self._block_bytes)
 
     def close(self) -> None:
-        wait(self._reads.values())
+        wait([each for each in self._reads if each is not None])
         os.close(self._file)
 
-    def _block(self, number: int) -> memoryview:
-        for wanted in (number, number + 1):
-            if wanted in self._reads or wanted * self._block_bytes >= self._size:
-                continue
-            for old in [each for each in self._reads if each % 2 == wanted % 2]:
-                wait([self._reads.pop(old)])
-            self._reads[wanted] = self._pool.submit(self._fill, wanted)
-        self._reads[number].result()
-        return self._buffers[number % 2]
+    def _blocks_of(self, ranges: Iterable[tuple[int, int]]) -> Iterator[int]:
+        """Numbers of the blocks of these ranges, each one once."""
+        last = -1
+        for start, num_bytes in ranges:
+            after = -(-(start + num_bytes) // self._block_bytes)
+            for number in range(max(last + 1, start // self._block_bytes), after):
+                yield number
+                last = number
 
-    def _fill(self, number: int) -> None:
-        at = number * self._block_bytes
-        read_block(self._file, self._buffers[number % 2], min(self._block_bytes, self._size - at), at, self.path)
+    def _block(self, number: int) -> memoryview:
+        if number not in self._numbers:
+            self._begin(1 - self._used, number)
+        self._used = self._numbers.index(number)
+        following = bisect_right(self._wanted, number)
+        if following < len(self._wanted) and self._wanted[following] not in self._numbers:
+            self._begin(1 - self._used, self._wanted[following])
+        read = self._reads[self._used]
+        assert read is not None
+        read.result()
+        return self._buffers[self._used]
+
+    def _begin(self, which: int, number: int) -> None:
+        if (read := self._reads[which]) is not None:
+            wait([read])
+        self._numbers[which] = number
+        self._reads[which] = self._pool.submit(self._fill, self._buffers[which], number * self._block_bytes)
+
+    def _fill(self, buffer: memoryview, at: int) -> None:
+        read_block(self._file, buffer, min(self._block_bytes, self._size - at), at, self.path)

@@ -13,6 +13,7 @@ from checkpoints import different, ofa_checkpoint, whole
 from safetensors.torch import load_file, save_file
 
 from ofa_ds.checkpoint.format import read_manifest
+from ofa_ds.checkpoint.tensor_file import TensorFile
 from ofa_ds.checkpoint.verifying import describe, verify
 from ofa_ds.cli import main
 from ofa_ds.config import recipe_from_dict
@@ -298,11 +299,29 @@ def test_nothing_is_overwritten(saved, exported, tmp_path, capsys):
     assert "checkpoint of ofa-ds already" in capsys.readouterr().err
 
 
-def test_a_damaged_weight_is_not_exported(saved, tmp_path, capsys):
+@pytest.mark.parametrize("max_files", [1, 64], ids=["checked before", "checked while read"])
+@pytest.mark.parametrize("kind", ["huggingface", "modelscope", "fairseq"])
+def test_a_damaged_weight_is_not_exported(tmp_path, capsys, monkeypatch, kind, max_files):
+    monkeypatch.setattr("ofa_ds.checkpoint.loading.MAX_FILES", max_files)
     ofa_checkpoint(tmp_path / "ours", RESNET)
-    path = tmp_path / "ours" / "rank_00001.safetensors"
-    raw = bytearray(path.read_bytes())
-    raw[8 + int.from_bytes(raw[:8], "little") + 2] ^= 1  # in the first tensor, a weight
-    path.write_bytes(raw)
-    assert run("export", tmp_path / "ours", tmp_path / "out", "--format", "modelscope") == 1
-    assert "rank_00001" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    file = TensorFile(tmp_path / "ours" / "rank_00001.safetensors")
+    weights = [name for name in file.names() if name.startswith("weight|")]
+    raw = file.path.read_bytes()
+    for name in (weights[0], weights[len(weights) // 2], weights[-1]):
+        for at in (file.entry(name).start, file.entry(name).end - 1):
+            damaged = bytearray(raw)
+            damaged[file.begin + at] ^= 1
+            file.path.write_bytes(damaged)
+            assert run("export", tmp_path / "ours", tmp_path / "out", "--format", kind) == 1
+            assert f"rank_00001.safetensors: {name} has checksum" in capsys.readouterr().err
+            assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_a_damaged_moment_does_not_keep_a_model_from_being_exported(tmp_path):
+    ofa_checkpoint(tmp_path / "ours", RESNET)
+    file = TensorFile(tmp_path / "ours" / "rank_00001.safetensors")
+    moment = next(name for name in file.names() if name.startswith("exp_avg|"))
+    raw = bytearray(file.path.read_bytes())
+    raw[file.begin + file.entry(moment).start] ^= 1
+    file.path.write_bytes(raw)
+    assert run("export", tmp_path / "ours", tmp_path / "out", "--format", "huggingface") == 0

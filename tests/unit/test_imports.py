@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "moving_average": set(),
     "engine": {"config", "engine_state", "moving_average", "processes", "schedule"},
     "checkpoint": {"partition", "progress", "storage"},
-    "convert": {"checkpoint", "config", "data", "model", "storage"},
+    "convert": {"checkpoint", "config", "data", "model", "partition", "storage"},
     "cluster": {"config"},
     "generate": {"config", "criteria", "data", "model", "loss"},
     "inference": {"config", "checkpoint", "data", "generate", "model"},

@@ -71,7 +71,7 @@ def test_one_pass_over_few_files_writes_what_the_way_for_many_files_writes(
     write_checkpoint(folder / "n", state, ranks=n, stage=stages[0])
     reshard(folder / "n", folder / "one_pass", ranks=m, stage=stages[1])
     with monkeypatch.context() as patch:
-        patch.setattr("ofa_ds.checkpoint.reshard._MAX_FILES", 0)
+        patch.setattr("ofa_ds.checkpoint.reshard.MAX_FILES", 0)
         reshard(folder / "n", folder / "many", ranks=m, stage=stages[1])
     assert payload(folder / "one_pass") == payload(folder / "many")
     one, other = (read_manifest(folder / name) for name in ("one_pass", "many"))
@@ -80,7 +80,7 @@ def test_one_pass_over_few_files_writes_what_the_way_for_many_files_writes(
 
 @pytest.mark.parametrize("max_files", [0, 64])
 def test_a_flipped_bit_anywhere_stops_a_reshard_and_leaves_nothing(tmp_path, monkeypatch, max_files):
-    monkeypatch.setattr("ofa_ds.checkpoint.reshard._MAX_FILES", max_files)
+    monkeypatch.setattr("ofa_ds.checkpoint.reshard.MAX_FILES", max_files)
     tensors = {"a": torch.randn(700), "b": torch.randn(3, 5)}
     buffers = {"seen": torch.arange(5)}
     write_checkpoint(
