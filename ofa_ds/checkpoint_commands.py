@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ofa_ds.heavy_imports import heavy_imports
+
 EXPORTS = ("deepspeed", "universal", "huggingface", "fairseq", "modelscope")
 DTYPES = ("float32", "bfloat16", "float16")
 _SOURCE = "a checkpoint, or a run directory (its newest valid one)"
@@ -134,7 +136,8 @@ def _reshard(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from ofa_ds.convert.commands import ExportPlan, export_checkpoint
+    with heavy_imports():
+        from ofa_ds.convert.commands import ExportPlan, export_checkpoint
 
     plan = ExportPlan(
         format=options.format, dtype=options.dtype, use_ema=options.ema, ranks=options.ranks, stage=options.stage,
@@ -145,8 +148,9 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from ofa_ds.convert.commands import ImportPlan, import_checkpoint
-    from ofa_ds.convert.foreign import Options
+    with heavy_imports():
+        from ofa_ds.convert.commands import ImportPlan, import_checkpoint
+        from ofa_ds.convert.foreign import Options
 
     allowed = Options(allow_missing=options.allow_missing, drop=options.drop, use_ema=options.ema)
     plan = ImportPlan(

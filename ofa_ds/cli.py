@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ofa_ds.heavy_imports import heavy_imports
+
 TASK_NAMES = "caption vqa itm visual_grounding grounded_caption detection image_infilling text_infilling"
 
 
@@ -223,7 +225,8 @@ def _add_pretrain(commands) -> None:  # noqa: ANN001
 
 def _pretrain(options: argparse.Namespace) -> int:
     recipe = _recipe(options.recipe, options.set)
-    from ofa_ds.trainer import run
+    with heavy_imports():
+        from ofa_ds.trainer import run
 
     return run(recipe)
 
@@ -255,8 +258,9 @@ def _add_evaluate(commands) -> None:  # noqa: ANN001
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from ofa_ds.evaluate import evaluate
-    from ofa_ds.report import format_table
+    with heavy_imports():
+        from ofa_ds.evaluate import evaluate
+        from ofa_ds.report import format_table
 
     result = evaluate(
         options.checkpoint, options.shards, tasks=options.task, rows=options.rows, beam=options.beam, png=options.png,
@@ -278,7 +282,8 @@ def _add_generate(commands) -> None:  # noqa: ANN001
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from ofa_ds.samples import generate_one
+    with heavy_imports():
+        from ofa_ds.samples import generate_one
 
     answer = generate_one(
         options.checkpoint, options.task, image=options.image, text=options.text, beam=options.beam, png=options.png,

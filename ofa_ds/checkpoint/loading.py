@@ -22,6 +22,8 @@ from ofa_ds.storage.safetensors_file import DamagedError
 if TYPE_CHECKING:
     from ofa_ds.engine import Engine
 
+_READ_THREADS = 4
+
 Accept = Callable[[Manifest], None]
 Shapes = Mapping[str, "tuple[int, ...]"]
 
@@ -154,7 +156,7 @@ def open_stream(path: str | Path, kinds: Sequence[str]) -> Iterator[Reader]:
     if manifest["world_size"] > MAX_FILES:
         yield open_checked(directory, tuple(f"{kind}|" for kind in KINDS if kind not in kinds))
         return
-    with ThreadPoolExecutor(2) as pool, closing(CheckedStream(directory, manifest, pool, kinds=kinds)) as stream:
+    with ThreadPoolExecutor(_READ_THREADS) as pool, closing(CheckedStream(directory, manifest, pool, kinds)) as stream:
         yield StreamReader(directory, manifest, stream)
 
 

@@ -26,12 +26,14 @@ from ofa_ds.checkpoint.format import (
 )  # fmt: skip
 from ofa_ds.checkpoint.layout import Layout
 from ofa_ds.checkpoint.runs import find
-from ofa_ds.checkpoint.stream import MAX_FILES, CheckedStream, Small, block_bytes_of
+from ofa_ds.checkpoint.stream import BUFFER_BYTES, MAX_FILES, CheckedStream, Small
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import check_space, new_directory
+from ofa_ds.storage.direct_file import BLOCK_BYTES
 from ofa_ds.storage.tensor_writer import TensorWriter
 
 _MIB = 1 << 20
+_MAX_STAGE_BYTES = 4 * _MIB
 _THREADS = 4
 """They only wait for the disk."""
 
@@ -83,10 +85,11 @@ def _copy(
         source = CheckedStream(directory, manifest, pool)
         stack.callback(source.close)
         files, small = [], []
+        stage_bytes = min(_MAX_STAGE_BYTES, BUFFER_BYTES // (2 * ranks) // BLOCK_BYTES * BLOCK_BYTES)
         for rank in range(ranks):
             small.append(_small(source, manifest, rank, ranks))
             specs = payload_specs(infos, parts, rank, ranks) + [each.spec(name) for name, each in small[rank].items()]
-            writer = TensorWriter(partial / file_name(rank), specs, stage_bytes=block_bytes_of(ranks), pool=pool)
+            writer = TensorWriter(partial / file_name(rank), specs, stage_bytes=stage_bytes, pool=pool)
             files.append(stack.enter_context(writer))
         for name, info in infos.items():
             shares = [(part.rank, 4 * part.numel) for part in layout.overlaps(name, 0, info.numel)]

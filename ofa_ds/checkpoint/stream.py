@@ -12,21 +12,17 @@ import xxhash
 from ofa_ds.checkpoint.format import KINDS, Manifest, TensorInfo, infos_of
 from ofa_ds.checkpoint.layout import Layout
 from ofa_ds.storage.direct_file import BLOCK_BYTES
-from ofa_ds.storage.direct_reader import DirectReader
+from ofa_ds.storage.direct_reader import NUM_BUFFERS, DirectReader
 from ofa_ds.storage.safetensors_file import DamagedError, SafetensorsFile, wrong_sum
 from ofa_ds.storage.tensor_writer import TensorSpec
 
 _PREFIXES = tuple(f"{kind}|" for kind in KINDS)
 MAX_FILES = 64
 """Of those that are read, or written, at the same time."""
-_BUFFER_BYTES = 64 << 20
+BUFFER_BYTES = 64 << 20
 """For all files that are read, and for all that are written."""
-_MAX_BLOCK_BYTES = 4 << 20
-
-
-def block_bytes_of(num_files: int) -> int:
-    """Of one of a file's two buffers."""
-    return min(_MAX_BLOCK_BYTES, _BUFFER_BYTES // (2 * num_files) // BLOCK_BYTES * BLOCK_BYTES)
+_MAX_BLOCK_BYTES = 1 << 19
+"""Larger ones would read more of what lies between the weights."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +43,7 @@ class CheckedStream:
     Each tensor is to be read from its first element to its last; in between, others may not be.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        manifest: Manifest,
-        pool: Executor,
-        *,
-        kinds: Sequence[str] = KINDS,
-        max_block_bytes: int = _MAX_BLOCK_BYTES,
-    ) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, pool: Executor, kinds: Sequence[str] = KINDS) -> None:
         """kinds: what will be read. pool: reads there. Raises DamagedError: a header, or what is `small`, is wrong."""
         self._layout = Layout(manifest)
         self._position = ("", "", 0)
@@ -68,7 +56,8 @@ class CheckedStream:
             file = SafetensorsFile(path, num_bytes=entry["bytes"], header_xxh3_128=entry["header_xxh3_128"])
             self.small.append(_small(file))
             self._sums.append(file.metadata)
-        block_bytes = min(max_block_bytes, block_bytes_of(len(manifest["files"])))
+        share = BUFFER_BYTES // (NUM_BUFFERS * len(manifest["files"]))
+        block_bytes = min(_MAX_BLOCK_BYTES, share // BLOCK_BYTES * BLOCK_BYTES)
         wanted = self._ranges(infos_of(manifest), kinds)
         self._files = [
             DirectReader(directory / entry["name"], pool, block_bytes, ranges)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 
 from ofa_ds.storage.direct_file import set_direct
 from ofa_ds.storage.safetensors_file import DamagedError, read_block
+
+NUM_BUFFERS = 16
+"""Of each file: the block that is used, and those that are read ahead."""
 
 
 class DirectReader:
@@ -19,7 +22,7 @@ class DirectReader:
     def __init__(
         self, path: Path, pool: Executor, block_bytes: int, ranges: Iterable[tuple[int, int]] | None = None
     ) -> None:
-        """pool: reads there. block_bytes: a multiple of direct_file.BLOCK_BYTES; two such buffers are kept.
+        """pool: reads there. block_bytes: a multiple of direct_file.BLOCK_BYTES; NUM_BUFFERS of them are kept.
 
         ranges: (start, number of bytes) of what will be asked for, ascending: what to read ahead. None: everything.
         """
@@ -30,11 +33,10 @@ class DirectReader:
         self._size = os.fstat(self._file).st_size
         set_direct(self._file, True)
         self._wanted = list(self._blocks_of([(0, self._size)] if ranges is None else ranges))
-        self._buffers = [memoryview(mmap.mmap(-1, block_bytes)) for _ in range(2)]
-        self._numbers: list[int | None] = [None, None]
-        """Which block is in each buffer, or on its way there."""
-        self._reads: list[Future[None] | None] = [None, None]
-        self._used = 0
+        self._free = [memoryview(mmap.mmap(-1, block_bytes)) for _ in range(NUM_BUFFERS)]
+        self._blocks: dict[int, tuple[memoryview, Future[None]]] = {}
+        """By number: what was read, or is on its way."""
+        self._last = -1
 
     def read(self, start: int, num_bytes: int) -> Iterator[memoryview]:
         """Views of these bytes, one after the other; each is overwritten after the next one was asked for.
@@ -51,7 +53,7 @@ class DirectReader:
             start = min(end, at + self._block_bytes)
 
     def close(self) -> None:
-        wait([each for each in self._reads if each is not None])
+        wait([read for _, read in self._blocks.values()])
         os.close(self._file)
 
     def _blocks_of(self, ranges: Iterable[tuple[int, int]]) -> Iterator[int]:
@@ -64,22 +66,24 @@ class DirectReader:
                 last = number
 
     def _block(self, number: int) -> memoryview:
-        if number not in self._numbers:
-            self._begin(1 - self._used, number)
-        self._used = self._numbers.index(number)
-        following = bisect_right(self._wanted, number)
-        if following < len(self._wanted) and self._wanted[following] not in self._numbers:
-            self._begin(1 - self._used, self._wanted[following])
-        read = self._reads[self._used]
-        assert read is not None
+        if number != self._last:
+            following = bisect_right(self._wanted, number)
+            self._hold([number, *self._wanted[following : following + NUM_BUFFERS - 1]])
+            self._last = number
+        buffer, read = self._blocks[number]
         read.result()
-        return self._buffers[self._used]
+        return buffer
 
-    def _begin(self, which: int, number: int) -> None:
-        if (read := self._reads[which]) is not None:
+    def _hold(self, numbers: Sequence[int]) -> None:
+        """Have these blocks, and no others, in memory or on their way."""
+        for number in self._blocks.keys() - set(numbers):
+            buffer, read = self._blocks.pop(number)
             wait([read])
-        self._numbers[which] = number
-        self._reads[which] = self._pool.submit(self._fill, self._buffers[which], number * self._block_bytes)
+            self._free.append(buffer)
+        for number in numbers:
+            if number not in self._blocks:
+                buffer = self._free.pop()
+                self._blocks[number] = buffer, self._pool.submit(self._fill, buffer, number * self._block_bytes)
 
     def _fill(self, buffer: memoryview, at: int) -> None:
         read_block(self._file, buffer, min(self._block_bytes, self._size - at), at, self.path)
