@@ -30,6 +30,7 @@ from ofa_ds.model.ofa import OFA
 VOCAB_SIZE = 47_400
 """With it base has 173 M parameters: the size that the goals were set for."""
 REPEATS = 3
+STALLS = 9
 FLUSHES = 3
 
 
@@ -89,16 +90,19 @@ def save(engine: Engine, root: Path, name: str) -> dict[str, Any]:
         ),
         "dcp_save_s": timed(lambda: dcp.save(sharded(engine), checkpoint_id=root / "dcp")),
     }
-    stalls = []
-    for step in range(REPEATS + 1):
+    target = torch.empty(sum(tensor.numel() for tensor in pieces))
+    target.zero_()
+    stalls, copies = [], []
+    for step in range(STALLS + 1):
+        copies.append(timed(lambda: copy(pieces, target)))  # beside each other: a machine's speed drifts
         stalls.append(timed(lambda: saver.start(step, extra)))  # noqa: B023
         saver.finish()
     saver.close()
-    target = torch.empty(sum(tensor.numel() for tensor in pieces))
-    target.zero_()
-    result["memcpy_s"] = min(timed(lambda: copy(pieces, target)) for _ in range(REPEATS))
-    result |= {"background_first_stall_s": stalls[0], "background_stall_s": min(stalls[1:])}
-    return result
+    return result | {
+        "memcpy_s": statistics.median(copies[1:]),
+        "background_first_stall_s": stalls[0],
+        "background_stall_s": statistics.median(stalls[1:]),
+    }
 
 
 def copy(pieces: list[Tensor], target: Tensor) -> None:
