@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from ofa_ds import checkpoint
-from ofa_ds.bench.step import pair_examples
+from ofa_ds.bench.step import example
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig, load_recipe, recipe_to_dict
 from ofa_ds.data.batch import pack
 from ofa_ds.engine import Engine, build, init_distributed, leave_distributed, load_deepspeed_config
@@ -31,7 +32,7 @@ VOCAB_SIZE = 47_400
 """With it base has 173 M parameters: the size that the goals were set for."""
 REPEATS = 3
 STALLS = 9
-FLUSHES = 3
+FLUSHED_PAIRS = 120
 
 
 def state_config(name: str) -> ModelConfig:
@@ -116,18 +117,18 @@ def load(engine: Engine, root: Path) -> dict[str, Any]:
     directory = root / "ours" / "step_00000001"
     tensors = sharded(engine)
     return {
-        "load_s": timed(lambda: checkpoint.load(engine, directory)),
-        "dcp_load_s": timed(lambda: dcp.load(tensors, checkpoint_id=root / "dcp")),
+        "load": timed(lambda: checkpoint.load(engine, directory)),
+        "dcp_load": timed(lambda: dcp.load(tensors, checkpoint_id=root / "dcp")),
     }
 
 
 def flush(engine: Engine, root: Path) -> dict[str, Any]:
     """Seconds of a forward and backward of one example, beside a writing process and beside a stopped one."""
     config = engine.module.config
-    one = pair_examples()[0]
+    one = example(np.random.default_rng(0), side=128, source=32, target=16)
     ids = one.target % VOCAB_SIZE
     examples = [replace(one, source=one.source % VOCAB_SIZE, target=ids, prev=ids)]
-    batch = pack(examples, [(256, 256)], config.patch_size, config.image_bucket_size)
+    batch = pack(examples, [(128, 128)], config.patch_size, config.image_bucket_size)
     saver = checkpoint.BackgroundSaver(engine, root / "flushed", keep=1)
     saver.start(0, {})
     saver.finish()
@@ -138,25 +139,29 @@ def flush(engine: Engine, root: Path) -> dict[str, Any]:
         return time.perf_counter() - started
 
     writer = saver._snapshot._process
-    alone, written = [], []
     step_s()
-    for step in range(FLUSHES + 1):
-        pairs = []
-        saver.start(step, {})
-        while not saver.is_done():
-            beside = step_s()
-            writer.send_signal(signal.SIGSTOP)  # a machine's speed drifts: what is compared must be close in time
-            pairs.append((beside, step_s()))
-            writer.send_signal(signal.SIGCONT)
-        saver.finish()
-        if step:  # the first one finds its memory
-            written += [beside for beside, _ in pairs[:-1]]  # the last one may have ended before its step
-            alone += [apart for _, apart in pairs[:-1]]
+    pairs: list[dict[int, float]] = []
+    while len(pairs) < FLUSHED_PAIRS:
+        if not saver.is_pending:
+            saver.start(1, {})
+            step_s()
+        first = (signal.SIGCONT, signal.SIGSTOP)[len(pairs) % 2]  # no order has an advantage
+        pair = {}
+        for number in (first, signal.SIGCONT + signal.SIGSTOP - first):  # a machine's speed drifts: close in time
+            writer.send_signal(number)
+            pair[number] = step_s()
+        writer.send_signal(signal.SIGCONT)
+        if saver.is_done():
+            saver.finish()  # it may have ended before the last step
+        else:
+            pairs.append(pair)
     saver.close()
     return {
-        "step_alone_s": statistics.median(alone), "step_flushing_s": statistics.median(written),
-        "step_alone_best_s": min(alone), "step_flushing_best_s": min(written), "flushed_steps": len(written),
-    }  # fmt: skip
+        "step_alone_s": statistics.median(pair[signal.SIGSTOP] for pair in pairs),
+        "step_flushing_s": statistics.median(pair[signal.SIGCONT] for pair in pairs),
+        "flush_slowdown": statistics.median(pair[signal.SIGCONT] / pair[signal.SIGSTOP] - 1 for pair in pairs),
+        "flushed_pairs": len(pairs),
+    }
 
 
 def main(what: str, root: Path, name: str) -> None:

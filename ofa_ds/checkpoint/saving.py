@@ -61,7 +61,7 @@ def save(engine: Engine, run_dir: str | Path, step: int, extra: Mapping[str, Any
     return target.final
 
 
-WRITER_SHARE = 0.02
+WRITER_SHARE = 0.01
 """Of a core, for the writer beside each rank that trains on the CPU."""
 
 
