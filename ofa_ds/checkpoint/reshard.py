@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from ofa_ds.checkpoint.format import (
     MANIFEST,
     Manifest,
     Parts,
-    TensorInfo,
     facts_of,
     file_name,
     infos_of,
@@ -23,7 +22,7 @@ from ofa_ds.checkpoint.format import (
     read_manifest,
     rng_prefix,
     write_manifest,
-)  # fmt: skip
+)
 from ofa_ds.checkpoint.layout import Layout
 from ofa_ds.checkpoint.runs import find
 from ofa_ds.checkpoint.stream import BUFFER_BYTES, MAX_FILES, CheckedStream, Small
@@ -55,10 +54,11 @@ def reshard(source: str | Path, destination: Path, *, ranks: int, stage: int | N
     parts = parts_of(infos, ranks, own)
     with new_directory(destination) as partial:
         check_space(partial, num_bytes_of(infos, ranks), ranks + 2)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            files = _copy(directory, manifest, partial, infos, parts, ranks, pool)
-        shapes = ({name: tuple(shape) for name, shape in manifest[each].items()} for each in ("buffers", "ema_buffers"))
-        buffers, ema_buffers = shapes
+        with ThreadPoolExecutor(_THREADS) as pool, closing(CheckedStream(directory, manifest, pool)) as stream:
+            files = _copy(stream, manifest, partial=partial, parts=parts, ranks=ranks, pool=pool)
+        buffers, ema_buffers = (
+            {name: tuple(shape) for name, shape in manifest[each].items()} for each in ("buffers", "ema_buffers")
+        )
         facts = facts_of(manifest)
         write_manifest(
             partial / MANIFEST,
@@ -68,36 +68,29 @@ def reshard(source: str | Path, destination: Path, *, ranks: int, stage: int | N
 
 
 def _copy(
-    directory: Path,
-    manifest: Manifest,
-    partial: Path,
-    infos: Mapping[str, TensorInfo],
-    parts: Parts,
-    ranks: int,
-    pool: Executor,
+    stream: CheckedStream, manifest: Manifest, *, partial: Path, parts: Parts, ranks: int, pool: Executor
 ) -> list[dict[str, Any]]:
     """Write every rank's file in one pass over the checkpoint; returns the manifest's entries."""
+    infos = infos_of(manifest)
     tensors = {name: {**manifest["tensors"][name], "parts": parts[name]} for name in infos}
     layout = Layout({"world_size": ranks, "files": [], "tensors": tensors})
-    meter = Progress(sum(entry["bytes"] for entry in manifest["files"]) // _MIB, "writing", "MiB")
+    small = [_small(stream, manifest, rank, ranks) for rank in range(ranks)]
+    stage_bytes = min(_MAX_STAGE_BYTES, BUFFER_BYTES // (2 * ranks) // BLOCK_BYTES * BLOCK_BYTES)
     with ExitStack() as stack:
-        stack.callback(meter.close)
-        source = CheckedStream(directory, manifest, pool)
-        stack.callback(source.close)
-        files, small = [], []
-        stage_bytes = min(_MAX_STAGE_BYTES, BUFFER_BYTES // (2 * ranks) // BLOCK_BYTES * BLOCK_BYTES)
+        files = []
         for rank in range(ranks):
-            small.append(_small(source, manifest, rank, ranks))
             specs = payload_specs(infos, parts, rank, ranks) + [each.spec(name) for name, each in small[rank].items()]
             writer = TensorWriter(partial / file_name(rank), specs, stage_bytes=stage_bytes, pool=pool)
             files.append(stack.enter_context(writer))
+        meter = Progress(sum(entry["bytes"] for entry in manifest["files"]) // _MIB, "writing", "MiB")
+        stack.callback(meter.close)
         for name, info in infos.items():
-            shares = [(part.rank, 4 * part.numel) for part in layout.overlaps(name, 0, info.numel)]
+            shares = [(files[part.rank], 4 * part.numel) for part in layout.overlaps(name, 0, info.numel)]
             for kind in info.kinds:
-                _deal(source.read(name, kind, 0, info.numel), [(files[rank], count) for rank, count in shares])
+                _deal(stream.read(name, kind, 0, info.numel), shares)
             meter.add(4 * info.numel * len(info.kinds) // _MIB)
-        for file, tensors_beside in zip(files, small, strict=True):
-            for each in tensors_beside.values():
+        for rank, file in enumerate(files):
+            for each in small[rank].values():
                 file.write(each.data)
     return [file.entry for file in files]
 
@@ -115,14 +108,14 @@ def _deal(views: Iterable[memoryview], shares: list[tuple[TensorWriter, int]]) -
             view, left = view[count:], left - count
 
 
-def _small(source: CheckedStream, manifest: Manifest, rank: int, ranks: int) -> dict[str, Small]:
+def _small(stream: CheckedStream, manifest: Manifest, rank: int, ranks: int) -> dict[str, Small]:
     """Generator states of this rank and of those that no longer have a file; rank 0 also the buffers."""
     found: dict[str, Small] = {}
     saved_by = manifest["world_size"]
     for origin in range(rank, manifest["rng_ranks"], ranks):
         old, new = rng_prefix(origin, saved_by), rng_prefix(origin, ranks)
-        mine = {name: each for name, each in source.small[origin % saved_by].items() if name.startswith(old)}
+        mine = {name: each for name, each in stream.small[origin % saved_by].items() if name.startswith(old)}
         found |= {f"{new}{name.removeprefix(old)}": each for name, each in mine.items()}
     if rank == 0:
-        found |= {name: each for name, each in source.small[0].items() if name.startswith(("buffer|", "ema_buffer|"))}
+        found |= {name: each for name, each in stream.small[0].items() if name.startswith(("buffer|", "ema_buffer|"))}
     return found
