@@ -19,20 +19,22 @@ class Progress:
 
     def __init__(self, total: int, what: str, unit: str) -> None:
         self.total, self.what, self.unit = total, what, unit
-        self.done = 0
+        self.done = 0.0
         self._bar = tqdm(total=total, desc=what, unit=f" {unit}", leave=False) if sys.stderr.isatty() else None
         self._started = self._told = time.monotonic()
 
-    def add(self, count: int) -> None:
+    def add(self, count: float) -> None:
+        """Count that many more; parts of a unit add up."""
+        before = int(self.done)
         self.done += count
         if self._bar is not None:
-            self._bar.update(count)
+            self._bar.update(int(self.done) - before)
             return
         now = time.monotonic()
         if now - self._told >= SECONDS_BETWEEN_LINES:
             self._told = now
             rate = self.done / (now - self._started)
-            line = f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.0f} a second"
+            line = f"{self.what}: {int(self.done)} of {self.total} {self.unit}, {rate:.0f} a second"
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -88,7 +88,7 @@ def _copy(
             shares = [(files[part.rank], 4 * part.numel) for part in layout.overlaps(name, 0, info.numel)]
             for kind in info.kinds:
                 _deal(stream.read(name, kind, 0, info.numel), shares)
-            meter.add(4 * info.numel * len(info.kinds) // _MIB)
+            meter.add(4 * info.numel * len(info.kinds) / _MIB)
         for rank, file in enumerate(files):
             for each in small[rank].values():
                 file.write(each.data)

@@ -72,7 +72,7 @@ def check_files(
             for entry in entries:
                 problems += _check_file(pool, directory, entry, left_out, direct)
                 if meter is not None:
-                    meter.add(entry["bytes"] // _MIB)
+                    meter.add(entry["bytes"] / _MIB)
             return problems
     finally:
         if meter is not None:

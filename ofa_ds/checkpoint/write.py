@@ -75,7 +75,7 @@ def _write_rank(
             for kind in info.kinds:
                 for chunk in fp32_chunks(state, name, kind, start, numel):
                     file.write(bytes_of(chunk))
-            meter.add(4 * numel * len(info.kinds) // _MIB)
+            meter.add(4 * numel * len(info.kinds) / _MIB)
         for tensor in extra.values():
             file.write(bytes_of(tensor))
     return file.entry

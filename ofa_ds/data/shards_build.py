@@ -26,6 +26,7 @@ from ofa_ds.data.negative_files import derive_negatives, write_negatives
 from ofa_ds.data.pool import run_jobs, serve_if_worker
 from ofa_ds.data.shards import FORMAT, MANIFEST, SCHEMAS, to_columns
 from ofa_ds.progress import Progress
+from ofa_ds.storage.atomic import sync
 
 MAX_BATCH_ROWS = 256
 MAX_BATCH_BYTES = 16 << 20
@@ -109,19 +110,11 @@ def _appearing(out: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            sync(path)
         os.replace(partial, out)
-        _sync(out.parent)
+        sync(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _plan(folder: Path, sources: Mapping[str, Sequence[Path]], rows_per_shard: int, on_error: str) -> list[Job]:

@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "storage": set(),
     "schedule": set(),
     "scores": set(),
-    "data": {"config", "progress"},
+    "data": {"config", "progress", "storage"},
     "model": {"ofa_kernels", "config"},
     "loss": {"ofa_kernels", "config"},
     "criteria": {"ofa_kernels", "config"},
