@@ -12,8 +12,8 @@ from contextlib import contextmanager
 def heavy_imports() -> Iterator[None]:
     """Around the imports of a command: they, and the end of the process, take two thirds of the time.
 
-    Modules stay to the end. Python's collector would go through their half a million objects several times while they
-    are imported, and once more at the end.
+    Modules stay to the end. Python's collector would go through torch's quarter of a million objects several times
+    while they are imported, and once more at the end.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield

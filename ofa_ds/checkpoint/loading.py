@@ -14,15 +14,13 @@ from torch import Tensor
 from ofa_ds.checkpoint.format import KINDS, Manifest, read_manifest
 from ofa_ds.checkpoint.runs import find, report, step_directories
 from ofa_ds.checkpoint.state import NO_STEPS, Reader, StreamReader
-from ofa_ds.checkpoint.stream import MAX_FILES, CheckedStream
+from ofa_ds.checkpoint.stream import MAX_FILES, THREADS, CheckedStream
 from ofa_ds.checkpoint.verifying import check_files
 from ofa_ds.partition import AVERAGE
 from ofa_ds.storage.safetensors_file import DamagedError
 
 if TYPE_CHECKING:
     from ofa_ds.engine import Engine
-
-_READ_THREADS = 4
 
 Accept = Callable[[Manifest], None]
 Shapes = Mapping[str, "tuple[int, ...]"]
@@ -156,7 +154,7 @@ def open_stream(path: str | Path, kinds: Sequence[str]) -> Iterator[Reader]:
     if manifest["world_size"] > MAX_FILES:
         yield open_checked(directory, tuple(f"{kind}|" for kind in KINDS if kind not in kinds))
         return
-    with ThreadPoolExecutor(_READ_THREADS) as pool, closing(CheckedStream(directory, manifest, pool, kinds)) as stream:
+    with ThreadPoolExecutor(THREADS) as pool, closing(CheckedStream(directory, manifest, pool, kinds)) as stream:
         yield StreamReader(directory, manifest, stream)
 
 

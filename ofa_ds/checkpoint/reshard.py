@@ -25,7 +25,7 @@ from ofa_ds.checkpoint.format import (
 )
 from ofa_ds.checkpoint.layout import Layout
 from ofa_ds.checkpoint.runs import find
-from ofa_ds.checkpoint.stream import BUFFER_BYTES, MAX_FILES, CheckedStream, Small
+from ofa_ds.checkpoint.stream import BUFFER_BYTES, MAX_FILES, THREADS, CheckedStream, Small
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import check_space, new_directory
 from ofa_ds.storage.direct_file import BLOCK_BYTES
@@ -33,8 +33,6 @@ from ofa_ds.storage.tensor_writer import TensorWriter
 
 _MIB = 1 << 20
 _MAX_STAGE_BYTES = 4 * _MIB
-_THREADS = 4
-"""They only wait for the disk."""
 
 
 def reshard(source: str | Path, destination: Path, *, ranks: int, stage: int | None = None) -> Path:
@@ -54,7 +52,7 @@ def reshard(source: str | Path, destination: Path, *, ranks: int, stage: int | N
     parts = parts_of(infos, ranks, own)
     with new_directory(destination) as partial:
         check_space(partial, num_bytes_of(infos, ranks), ranks + 2)
-        with ThreadPoolExecutor(_THREADS) as pool, closing(CheckedStream(directory, manifest, pool)) as stream:
+        with ThreadPoolExecutor(THREADS) as pool, closing(CheckedStream(directory, manifest, pool)) as stream:
             files = _copy(stream, manifest, partial=partial, parts=parts, ranks=ranks, pool=pool)
         buffers, ema_buffers = (
             {name: tuple(shape) for name, shape in manifest[each].items()} for each in ("buffers", "ema_buffers")

@@ -21,6 +21,8 @@ MAX_FILES = 64
 """Of those that are read, or written, at the same time."""
 BUFFER_BYTES = 64 << 20
 """For all files that are read, and for all that are written."""
+THREADS = 4
+"""Of the pool that reads, and writes: they only wait for the disk."""
 _MAX_BLOCK_BYTES = 1 << 19
 """Larger ones would read more of what lies between the weights."""
 

@@ -19,12 +19,10 @@ NUM_BUFFERS = 16
 class DirectReader:
     """Ranges of a file in ascending order, each block read while the one before is used. For one thread."""
 
-    def __init__(
-        self, path: Path, pool: Executor, block_bytes: int, ranges: Iterable[tuple[int, int]] | None = None
-    ) -> None:
+    def __init__(self, path: Path, pool: Executor, block_bytes: int, ranges: Iterable[tuple[int, int]]) -> None:
         """pool: reads there. block_bytes: a multiple of direct_file.BLOCK_BYTES; NUM_BUFFERS of them are kept.
 
-        ranges: (start, number of bytes) of what will be asked for, ascending: what to read ahead. None: everything.
+        ranges: (start, number of bytes) of what will be asked for, ascending: what to read ahead.
         """
         self.path = path
         self._pool = pool
@@ -32,7 +30,7 @@ class DirectReader:
         self._file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         self._size = os.fstat(self._file).st_size
         set_direct(self._file, True)
-        self._wanted = list(self._blocks_of([(0, self._size)] if ranges is None else ranges))
+        self._wanted = list(self._blocks_of(ranges))
         self._free = [memoryview(mmap.mmap(-1, block_bytes)) for _ in range(NUM_BUFFERS)]
         self._blocks: dict[int, tuple[memoryview, Future[None]]] = {}
         """By number: what was read, or is on its way."""

@@ -21,7 +21,7 @@ OFFSETS = st.one_of(st.integers(0, SIZE), st.sampled_from([0, 1, 4095, 4096, 819
 
 
 def read(path: Path, ranges: list[tuple[int, int]], block_bytes: int = 2 * BLOCK_BYTES) -> list[bytes]:
-    with ThreadPoolExecutor(2) as pool, closing(DirectReader(path, pool, block_bytes)) as file:
+    with ThreadPoolExecutor(2) as pool, closing(DirectReader(path, pool, block_bytes, [(0, SIZE)])) as file:
         return [b"".join(bytes(view) for view in file.read(start, count)) for start, count in ranges]
 
 
@@ -61,7 +61,7 @@ def test_a_range_beyond_the_end_is_a_damaged_file(path):
 def test_a_file_that_shrinks_while_it_is_read_is_a_damaged_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(SIZE))
-    with ThreadPoolExecutor(2) as pool, closing(DirectReader(path, pool, BLOCK_BYTES)) as file:
+    with ThreadPoolExecutor(2) as pool, closing(DirectReader(path, pool, BLOCK_BYTES, [(0, SIZE)])) as file:
         os.truncate(path, BLOCK_BYTES)
         with pytest.raises(DamagedError, match="ends at byte"):
             list(file.read(0, SIZE))
