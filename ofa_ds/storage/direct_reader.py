@@ -30,7 +30,7 @@ class DirectReader:
         self._file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         self._size = os.fstat(self._file).st_size
         set_direct(self._file, True)
-        self._wanted = list(self._blocks_of(ranges))
+        self._wanted = list(dict.fromkeys(number for each in ranges for number in self._blocks_of(*each)))
         self._free = [memoryview(mmap.mmap(-1, block_bytes)) for _ in range(NUM_BUFFERS)]
         self._blocks: dict[int, tuple[memoryview, Future[None]]] = {}
         """By number: what was read, or is on its way."""
@@ -54,14 +54,9 @@ class DirectReader:
         wait([read for _, read in self._blocks.values()])
         os.close(self._file)
 
-    def _blocks_of(self, ranges: Iterable[tuple[int, int]]) -> Iterator[int]:
-        """Numbers of the blocks of these ranges, each one once."""
-        last = -1
-        for start, num_bytes in ranges:
-            after = -(-(start + num_bytes) // self._block_bytes)
-            for number in range(max(last + 1, start // self._block_bytes), after):
-                yield number
-                last = number
+    def _blocks_of(self, start: int, num_bytes: int) -> range:
+        """Numbers of the blocks that hold these bytes."""
+        return range(start // self._block_bytes, -(-(start + num_bytes) // self._block_bytes))
 
     def _block(self, number: int) -> memoryview:
         if number != self._last:

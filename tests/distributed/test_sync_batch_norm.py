@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from ofa_ds.engine_state import agree_on_buffers
+from ofa_ds.engine_state import agree_on_buffers, saved_buffers
 from ofa_ds.model.resnet import BatchNorm, ResNet
 
 WORLD_SIZE = 2
@@ -150,3 +150,13 @@ def test_averaging_makes_the_statistics_of_batch_mode_the_mean_over_ranks(ranks:
         assert torch.equal(first[name], second[name]), name
     assert_near(first["mean"], (first["before"] + second["before"]) / 2, 1e-6)
     assert int(first["count"]) == WORLD_SIZE
+
+
+def test_saved_buffers_are_those_of_the_state_dict():
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Sequential(torch.nn.BatchNorm1d(2)))
+    module.register_buffer("scratch", torch.zeros(1), persistent=False)
+    module.register_buffer("absent", None)
+    parameters = dict(module.named_parameters())
+    want = {name: each for name, each in module.state_dict().items() if name not in parameters}
+    found = saved_buffers(module)
+    assert list(found) == list(want) and all(found[name].data_ptr() == want[name].data_ptr() for name in want)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,53 @@ def test_pieces_of_any_size_arrive_whole_and_in_order(tmp_path_factory, sizes: l
     pieces = [os.urandom(size) for size in sizes]
     path = tmp_path_factory.mktemp("direct") / "file"
     assert written(path, head, pieces) == head + b"".join(pieces)
+
+
+def test_a_stage_is_not_filled_again_before_it_is_written(tmp_path, monkeypatch) -> None:
+    pwrite = os.pwrite
+
+    def slow(descriptor, data, at):
+        time.sleep(0.005)
+        return pwrite(descriptor, data, at)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    head, raw = os.urandom(BLOCK_BYTES), os.urandom(9 * STAGE + 5)
+    with ThreadPoolExecutor(3) as pool:
+        file = DirectFile(tmp_path / "file", len(head), pool=pool)
+        file.write(raw)
+        file.finish(head)
+        file.close()
+    assert (tmp_path / "file").read_bytes() == head + raw
+
+
+def test_a_write_that_fails_beside_the_work_is_an_error(tmp_path, monkeypatch) -> None:
+    def fails(descriptor, data, at):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", fails)
+    with ThreadPoolExecutor(1) as pool:
+        file = DirectFile(tmp_path / "file", 0, pool=pool)
+        with pytest.raises(OSError, match="No space left"):
+            file.write(bytes(4 * STAGE))
+        file.close()
+
+
+def test_a_last_stage_that_could_not_be_written_fails_the_file(tmp_path, monkeypatch) -> None:
+    pwrite, calls = os.pwrite, []
+
+    def second_fails(descriptor, data, at):
+        calls.append(at)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return pwrite(descriptor, data, at)
+
+    monkeypatch.setattr(os, "pwrite", second_fails)
+    with ThreadPoolExecutor(1) as pool:
+        file = DirectFile(tmp_path / "file", 0, pool=pool)
+        file.write(bytes(2 * STAGE))
+        with pytest.raises(OSError, match="Input/output"):
+            file.finish(b"")
+        file.close()
 
 
 def test_a_file_system_in_memory_is_written_through_the_cache() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -51,6 +52,21 @@ def test_each_block_is_read_once_when_ranges_follow_each_other(path, monkeypatch
     monkeypatch.setattr(os, "preadv", counted)
     read(path, [(start, min(1000, SIZE - start)) for start in range(0, SIZE, 1000)])
     assert sorted(asked) == list(range(0, SIZE, 2 * BLOCK_BYTES))
+
+
+def test_a_buffer_is_not_given_to_another_block_while_it_is_being_filled(path, monkeypatch):
+    preadv = os.preadv
+
+    def slow(descriptor, buffers, at):
+        time.sleep(0.002)
+        return preadv(descriptor, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    raw = path.read_bytes()
+    ranges = [(number * BLOCK_BYTES, 100) for number in (0, 8, 1, 7, 0, 6, 2, 5)]  # none of them read ahead
+    with monkeypatch.context() as patch:
+        patch.setattr("ofa_ds.storage.direct_reader.NUM_BUFFERS", 2)
+        assert read(path, ranges, BLOCK_BYTES) == [raw[start : start + count] for start, count in ranges]
 
 
 def test_a_range_beyond_the_end_is_a_damaged_file(path):

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ofa_ds.checkpoint.format import FORMAT, KINDS, MANIFEST, VERSION, Facts, read_manifest, write_manifest
+from ofa_ds.checkpoint.loading import open_stream
 from ofa_ds.checkpoint.reshard import reshard
 from ofa_ds.checkpoint.runs import prune
 from ofa_ds.checkpoint.state import ForeignState, Reader
@@ -97,6 +98,18 @@ def test_a_flipped_bit_anywhere_stops_a_reshard_and_leaves_nothing(tmp_path, mon
             assert [each.name for each in tmp_path.iterdir()] == ["n"]
         path.write_bytes(whole_file)
     reshard(tmp_path / "n", tmp_path / "m", ranks=3)
+
+
+def test_a_stream_refuses_to_leave_elements_unchecked(tmp_path):
+    tensors = {"a": torch.arange(10.0), "b": torch.arange(10.0)}
+    write_checkpoint(tmp_path / "n", state_of(tensors, kinds=dict.fromkeys(tensors, KINDS[:1])), ranks=2, stage=3)
+    with open_stream(tmp_path / "n", ["weight"]) as reader:
+        assert torch.equal(reader.read("a", "weight", 0, 7), tensors["a"][:7])
+        assert torch.equal(reader.read("a", "weight", 7, 3), tensors["a"][7:])
+        reader.read("a", "weight", 0, 3)
+        for name, start in (("a", 4), ("b", 3)):
+            with pytest.raises(ValueError, match="from its first element to its last"):
+                reader.read(name, "weight", start, 2)
 
 
 def test_looking_at_checking_pruning_and_resharding_never_wait_for_torch(tmp_path):
