@@ -57,16 +57,19 @@ def test_each_block_is_read_once_when_ranges_follow_each_other(path, monkeypatch
 def test_a_buffer_is_not_given_to_another_block_while_it_is_being_filled(path, monkeypatch):
     preadv = os.preadv
 
-    def slow(descriptor, buffers, at):
-        time.sleep(0.002)
+    def slow_ahead(descriptor, buffers, at):
+        time.sleep(0.05 if at == BLOCK_BYTES else 0)
         return preadv(descriptor, buffers, at)
 
-    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(os, "preadv", slow_ahead)
+    monkeypatch.setattr("ofa_ds.storage.direct_reader.NUM_BUFFERS", 2)
     raw = path.read_bytes()
-    ranges = [(number * BLOCK_BYTES, 100) for number in (0, 8, 1, 7, 0, 6, 2, 5)]  # none of them read ahead
-    with monkeypatch.context() as patch:
-        patch.setattr("ofa_ds.storage.direct_reader.NUM_BUFFERS", 2)
-        assert read(path, ranges, BLOCK_BYTES) == [raw[start : start + count] for start, count in ranges]
+    with ThreadPoolExecutor(2) as pool, closing(DirectReader(path, pool, BLOCK_BYTES, [(0, SIZE)])) as file:
+        next(file.read(0, 1))  # block 1 is on its way
+        for number in (7, 8):
+            view = next(file.read(number * BLOCK_BYTES, BLOCK_BYTES))
+            time.sleep(0.1)
+            assert view == raw[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
 
 
 def test_a_range_beyond_the_end_is_a_damaged_file(path):
