@@ -19,19 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-TASKS = (
-    "caption", "vqa", "itm", "visual_grounding", "grounded_caption", "detection", "image_infilling", "text_infilling",
-)  # fmt: skip
-"""The eight pretraining tasks, in the order in which tables and logs show them."""
-
-FAMILIES = ("vision_language", "text", "image", "detection")
-"""Kinds of source rows, one Arrow schema each."""
-
-GROUPS = ("vision_language", "other")
-"""Loss groups: each is divided by its own global token count (spec 02 section 8)."""
-
-PAD_ID = 1
-"""Vocabulary id of padding; a target with this id has no loss."""
+from ofa_ds.terms import FAMILIES
 
 RECIPES = Path(__file__).parent / "recipes"
 

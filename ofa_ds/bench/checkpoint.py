@@ -69,7 +69,7 @@ def _run(preset: str, root: Path) -> dict[str, Any]:
     _sync()
     read_s, check_s = zip(*((_read_s(ours), _check_s(ours)) for _ in range(3)), strict=True)
     result |= {"disk_read_s": min(read_s), "check_s": min(check_s)}
-    cli = [sys.executable, "-m", "ofa_ds.cli", "checkpoint"]
+    cli = [sys.executable, "-m", "ofa_ds.cli.main", "checkpoint"]
     jobs: dict[str, Sequence[str]] = {
         "verify": [*cli, "verify", str(ours)],
         "reshard": [*cli, "reshard", str(ours), str(root / "resharded"), "--ranks", str(OTHER_RANKS)],

@@ -21,10 +21,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from ofa_ds import checkpoint
+from ofa_ds.batch import pack
 from ofa_ds.bench.step import example
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig, load_recipe, recipe_to_dict
-from ofa_ds.data.batch import pack
-from ofa_ds.engine import Engine, build, init_distributed, leave_distributed, load_deepspeed_config
+from ofa_ds.engine.config import load_deepspeed_config
+from ofa_ds.engine.engine import Engine, build, init_distributed, leave_distributed
 from ofa_ds.model.config import ModelConfig, preset
 from ofa_ds.model.ofa import OFA
 

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ofa_ds.config import PAD_ID
-from ofa_ds.data.tasks import Example
+from ofa_ds.data.example import Example
 from ofa_ds.model.ofa import OFA
 from ofa_ds.model.positions import grid_ids, image_id_to_cell, token_buckets
 from ofa_ds.model.resnet import BatchNorm, Bottleneck, ResNet
+from ofa_ds.terms import PAD_ID
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ofa_ds.batch import Batch, pack
 from ofa_ds.bench.padded import PaddedBatch, PaddedOFA, pad
-from ofa_ds.config import PAD_ID
-from ofa_ds.data.batch import Batch, pack
-from ofa_ds.data.tasks import Example
+from ofa_ds.data.example import Example
+from ofa_ds.engine.host_memory import keep_freed_memory
 from ofa_ds.model.config import preset
 from ofa_ds.model.ofa import OFA
 from ofa_ds.model.products import without_onednn
-from ofa_ds.processes import keep_freed_memory
+from ofa_ds.terms import PAD_ID
 
 ORIGINAL_PAIR_S = 1.008
 """Original OFA tiny on another machine, 1 thread: batch 2, 256 px, 32 / 16 tokens."""

@@ -34,7 +34,7 @@ import xxhash
 
 import ofa_ds
 from ofa_ds.checkpoint.layout import Layout
-from ofa_ds.partition import AVERAGE, MOMENTS, even_range, flat_parts
+from ofa_ds.engine.partition import AVERAGE, MOMENTS, even_range, flat_parts
 from ofa_ds.storage.direct_file import BLOCK_BYTES
 from ofa_ds.storage.safetensors_file import DamagedError, check_size, whole_numbers
 from ofa_ds.storage.tensor_writer import TensorSpec

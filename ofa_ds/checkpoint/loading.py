@@ -16,11 +16,11 @@ from ofa_ds.checkpoint.runs import find, report, step_directories
 from ofa_ds.checkpoint.state import NO_STEPS, Reader, StreamReader
 from ofa_ds.checkpoint.stream import MAX_FILES, THREADS, CheckedStream
 from ofa_ds.checkpoint.verifying import check_files
-from ofa_ds.partition import AVERAGE
+from ofa_ds.engine.partition import AVERAGE
 from ofa_ds.storage.safetensors_file import DamagedError
 
 if TYPE_CHECKING:
-    from ofa_ds.engine import Engine
+    from ofa_ds.engine.engine import Engine
 
 Accept = Callable[[Manifest], None]
 Shapes = Mapping[str, "tuple[int, ...]"]

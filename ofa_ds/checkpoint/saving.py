@@ -35,12 +35,12 @@ from ofa_ds.checkpoint.format import (
 from ofa_ds.checkpoint.runs import remove, remove_leftovers, retire
 from ofa_ds.checkpoint.snapshot import Snapshot, room
 from ofa_ds.checkpoint.tensor_file import write_tensors
-from ofa_ds.partition import AVERAGE, KINDS
+from ofa_ds.engine.partition import AVERAGE, KINDS
 from ofa_ds.storage.atomic import PARTIAL, check_space, sync
 from ofa_ds.storage.direct_file import BLOCK_BYTES
 
 if TYPE_CHECKING:
-    from ofa_ds.engine import Engine
+    from ofa_ds.engine.engine import Engine
 
 
 def save(engine: Engine, run_dir: str | Path, step: int, extra: Mapping[str, Any], *, keep: int = 3) -> Path:

@@ -16,7 +16,7 @@ from ofa_ds.checkpoint.format import Facts, Manifest, TensorInfo, facts_of, info
 from ofa_ds.checkpoint.layout import Layout
 from ofa_ds.checkpoint.stream import CheckedStream
 from ofa_ds.checkpoint.tensor_file import TensorFile, bytes_of
-from ofa_ds.partition import AVERAGE
+from ofa_ds.engine.partition import AVERAGE
 from ofa_ds.storage.safetensors_file import read_into
 
 _OPEN_FILES = 64

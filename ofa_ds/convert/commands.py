@@ -9,24 +9,24 @@ from typing import Any
 
 import torch
 
-from ofa_ds.checkpoint.deepspeed_folder import read_deepspeed, write_deepspeed
 from ofa_ds.checkpoint.format import MANIFEST, TensorInfo
 from ofa_ds.checkpoint.loading import open_checked, open_stream
 from ofa_ds.checkpoint.runs import step_directories
 from ofa_ds.checkpoint.state import ForeignState, Reader
-from ofa_ds.checkpoint.universal import read_universal, write_universal
 from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.config import Recipe, recipe_from_dict, recipe_to_dict
 from ofa_ds.convert import fairseq, port
 from ofa_ds.convert.architecture import architecture
+from ofa_ds.convert.deepspeed_folder import read_deepspeed, write_deepspeed
 from ofa_ds.convert.foreign import Options, official_state, recipe_of, to_state
 from ofa_ds.convert.operations import grow_vocabulary, resize_image_positions
 from ofa_ds.convert.port_config import is_official
+from ofa_ds.convert.universal import read_universal, write_universal
 from ofa_ds.convert.weights import Weight, Weights
 from ofa_ds.data.vocab import Vocab, load_vocab
 from ofa_ds.data.vocab_files import write_files
+from ofa_ds.engine.partition import AVERAGE
 from ofa_ds.model.config import ModelConfig, model_config
-from ofa_ds.partition import AVERAGE
 from ofa_ds.storage.atomic import check_space, new_directory, new_file
 
 FORMATS = ("deepspeed", "universal", "huggingface", "fairseq", "modelscope")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ofa_ds.checkpoint import torch_file
+from ofa_ds.convert import torch_file
 from ofa_ds.convert.foreign import Foreign
 from ofa_ds.convert.port import slots, torch_weights
 from ofa_ds.convert.port_config import hints_from_fairseq, to_fairseq

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ofa_ds.checkpoint import torch_file
 from ofa_ds.checkpoint.tensor_file import TensorFile, bytes_of, spec_of
+from ofa_ds.convert import torch_file
 from ofa_ds.convert.foreign import Foreign
 from ofa_ds.convert.port_config import hints_from_port, to_port
 from ofa_ds.convert.weights import Weight, Weights, entries_of

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from ofa_ds.config import FAMILIES
+from ofa_ds.terms import FAMILIES
 
 MANIFEST = "manifest.json"
 NEGATIVES = "negative_sample"

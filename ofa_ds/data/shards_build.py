@@ -20,13 +20,13 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from ofa_ds.config import FAMILIES
 from ofa_ds.data import tsv
 from ofa_ds.data.negative_files import derive_negatives, write_negatives
 from ofa_ds.data.pool import run_jobs, serve_if_worker
 from ofa_ds.data.shards import FORMAT, MANIFEST, SCHEMAS, to_columns
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import sync
+from ofa_ds.terms import FAMILIES
 
 MAX_BATCH_ROWS = 256
 MAX_BATCH_BYTES = 16 << 20

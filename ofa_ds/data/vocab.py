@@ -10,24 +10,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from ofa_ds.data.text import clean_caption, clean_question
 from ofa_ds.data.vocab_files import META, SPECIALS, Files, read_files, tokenizer_of, write_files
-from ofa_ds.progress import track
-
-if TYPE_CHECKING:
-    from ofa_ds.data.shards import Shards
-
-BOS, PAD, EOS, UNK = range(4)
+from ofa_ds.terms import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -41,7 +33,7 @@ _SPACE = chr(256 + _OTHERS.index(32))
 class Vocab:
     """Encodes text to ids and back. Picklable; never changes after it is made."""
 
-    bos, pad, eos, unk = BOS, PAD, EOS, UNK
+    bos, pad, eos, unk = BOS_ID, PAD_ID, EOS_ID, UNK_ID
 
     def __init__(self, files: Files) -> None:
         self._files = files
@@ -57,22 +49,22 @@ class Vocab:
         """Ids of `text` as given, a leading space included; no bos, no eos. No symbol in it is special."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         # A piece that the tokenizer knows and the dictionary does not has an id past the end of the vocabulary.
-        return [token if token < self.size else UNK for token in ids]
+        return [token if token < self.size else UNK_ID for token in ids]
 
     def encode_words(self, text: str) -> list[int]:
         """Ids of the dictionary's own symbols, split at white space, such as "<bin_3> <code_7>"; else <unk>."""
-        return [self._id_of_symbol.get(word, UNK) for word in text.split()]
+        return [self._id_of_symbol.get(word, UNK_ID) for word in text.split()]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text. bos, pad and eos are left out; codes, bins, <mask> and <unk> stand as their symbols."""
         out, run = "", []
-        for token in (*ids, EOS):
+        for token in (*ids, EOS_ID):
             if len(SPECIALS) <= token < self.mask:
                 run.append(self._files.pieces[token - len(SPECIALS)])
                 continue
             out += self._join(run, out)
             run = []
-            if token not in (BOS, PAD, EOS):
+            if token not in (BOS_ID, PAD_ID, EOS_ID):
                 out += (" " if out and not out.endswith(" ") else "") + self.symbol(token)
         return out
 
@@ -207,39 +199,3 @@ def train_vocab(texts: Iterable[str], size: int, out: Path | str, num_codes: int
     pieces = sorted(id_of_piece, key=id_of_piece.__getitem__)
     Vocab(Files("bpe", pieces, pieces, merges, num_codes, num_bins)).save(Path(out))
     return load_vocab(out)
-
-
-def train_from_shards(
-    shards: Path | str, *, size: int, out: Path | str, num_codes: int = 8192, num_bins: int = 1000
-) -> Vocab:
-    """`train_vocab` on the text of shards, cleaned as the tasks clean it and with their instructions."""
-    from ofa_ds.data.shards import Shards  # not above: reading a vocabulary needs no pyarrow
-
-    return train_vocab(shard_texts(Shards(shards)), size, out, num_codes, num_bins)
-
-
-def shard_texts(shards: Shards) -> Iterator[str]:
-    """Every text of the shards as the tasks present it: cleaned, with its leading space, inside its instruction."""
-    from ofa_ds.data import tasks  # not above: tasks need a Vocab
-
-    for family, count in shards.families.items():
-        for i in track(range(count), f"reading {family} texts", "rows"):
-            yield from _row_texts(family, shards.row(family, i), tasks)
-
-
-def _row_texts(family: str, row: dict, tasks: ModuleType) -> list[str]:
-    if family == "text":
-        return [tasks.INFILL_TEXT_PROMPT[0], f" {row['text'].strip().lower()}", tasks.INFILL_TEXT_PROMPT[1]]
-    if family == "image":
-        return [tasks.INFILL_IMAGE_PROMPT]
-    if family == "detection":
-        return [tasks.DETECTION_PROMPT, *(f" {name}" for name in row["cat_names"])]
-    caption, question = clean_caption(row["caption"]), clean_question(row["question"])
-    if row["type"] == "visual_grounding":
-        return [tasks.GROUNDING_PROMPT.format(caption), tasks.REGION_PROMPT, f" {caption}"]
-    if row["type"] == "qa":
-        answers = [text for text, _ in row["answers"]]
-        prompts = [tasks.ANSWER_MATCH_PROMPT.format(question, answer) for answer in answers]
-        return [f" {question}", *prompts, *(f" {answer}" for answer in answers), tasks.YES, tasks.NO]
-    match = tasks.CAPTION_MATCH_PROMPT.format(caption)
-    return [tasks.CAPTION_PROMPT, f" {caption}", match, tasks.YES, tasks.NO]

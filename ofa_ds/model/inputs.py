@@ -1,4 +1,4 @@
-"""What the model reads of a packed batch: attributes of `ofa_ds.data.batch.Batch`, which it does not import."""
+"""What the model reads of a packed batch: attributes of `ofa_ds.batch.Batch`, which it does not import."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PackedInput(Protocol):
-    """Shapes and dtypes are told at `ofa_ds.data.batch.Batch`."""
+    """Shapes and dtypes are told at `ofa_ds.batch.Batch`."""
 
     images: tuple[Tensor, ...]
     image_holes: tuple[Tensor, ...]

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ofa_ds.config import PAD_ID, KernelConfig
+from ofa_ds.config import KernelConfig
 from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.init import Linear
 from ofa_ds.model.positions import RelativeRow
+from ofa_ds.terms import PAD_ID
 from ofa_kernels.attention import AttentionPlan, attention
 from ofa_kernels.cross_entropy import linear_cross_entropy
 from ofa_kernels.layer_norm import add_branch, add_layer_norm, gelu_layer_norm, layer_norm

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ofa_ds.config import PAD_ID
-from ofa_ds.data.batch import Batch
+from ofa_ds.batch import Batch
+from ofa_ds.terms import PAD_ID
 
 IMAGE_SIZES = (64, 32)
 """Pixels: of vision-language rows, of image rows."""

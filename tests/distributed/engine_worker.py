@@ -25,12 +25,13 @@ from ofa_ds import checkpoint
 from ofa_ds.checkpoint.format import read_manifest
 from ofa_ds.checkpoint.state import Reader
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
-from ofa_ds.engine import Engine, build, init_distributed, leave_distributed, load_deepspeed_config
-from ofa_ds.loss import group_counts, group_sums
+from ofa_ds.engine.config import load_deepspeed_config
+from ofa_ds.engine.engine import Engine, build, init_distributed, leave_distributed
+from ofa_ds.engine.schedule import polynomial_lr
 from ofa_ds.model import products
 from ofa_ds.model.config import preset
 from ofa_ds.model.ofa import OFA
-from ofa_ds.schedule import polynomial_lr
+from ofa_ds.train.loss import group_counts, group_sums
 
 OPTIM = OptimConfig(peak_lr=1e-3, warmup_steps=3, eps=1e-6, clip_norm=0.5, ema_decay=0.8)
 TRAIN = TrainConfig(num_steps=30, seed=3)

@@ -13,10 +13,10 @@ import torch
 from engine_cases import launch
 from formats_cases import EXPORTS, JOBS, SAVED, UNIVERSAL, WORKER
 
-from ofa_ds.checkpoint.deepspeed_folder import read_deepspeed, write_deepspeed
 from ofa_ds.checkpoint.format import Facts, TensorInfo, read_manifest
 from ofa_ds.checkpoint.state import ForeignState, Reader
-from ofa_ds.checkpoint.universal import read_universal, write_universal
+from ofa_ds.convert.deepspeed_folder import read_deepspeed, write_deepspeed
+from ofa_ds.convert.universal import read_universal, write_universal
 
 NOT_TAKEN = {f"{start}{name}" for start in ("weight|", "copy of ") for name in ("frozen.weight", "frozen.bias")}
 NOT_TAKEN |= {f"blocks.{block}.seen" for block in range(3)}

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from ofa_ds.engine_state import agree_on_buffers, saved_buffers
+from ofa_ds.engine.state import agree_on_buffers, saved_buffers
 from ofa_ds.model.resnet import BatchNorm, ResNet
 
 WORLD_SIZE = 2

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from ofa_ds.criteria import Criterion, criterion_loss
+from ofa_ds.train.criteria import Criterion, criterion_loss
 from ofa_kernels import cross_entropy
 from ofa_kernels import cross_entropy_triton as tiles
 from ofa_kernels._launch import interpreting

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ofa_ds.data.batch import Batch
+from ofa_ds.batch import Batch
 from ofa_ds.model.config import ModelConfig, ResNetConfig, ViTConfig
 
 PAD = 1

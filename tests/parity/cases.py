@@ -13,8 +13,8 @@ import torch
 from adapter import MICRO, MICRO_6B_VIT, MICRO_VIT, Padded, load, pack_padded, stored_weights
 from torch import Tensor, nn
 
+from ofa_ds.batch import Batch
 from ofa_ds.config import KernelConfig
-from ofa_ds.data.batch import Batch
 from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.encoder import Encoded
 from ofa_ds.model.names import to_port_name

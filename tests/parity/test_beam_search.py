@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from ofa_ds.data.batch import Batch
-from ofa_ds.generate import GenerationConfig, Trie, generate
+from ofa_ds.batch import Batch
+from ofa_ds.inference.generate import GenerationConfig, Trie, generate
 from ofa_ds.model.ofa import OFA
 
 DTYPE = torch.float64

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ofa_ds import criteria
-from ofa_ds.criteria import Criterion, Loss, criterion_loss
+from ofa_ds.train import criteria
+from ofa_ds.train.criteria import Criterion, Loss, criterion_loss
 
 FILE = "criterion.npz"
 TOLERANCE = 1e-9

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ofa_ds.config import PAD_ID
 from ofa_ds.model.config import ModelConfig, ViTConfig, preset
 from ofa_ds.model.ofa import OFA
+from ofa_ds.terms import PAD_ID
 
 VIT_B16 = ViTConfig(resolution=224, patch_size=16, channels=768, layers=9, heads=12)
 SIGMAS = 6

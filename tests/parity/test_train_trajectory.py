@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ofa_ds.batch import Batch
 from ofa_ds.config import KernelConfig
-from ofa_ds.data.batch import Batch
-from ofa_ds.loss import group_counts, group_sums
+from ofa_ds.engine.schedule import polynomial_lr
 from ofa_ds.model.ofa import OFA
-from ofa_ds.schedule import polynomial_lr
+from ofa_ds.train.loss import group_counts, group_sums
 
 FILE = "train_trajectory.npz"
 PAIR = ("case_c_partial_patch_masks.npz", "case_d2_code_mixed.npz")

@@ -13,7 +13,7 @@ import pytest
 import scenes_shards
 from safetensors.numpy import load_file
 
-from ofa_ds.data.vocab import train_from_shards
+from ofa_ds.tasks.texts import train_from_shards
 
 RANKS = 2
 STEPS = 8

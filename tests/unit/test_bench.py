@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from numerics import TOLERANCE, assert_close
 from torch import Tensor
 
+from ofa_ds.batch import Batch, pack
 from ofa_ds.bench import __main__ as command
 from ofa_ds.bench import step as bench
 from ofa_ds.bench.padded import PaddedBatch, PaddedCore, PaddedOFA, pad
-from ofa_ds.config import PAD_ID
-from ofa_ds.data.batch import Batch, pack
-from ofa_ds.data.tasks import Example
+from ofa_ds.data.example import Example
 from ofa_ds.model.config import ResNetConfig, preset
 from ofa_ds.model.ofa import OFA
 from ofa_ds.model.products import without_onednn
 from ofa_ds.model.stem import normalize
+from ofa_ds.terms import PAD_ID
 
 VOCAB = 90
 SIDE = 64

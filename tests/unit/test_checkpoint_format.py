@@ -14,7 +14,7 @@ from ofa_ds.checkpoint import describe, latest, load_model_weights, verify
 from ofa_ds.checkpoint.format import FORMAT, KINDS, MANIFEST, VERSION, read_manifest, write_manifest
 from ofa_ds.checkpoint.layout import Layout
 from ofa_ds.checkpoint.tensor_file import TensorFile, write_tensors
-from ofa_ds.partition import even_range
+from ofa_ds.engine.partition import even_range
 from ofa_ds.storage.safetensors_file import DamagedError
 
 

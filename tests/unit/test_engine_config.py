@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ofa_ds.config import BatchConfig, OptimConfig
-from ofa_ds.engine import derive_config, load_deepspeed_config
-from ofa_ds.processes import choose_device, first_host, rendezvous
+from ofa_ds.engine.config import derive_config, load_deepspeed_config
+from ofa_ds.engine.ranks import choose_device, first_host, rendezvous
 
 SHIPPED = ("zero1", "zero2", "zero3", "zero3_fp16", "zero3_offload")
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -9,17 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from ofa_ds.config import TASKS, BatchConfig, DataConfig, ModelOptions, Recipe
+from ofa_ds.config import BatchConfig, DataConfig, ModelOptions, Recipe
+from ofa_ds.data.example import Example
 from ofa_ds.data.scenes import write_scenes
 from ofa_ds.data.shards import Shards, build_shards
-from ofa_ds.data.tasks import Context, Example
-from ofa_ds.data.vocab import train_from_shards
-from ofa_ds.evaluate import beside_blind, blinded, collect, judge_tasks
-from ofa_ds.inference import Subject, batches, generated, token_scores
+from ofa_ds.inference.answers import ask, boxes_of, objects_of, readable, sample_sheet
+from ofa_ds.inference.evaluate import beside_blind, blinded, collect, judge_tasks
+from ofa_ds.inference.loaded_model import Subject, batches, generated, token_scores
+from ofa_ds.inference.table import format_table
 from ofa_ds.model.config import model_config
 from ofa_ds.model.ofa import OFA
-from ofa_ds.report import format_table
-from ofa_ds.samples import ask, boxes_of, objects_of, readable, sample_sheet
+from ofa_ds.tasks.pretraining import Context
+from ofa_ds.tasks.texts import train_from_shards
+from ofa_ds.terms import TASKS
 
 STEPS = 90
 
@@ -158,7 +160,7 @@ def test_loss_and_accuracy_do_not_depend_on_how_examples_are_batched(
     learned: Subject, asked: dict[str, list[Example]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = token_scores(learned, asked["caption"])
-    monkeypatch.setattr("ofa_ds.inference.MAX_TOKENS_A_BATCH", 1)
+    monkeypatch.setattr("ofa_ds.inference.loaded_model.MAX_TOKENS_A_BATCH", 1)
     assert len(list(batches(asked["caption"]))) == len(asked["caption"])
     assert token_scores(learned, asked["caption"]) == pytest.approx(whole, rel=1e-5)
 

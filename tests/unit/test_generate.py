@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ofa_ds.config import PAD_ID
-from ofa_ds.criteria import EOS_ID
-from ofa_ds.generate import BOS_ID, GenerationConfig, Trie, generate
+from ofa_ds.inference.generate import BOS_ID, GenerationConfig, Trie, generate
+from ofa_ds.terms import PAD_ID
+from ofa_ds.train.criteria import EOS_ID
 
 VOCAB = 12
 NUM_EXAMPLES = 3

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch  # noqa: F401 - is to be there
 
-from ofa_ds.heavy_imports import heavy_imports
+from ofa_ds.cli.heavy_imports import heavy_imports
 
 
 @pytest.fixture

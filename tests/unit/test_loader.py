@@ -17,11 +17,11 @@ import pytest
 import torch
 from tiny_sources import write_sources
 
+from ofa_ds.batch import Batch
 from ofa_ds.config import BatchConfig, DataConfig
-from ofa_ds.data.batch import Batch
-from ofa_ds.data.loader import Loader, from_buffer, to_buffer
 from ofa_ds.data.shards import Shards, build_shards
 from ofa_ds.data.vocab import load_vocab, train_vocab
+from ofa_ds.train.loader import Loader, from_buffer, to_buffer
 
 DATA = DataConfig(image_size=64, infill_image_size=32, code_image_size=16, sample_patches=8, workers=0)
 BATCH = BatchConfig(global_rows=24, micro_rows=4)
@@ -161,7 +161,7 @@ def test_batch_sizes_that_do_not_divide_are_refused_at_once(make):
 PROGRAM = """
 import json, multiprocessing, signal, sys, time
 from ofa_ds.config import BatchConfig, DataConfig
-from ofa_ds.data.loader import Loader
+from ofa_ds.train.loader import Loader
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
 

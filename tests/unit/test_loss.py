@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ofa_ds.config import PAD_ID, TASKS
-from ofa_ds.criteria import Criterion, criterion_loss
-from ofa_ds.loss import TASK_SUMS, group_counts, group_sums, task_sums
+from ofa_ds.terms import PAD_ID, TASKS
+from ofa_ds.train.criteria import Criterion, criterion_loss
+from ofa_ds.train.loss import TASK_SUMS, group_counts, group_sums, task_sums
 
 
 @pytest.fixture

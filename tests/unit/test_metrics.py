@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from ofa_ds.metrics import MetricsWriter, Window
+from ofa_ds.train.metrics import MetricsWriter, Window
 
 VALUES = {"loss": 1.0, "lr": 1e-3, "grad_norm": 2.0, "examples_per_s": 3.0, "step_ms": 4.0, "data_wait_fraction": 0.0}
 

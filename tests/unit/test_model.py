@@ -10,8 +10,8 @@ import torch
 from numerics import assert_close
 from torch import nn
 
-from ofa_ds.data.batch import Batch, pack
-from ofa_ds.data.tasks import Example
+from ofa_ds.batch import Batch, pack
+from ofa_ds.data.example import Example
 from ofa_ds.model.config import ModelConfig, preset
 from ofa_ds.model.layers import Branch
 from ofa_ds.model.ofa import OFA

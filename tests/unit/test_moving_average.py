@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofa_ds.checkpoint import load_model_weights
+from ofa_ds.engine.moving_average import MovingAverage
 from ofa_ds.model.config import ResNetConfig, preset
-from ofa_ds.moving_average import MovingAverage
 
 
 @given(decay=st.floats(0, 0.9999), course=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=12))

@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ofa_ds.data.noising import _SPAN_LENGTH_CDF, insert_masks, mask_spans, span_lengths
+from ofa_ds.tasks.noising import _SPAN_LENGTH_CDF, insert_masks, mask_spans, span_lengths
 
 BOS, EOS, MASK = 0, 2, 9999
 
@@ -87,14 +87,14 @@ def test_given_spans_take_what_the_original_takes(starts, data):
     lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=num_words))
     first = data.draw(st.permutations(range(num_words)))
     rng = SimpleNamespace(permutation=lambda n: np.array(first))
-    with patch("ofa_ds.data.noising.span_lengths", lambda num_words, rng: np.array(lengths)):
+    with patch("ofa_ds.tasks.noising.span_lengths", lambda num_words, rng: np.array(lengths)):
         out = mask_spans(tokens, starts_word, MASK, rng)
     assert out.tolist() == token_by_token(tokens, starts_word, first[: len(lengths)], lengths)
 
 
 def test_a_span_of_n_words_takes_n_words_with_all_their_pieces(monkeypatch):
     tokens, starts = sequence([True, False, True, True, False, False, True])
-    monkeypatch.setattr("ofa_ds.data.noising.span_lengths", lambda num_words, rng: np.array([2]))
+    monkeypatch.setattr("ofa_ds.tasks.noising.span_lengths", lambda num_words, rng: np.array([2]))
 
     class Third:
         def permutation(self, n):
@@ -105,7 +105,7 @@ def test_a_span_of_n_words_takes_n_words_with_all_their_pieces(monkeypatch):
 
 def test_overlapping_spans_leave_one_mask(monkeypatch):
     tokens, starts = sequence([True] * 6)
-    monkeypatch.setattr("ofa_ds.data.noising.span_lengths", lambda num_words, rng: np.array([3, 2]))
+    monkeypatch.setattr("ofa_ds.tasks.noising.span_lengths", lambda num_words, rng: np.array([3, 2]))
 
     class Fixed:
         def permutation(self, n):

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ofa_ds.config import GROUPS, TASKS
-from ofa_ds.data.batch import Batch, pack
-from ofa_ds.data.tasks import Example
+from ofa_ds.batch import Batch, pack
+from ofa_ds.data.example import Example
+from ofa_ds.terms import GROUPS, TASKS
 
 PATCH, BUCKET = 4, 10
 SIZES = [(16, 24), (8, 8)]

@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 from tiny_sources import write_sources
 
-from ofa_ds.config import TASKS, DataConfig
-from ofa_ds.data import preview
+from ofa_ds.config import DataConfig
 from ofa_ds.data.shards import build_shards
 from ofa_ds.data.vocab import train_vocab
+from ofa_ds.tasks import preview
+from ofa_ds.terms import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_one_task_and_row_can_be_chosen(folder, config, capsys):
 
 
 def test_boxes_are_drawn_where_they_are():
-    from ofa_ds.data.tasks import Example
+    from ofa_ds.tasks.pretraining import Example
 
     ids = np.array([0, 2])
     box = np.array([[16, 32, 48, 48]], np.float32)

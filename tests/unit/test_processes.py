@@ -6,7 +6,7 @@ import ctypes
 import os
 import resource
 
-from ofa_ds.processes import keep_freed_memory, release_freed_memory
+from ofa_ds.engine.host_memory import keep_freed_memory, release_freed_memory
 
 SIZE = 64 << 20
 

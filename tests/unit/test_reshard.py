@@ -25,8 +25,8 @@ from ofa_ds.checkpoint.verifying import describe, verify
 from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.cli import main
 from ofa_ds.convert.weights import shapes_of
+from ofa_ds.engine.partition import even_range, flat_parts
 from ofa_ds.model.config import preset
-from ofa_ds.partition import even_range, flat_parts
 from ofa_ds.storage.safetensors_file import DamagedError
 
 DIMENSIONS = st.sampled_from([1, 2, 3, 5, 7, 13, 31, 64])

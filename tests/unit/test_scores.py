@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ofa_ds import scores
+from ofa_ds.tasks import judges as scores
 
 BOX = (0.0, 0.0, 10.0, 10.0)
 HALF = (0.0, 0.0, 5.0, 10.0)

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from ofa_ds.config import DataConfig
-from ofa_ds.data import tasks
-from ofa_ds.data.negatives import negative_answer, negative_caption
-from ofa_ds.data.tasks import Context, examples, matching_pair, row_generator
 from ofa_ds.data.vocab import load_vocab, train_vocab
+from ofa_ds.tasks import pretraining as tasks
+from ofa_ds.tasks.negatives import negative_answer, negative_caption
+from ofa_ds.tasks.pretraining import Context, examples, matching_pair, row_generator
 
 REPOSITORY = Path(__file__).parents[2]
 OFA_VOCAB = next(

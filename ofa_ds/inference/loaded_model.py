@@ -10,17 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ofa_ds.batch import Batch, pack
 from ofa_ds.checkpoint.format import read_manifest
 from ofa_ds.checkpoint.loading import load_model_weights
 from ofa_ds.checkpoint.runs import find
-from ofa_ds.config import PAD_ID, Recipe, recipe_from_dict
-from ofa_ds.data.batch import Batch, pack
+from ofa_ds.config import Recipe, recipe_from_dict
+from ofa_ds.data.example import Example
 from ofa_ds.data.shards import Negatives
-from ofa_ds.data.tasks import PIXELS_PER_CODE, Context, Example
 from ofa_ds.data.vocab import Vocab, load_vocab
-from ofa_ds.generate import GenerationConfig, generate
+from ofa_ds.inference.generate import GenerationConfig, generate
 from ofa_ds.model.config import model_config
 from ofa_ds.model.ofa import OFA
+from ofa_ds.tasks.pretraining import PIXELS_PER_CODE, Context
+from ofa_ds.terms import PAD_ID
 
 MAX_TOKENS_A_BATCH = 8192
 """Encoder and decoder tokens of the examples that go through the model together, about."""

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from ofa_ds.heavy_imports import heavy_imports
+from ofa_ds.cli.heavy_imports import heavy_imports
+from ofa_ds.cli.parser import Commands, command, group, positive
 
 EXPORTS = ("deepspeed", "universal", "huggingface", "fairseq", "modelscope")
 DTYPES = ("float32", "bfloat16", "float16")
 _SOURCE = "a checkpoint, or a run directory (its newest valid one)"
 
-AddCommand = Callable[..., argparse.ArgumentParser]
 
-
-def add_actions(actions: Any, command: AddCommand, positive: Callable[[str], int]) -> None:
-    """Add every action; `command` and `positive` are the command line's own helpers."""
+def add_checkpoint(commands: Commands) -> None:
+    """Add `checkpoint` and its actions."""
+    about = "Checkpoints: look into them, check them, cut them anew, bring them in and out."
+    actions = group(commands, "checkpoint", about)
     show = command(
         actions, "show", _show, "Print what a checkpoint holds.", example="ofa-ds checkpoint show runs/tiny --tensors"
     )
@@ -38,10 +37,10 @@ def add_actions(actions: Any, command: AddCommand, positive: Callable[[str], int
     prune.add_argument("run_dir", type=Path)
     prune.add_argument("--keep", type=positive, default=3, help="how many whole ones stay")
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
-    _add_conversions(actions, command, positive)
+    _add_conversions(actions)
 
 
-def _add_conversions(actions: Any, command: AddCommand, positive: Callable[[str], int]) -> None:
+def _add_conversions(actions: Commands) -> None:
     reshard = command(
         actions, "reshard", _reshard,
         "Write a checkpoint as other ranks would have. Resuming needs no such thing: any run reads any checkpoint.",

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ofa_ds.checkpoint.format import Facts
 from ofa_ds.checkpoint.state import TrainingState
-from ofa_ds.checkpoint.torch_file import Slot, TorchFile
-from ofa_ds.partition import KINDS
+from ofa_ds.convert.torch_file import Slot, TorchFile
+from ofa_ds.engine.partition import KINDS
 from ofa_ds.storage.safetensors_file import whole_numbers
 
 DEEPSPEED_VERSION = "0.19.8"

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from ofa_ds import scores
-from ofa_ds.config import TASKS
-from ofa_ds.data.preview import ROW_TYPES
+from ofa_ds.data.example import Example
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.tasks import Context, Example, examples, matching_pair, row_generator
-from ofa_ds.inference import Subject, generated, load_subject, token_scores
-from ofa_ds.samples import boxes_of, objects_of, sample_sheet
+from ofa_ds.inference.answers import boxes_of, objects_of, sample_sheet
+from ofa_ds.inference.loaded_model import Subject, generated, load_subject, token_scores
+from ofa_ds.tasks import judges as scores
+from ofa_ds.tasks.pretraining import Context, examples, matching_pair, row_generator
+from ofa_ds.tasks.preview import ROW_TYPES
+from ofa_ds.terms import TASKS
 
 SEED = 0
 """Of the false statements of image-text matching and the masks of text infilling: every model is asked the same."""

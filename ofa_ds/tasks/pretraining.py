@@ -7,7 +7,6 @@ Legend: T source tokens, M target tokens, N boxes.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ofa_ds.config import FAMILIES, PAD_ID, DataConfig
+from ofa_ds.config import DataConfig
 from ofa_ds.data import image as pictures
 from ofa_ds.data.augment import random_augment
+from ofa_ds.data.example import Example
 from ofa_ds.data.image import Framed
-from ofa_ds.data.negatives import negative_answer, negative_caption
-from ofa_ds.data.noising import mask_spans
 from ofa_ds.data.text import clean_caption, clean_question
+from ofa_ds.tasks.negatives import negative_answer, negative_caption
+from ofa_ds.tasks.noising import mask_spans
+from ofa_ds.terms import FAMILIES, PAD_ID
 
 if TYPE_CHECKING:
     from ofa_ds.data.shards import Negatives
@@ -45,39 +46,6 @@ INFILL_TEXT_PROMPT = ' what is the complete text of "', ' "?'
 YES, NO = " yes", " no"
 
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Example:
-    """One training example. Both examples of a vision-language row hold the same `image` object."""
-
-    task: str
-    """One of config.TASKS."""
-    source: np.ndarray
-    """int64 [T]: bos ... eos."""
-    target: np.ndarray
-    """int64 [M]: ends in eos; PAD_ID where there is no loss."""
-    prev: np.ndarray
-    """int64 [M]: what the decoder reads; bos first."""
-    image: np.ndarray | None = None
-    """uint8 [h, w, 3]."""
-    hole: tuple[int, int, int, int] | None = None
-    """y0, x0, y1, x1 of pixels that the model must not see."""
-    patches: np.ndarray | None = None
-    """int64, ascending: the row-major patches that were sampled; None keeps all."""
-    code: bool = False
-    """The target is a run of image codes."""
-    conf: float = 1.0
-    """Loss weight."""
-    boxes: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 4), np.float32))
-    """float32 [N, 4]: the boxes in source or target, in pixels of `image`."""
-    labels: tuple[str, ...] = ()
-    """One name per box."""
-    source_text: str = ""
-    target_text: str = ""
-    row_id: str = ""
-    dataset: str = ""
-    """The row's dataset column; scenes keep the question type there."""
 
 
 @dataclass(frozen=True, kw_only=True)

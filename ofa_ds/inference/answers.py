@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ofa_ds.config import TASKS
-from ofa_ds.data import preview
-from ofa_ds.data import tasks as ofa_tasks
+from ofa_ds.data.example import Example
 from ofa_ds.data.image import decode, resize
-from ofa_ds.data.preview import find_example
 from ofa_ds.data.shards import Negatives, Shards
-from ofa_ds.data.tasks import Context, Example
 from ofa_ds.data.text import clean_caption, clean_question
-from ofa_ds.inference import Subject, generated, load_subject
-from ofa_ds.scores import Box, Objects
+from ofa_ds.inference.loaded_model import Subject, generated, load_subject
+from ofa_ds.tasks import pretraining as ofa_tasks
+from ofa_ds.tasks import preview
+from ofa_ds.tasks.judges import Box, Objects
+from ofa_ds.tasks.pretraining import Context
+from ofa_ds.tasks.preview import find_example
+from ofa_ds.terms import TASKS
 
 EXPECTED, GENERATED = (60, 180, 75), (230, 25, 75)
 """Colours of the boxes: green and red."""

@@ -7,72 +7,41 @@ of g, summed over groups: the original's L1/n1 + L2/n2 (spec 03 section 2) made 
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
 
 from ofa_ds import checkpoint
+from ofa_ds.batch import Batch
 from ofa_ds.checkpoint.format import Manifest
-from ofa_ds.config import TASKS, Recipe, recipe_to_dict, recipe_to_toml
-from ofa_ds.data.batch import Batch
-from ofa_ds.data.loader import Loader
+from ofa_ds.checkpoint.saver import Saver
+from ofa_ds.config import Recipe, recipe_to_dict, recipe_to_toml
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
-from ofa_ds.engine import Engine, Ranks, build, init_distributed, leave_distributed, load_deepspeed_config
-from ofa_ds.inference import Subject
-from ofa_ds.loss import group_counts, group_sums, task_sums
-from ofa_ds.metrics import MetricsWriter, Window, peak_memory_MiB
+from ofa_ds.engine.config import load_deepspeed_config
+from ofa_ds.engine.engine import Engine, build, init_distributed, leave_distributed
+from ofa_ds.engine.host_memory import release_freed_memory
+from ofa_ds.engine.ranks import Ranks
+from ofa_ds.inference.answers import sample_sheet
+from ofa_ds.inference.loaded_model import Subject
 from ofa_ds.model.config import ModelConfig, model_config
 from ofa_ds.model.ofa import OFA
-from ofa_ds.processes import release_freed_memory
-from ofa_ds.samples import sample_sheet
+from ofa_ds.terms import TASKS
+from ofa_ds.train.loader import Loader
+from ofa_ds.train.loss import group_counts, group_sums, task_sums
+from ofa_ds.train.metrics import MetricsWriter, Window, peak_memory_MiB
+from ofa_ds.train.stop_signal import StopSignal
 
 RELEASE_EVERY = 10
 """Steps between two returns of freed memory on a CPU."""
 MAX_WHOLE_PARAMETERS = 500_000_000
 """A larger model is built in pieces under ZeRO-3: 2 GB of fp32 weights a rank, many ranks on a host."""
 
-DUPLICATE_S = 5.0
-
 STOPPED = 130
 """Exit code after a signal: the state is saved, the run is not finished."""
-
-
-class StopSignal:
-    """SIGINT or SIGTERM asks for a checkpoint after the running step; a later one ends the process at once.
-
-    A launcher passes a signal on that the ranks have had already: what comes within DUPLICATE_S is the same request.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._asked_at_s = 0.0
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        now_s = time.monotonic()
-        if not self.asked:
-            self.asked, self._asked_at_s = True, now_s
-        elif now_s - self._asked_at_s > DUPLICATE_S:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    @contextmanager
-    def listening(self) -> Iterator[StopSignal]:
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def train_step(
@@ -222,56 +191,6 @@ def _show_samples(engine: Engine, recipe: Recipe, loader: Loader, writer: Metric
         except ValueError:  # the shards have no row of this task
             continue
         writer.picture(step, f"sample/{task}", np.asarray(sheet.convert("RGB")))
-
-
-class Saver:
-    """Checkpoints of a run, in the background or not, and what is said when one fails. All ranks call it together."""
-
-    def __init__(self, engine: Engine, recipe: Recipe, extra: dict[str, Any]) -> None:
-        self._engine, self._recipe, self._extra = engine, recipe, extra
-        self._background: checkpoint.BackgroundSaver | None = None
-        if recipe.train.save_in_background:
-            self._background = checkpoint.BackgroundSaver(engine, recipe.run_dir, keep=recipe.train.keep)
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether this rank's part of a checkpoint is not on the disk yet."""
-        return self._background is not None and self._background.is_pending and not self._background.is_done()
-
-    def save(self, step: int, *, wait: bool) -> None:
-        """Save the state as it is now. wait: until it is a checkpoint; RuntimeError where it cannot become one."""
-        train = self._recipe.train
-        if self._background is None:
-            checkpoint.save(self._engine, self._recipe.run_dir, step, self._extra, keep=train.keep)
-            return
-        self.commit()  # the one before, which is waited for
-        try:
-            self._background.start(step, self._extra)
-        except RuntimeError as error:  # on all ranks: no room on the disk, or no directory
-            if wait:
-                raise
-            self._tell(str(error))
-        if wait:
-            self._background.finish()
-            if self._background.failure:
-                raise RuntimeError(self._background.failure)
-
-    def commit(self) -> None:
-        """Every rank has written: make it a checkpoint. A failed one is told; training goes on to the next."""
-        if self._background is None or not self._background.is_pending:
-            return
-        self._background.finish()
-        if self._background.failure:
-            self._tell(self._background.failure)
-
-    def _tell(self, why: str) -> None:
-        if self._engine.ranks.rank == 0:
-            every = self._recipe.train.save_every
-            print(f"CHECKPOINT FAILED: {why}; tried again in {every} steps", file=sys.stderr)
-
-    def close(self) -> None:
-        if self._background is not None:
-            self._background.close()
 
 
 def _resume(engine: Engine, recipe: Recipe, identity: dict[str, str]) -> int:

@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ofa_ds.config import PAD_ID
-from ofa_ds.criteria import EOS_ID, NUM_SPECIAL_IDS, allowed_ids
-from ofa_ds.data.batch import Batch
+from ofa_ds.batch import Batch
+from ofa_ds.model.allowed_ids import allowed_ids
+from ofa_ds.terms import BOS_ID, EOS_ID, NUM_SPECIAL_IDS, PAD_ID, UNK_ID
 
-BOS_ID, UNK_ID = 0, 3
 FORCED_EOS_SCORE = 1.0
 
 

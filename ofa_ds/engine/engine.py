@@ -7,8 +7,6 @@ that of one process on the whole global batch, whatever the ranks, the accumulat
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,11 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ofa_ds import engine_state
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
-from ofa_ds.moving_average import MovingAverage
-from ofa_ds.processes import Ranks, choose_device, rendezvous
-from ofa_ds.schedule import polynomial_lr
+from ofa_ds.engine import state as engine_state
+from ofa_ds.engine.config import derive_config, load_deepspeed_config
+from ofa_ds.engine.moving_average import MovingAverage
+from ofa_ds.engine.ranks import Ranks, choose_device, rendezvous
+from ofa_ds.engine.schedule import polynomial_lr
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by the import below, which warns when it has to find out
@@ -35,87 +34,8 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam  # noqa: E402
 # DeepSpeed 0.19 calls two functions that torch 2.13 renamed; torch would say so in every step.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor`", FutureWarning)
 
-_CONFIG_DIRS = (Path(__file__).parent / "ds_configs", Path(__file__).parents[1] / "ds_configs")
-"""Beside the package files once installed, beside the package in a checkout."""
-
-_OWNED_BY_RECIPE = {
-    "train_batch_size": "batch.global_rows",
-    "train_micro_batch_size_per_gpu": "batch.micro_rows",
-    "gradient_accumulation_steps": "batch.global_rows and batch.micro_rows",
-    "gradient_clipping": "optim.clip_norm",
-    "optimizer": "[optim]",
-    "scheduler": "optim.peak_lr, optim.warmup_steps and train.num_steps",
-}
-
 _TIMEOUT_MINUTES = 10
 """How long a rank waits for the others in one collective; DEEPSPEED_TIMEOUT (minutes) overrides it."""
-
-
-def load_deepspeed_config(name_or_path: str | Path) -> dict[str, Any]:
-    """The JSON of a shipped name (`zero3`) or of a path: memory layout and precision.
-
-    Raises ValueError: no such file, malformed JSON, or a key that the recipe owns.
-    """
-    path = _find_config(name_or_path)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: want a JSON object, got {type(config).__name__}")
-    for key, recipe_key in _OWNED_BY_RECIPE.items():
-        if key in config:
-            raise ValueError(f"{path} sets {key}, which the recipe sets as {recipe_key}; remove it from {path.name}")
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise ValueError(f"{path}: zero_optimization.stage {zero['stage']!r}: want 0, 1, 2 or 3")
-    for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device") == "nvme":
-            raise ValueError(f"{path}: {key} on nvme cannot go into checkpoints; use device cpu, as zero3_offload does")
-    return config
-
-
-def _find_config(name_or_path: str | Path) -> Path:
-    path = Path(name_or_path)
-    if path.suffix == ".json" or path.is_file():
-        if not path.is_file():
-            raise ValueError(f"deepspeed {name_or_path}: no such file")
-        return path
-    shipped = {file.stem: file for folder in _CONFIG_DIRS for file in folder.glob("*.json")}
-    if path.name in shipped and str(path) == path.name:
-        return shipped[path.name]
-    near = difflib.get_close_matches(str(name_or_path), shipped, n=1)
-    raise ValueError(
-        f"deepspeed {name_or_path}: neither a .json file nor one of {', '.join(sorted(shipped))}"
-        + (f"; did you mean {near[0]}?" if near else "")
-    )
-
-
-def derive_config(
-    config: Mapping[str, Any], *, optim: OptimConfig, batch: BatchConfig, world_size: int, device: torch.device
-) -> dict[str, Any]:
-    """What DeepSpeed gets: the file, plus what the recipe says, with `auto` resolved for `device`.
-
-    `auto` in bf16.enabled means bf16 on a GPU and fp32 on a CPU; in overlap_comm, overlap on a GPU only.
-    """
-    on_gpu = device.type == "cuda"
-    derived = json.loads(json.dumps(dict(config)))
-    zero = derived.setdefault("zero_optimization", {"stage": 0})
-    bf16 = derived.setdefault("bf16", {"enabled": False})
-    if bf16.get("enabled") == "auto":
-        bf16["enabled"] = on_gpu
-    if zero.get("overlap_comm") == "auto":
-        zero["overlap_comm"] = on_gpu  # gloo has no streams to overlap with
-    if bf16["enabled"] or derived.get("fp16", {}).get("enabled"):
-        if not zero.get("stage"):
-            raise ValueError("ZeRO stage 0 keeps no fp32 master weights here; use stage 1-3 with bf16 or fp16")
-        # DeepSpeed casts BatchNorm buffers of a model built under zero.Init, fp32 statistics must stay.
-        derived.setdefault("data_types", {})["keep_in_fp32_modules"] = ["running_mean", "running_var"]
-    derived["train_micro_batch_size_per_gpu"] = batch.micro_rows
-    derived["gradient_accumulation_steps"] = batch.accumulation_steps(world_size)
-    derived["gradient_clipping"] = optim.clip_norm
-    derived["steps_per_print"] = 2**31 - 1  # ours is the log
-    return derived
 
 
 def init_distributed(device: str | None = None) -> Ranks:

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ofa_ds.batch import Batch, pack
 from ofa_ds.config import BatchConfig, DataConfig
-from ofa_ds.data.batch import Batch, pack
 from ofa_ds.data.order import Mixture
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.tasks import Context, examples, row_generator
 from ofa_ds.data.vocab import Vocab
+from ofa_ds.tasks.pretraining import Context, examples, row_generator
 
 PREFETCH = 2
 """Micro-batches that each worker keeps ready."""

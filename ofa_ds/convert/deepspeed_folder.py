@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa_ds.checkpoint.deepspeed_stage0 import read_stage0
-from ofa_ds.checkpoint.deepspeed_states import (
+from ofa_ds.checkpoint.format import TensorInfo
+from ofa_ds.checkpoint.state import ForeignState, TrainingState
+from ofa_ds.convert.deepspeed_stage0 import read_stage0
+from ofa_ds.convert.deepspeed_states import (
     DEEPSPEED_VERSION,
     STAND_INS,
     FlatPiece,
@@ -47,10 +49,8 @@ from ofa_ds.checkpoint.deepspeed_states import (
     step_tensor,
     whole_slot,
 )
-from ofa_ds.checkpoint.format import TensorInfo
-from ofa_ds.checkpoint.state import ForeignState, TrainingState
-from ofa_ds.checkpoint.torch_file import Slot, save
-from ofa_ds.partition import KINDS, MOMENTS, even_range, flat_parts
+from ofa_ds.convert.torch_file import Slot, save
+from ofa_ds.engine.partition import KINDS, MOMENTS, even_range, flat_parts
 from ofa_ds.progress import track
 from ofa_ds.storage.atomic import check_space, new_directory, sync
 

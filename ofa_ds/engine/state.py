@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ofa_ds.partition import AVERAGE, KINDS, MOMENTS, even_range
+from ofa_ds.engine.partition import AVERAGE, KINDS, MOMENTS, even_range
 
 _FLAT_BUFFERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 """Names of the fp32 master buffers: stage 3, stages 1 and 2, stage 1 with bf16 and fp32 accumulation."""

@@ -1,6 +1,6 @@
 """Per-token losses to the sums that training divides and logs: by loss group (D9) and by task.
 
-Legend: E examples, M target positions, G loss groups (`config.GROUPS`), K tasks (`config.TASKS`).
+Legend: E examples, M target positions, G loss groups (`terms.GROUPS`), K tasks (`terms.TASKS`).
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ofa_ds.config import GROUPS, PAD_ID, TASKS
+from ofa_ds.terms import GROUPS, PAD_ID, TASKS
 
 TASK_SUMS = ("loss", "nll", "correct", "count")
 """Columns of `task_sums`."""
 
 
 class PackedTargets(Protocol):
-    """What a loss reads of a `Batch` (see `ofa_ds.data.batch`)."""
+    """What a loss reads of a `Batch` (see `ofa_ds.batch`)."""
 
     targets: Tensor
     decoder_offsets: Tensor

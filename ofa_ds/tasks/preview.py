@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ofa_ds.config import TASKS, DataConfig
+from ofa_ds.config import DataConfig
+from ofa_ds.data.example import Example
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.tasks import Context, Example, examples, row_generator
 from ofa_ds.data.vocab import load_vocab
+from ofa_ds.tasks.pretraining import Context, examples, row_generator
+from ofa_ds.terms import TASKS
 
 ROW_TYPES = {
     "caption": ("caption",), "vqa": ("qa",), "itm": ("caption", "qa"),

@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ofa_ds.config import TASKS
+from ofa_ds.terms import TASKS
 
 KIBI_PER_MEBI = 1024
 

@@ -9,16 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ofa_ds.config import GROUPS, TASKS
-
-if TYPE_CHECKING:
-    from ofa_ds.data.tasks import Example
+from ofa_ds.data.example import Example
+from ofa_ds.terms import GROUPS, TASKS
 
 VISION_LANGUAGE_TASKS = frozenset({"caption", "vqa", "itm", "visual_grounding", "grounded_caption"})
 STAND_IN_VALUE = 128
@@ -70,9 +67,9 @@ class Batch:
     code_mask: Tensor
     """[E] bool: the target is a run of image codes (other positions, other norm)."""
     task: Tensor
-    """[E] int64, index into `config.TASKS`."""
+    """[E] int64, index into `terms.TASKS`."""
     group: Tensor
-    """[E] int64, index into `config.GROUPS`: whose token count divides this example's loss."""
+    """[E] int64, index into `terms.GROUPS`: whose token count divides this example's loss."""
 
     @property
     def num_examples(self) -> int:

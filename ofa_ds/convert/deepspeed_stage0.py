@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa_ds.checkpoint.deepspeed_states import facts_of, open_states, origin_of, plain_name, step_of
 from ofa_ds.checkpoint.format import TensorInfo
 from ofa_ds.checkpoint.state import ForeignState
-from ofa_ds.partition import KINDS, MOMENTS
+from ofa_ds.convert.deepspeed_states import facts_of, open_states, origin_of, plain_name, step_of
+from ofa_ds.engine.partition import KINDS, MOMENTS
 
 
 def read_stage0(path: Path) -> ForeignState:

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ofa_ds.config import PAD_ID
+from ofa_ds.model.allowed_ids import allowed_ids
+from ofa_ds.terms import EOS_ID, NUM_SPECIAL_IDS, PAD_ID
 
-NUM_SPECIAL_IDS = 4
-EOS_ID = 2
 _MIN_REST = 1e-5
 
 
@@ -128,15 +127,6 @@ def _allowed(
     if id_range is None:
         return None
     return allowed_ids(num_classes, id_range, keep_BL.device).expand(int(keep_BL.sum()), num_classes)
-
-
-def allowed_ids(num_classes: int, id_range: tuple[int, int], device: torch.device) -> Tensor:
-    """bool [V]: the special ids and start <= id < end."""
-    start, end = id_range
-    if not NUM_SPECIAL_IDS <= start < end <= num_classes:
-        raise ValueError(f"constraint_range {start},{end}: want {NUM_SPECIAL_IDS} <= start < end <= {num_classes}")
-    ids_V = torch.arange(num_classes, device=device)
-    return (ids_V < NUM_SPECIAL_IDS) | ((ids_V >= start) & (ids_V < end))
 
 
 def _token_losses(

@@ -1,0 +1,5 @@
+import sys
+
+from ofa_ds.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,67 @@
+"""`ofa-ds evaluate` and `generate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ofa_ds.cli.heavy_imports import heavy_imports
+from ofa_ds.cli.parser import Commands, command, positive
+from ofa_ds.terms import TASKS
+
+
+def add_evaluate(commands: Commands) -> None:
+    about = "Held-out loss and accuracy per task, beside what a blind model reaches."
+    parser = command(
+        commands, "evaluate", _evaluate, about, example="ofa-ds evaluate runs/nano --shards data/scenes/heldout"
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory (its newest one)")
+    parser.add_argument("--shards", type=Path, required=True, help="held-out shards")
+    parser.add_argument("--task", choices=TASKS, action="append", help="only this task; may be repeated")
+    parser.add_argument("--rows", type=positive, default=1000, help="examples per task at most")
+    parser.add_argument("--beam", type=positive, default=1, help="1 is greedy")
+    _add_ema(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--png", type=Path, help="write one picture per task: boxes, source, expected and generated text"
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    with heavy_imports():
+        from ofa_ds.inference.evaluate import evaluate
+        from ofa_ds.inference.table import format_table
+
+    result = evaluate(
+        options.checkpoint, options.shards, tasks=options.task, rows=options.rows, beam=options.beam, png=options.png,
+        average=options.ema,
+    )  # fmt: skip
+    print(json.dumps(result) if options.json else format_table(result))
+
+
+def add_generate(commands: Commands) -> None:
+    about = "Generate the answer to one task for one picture and text."
+    parser = command(commands, "generate", _generate, about)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory (its newest one)")
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--image", type=Path, help="a JPEG or PNG file")
+    parser.add_argument("--text", default="", help="question, expression, caption to check, or text to complete")
+    parser.add_argument("--beam", type=positive, default=5, help="1 is greedy")
+    _add_ema(parser)
+    parser.add_argument("--png", type=Path, help="write the picture with the generated boxes and text here")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    with heavy_imports():
+        from ofa_ds.inference.answers import generate_one
+
+    answer = generate_one(
+        options.checkpoint, options.task, image=options.image, text=options.text, beam=options.beam, png=options.png,
+        average=options.ema,
+    )  # fmt: skip
+    print(answer)
+
+
+def _add_ema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")

@@ -1,0 +1,26 @@
+"""`ofa-ds pretrain`."""
+
+from __future__ import annotations
+
+import argparse
+
+from ofa_ds.cli.heavy_imports import heavy_imports
+from ofa_ds.cli.parser import Commands, command, recipe_of
+
+
+def add_pretrain(commands: Commands) -> None:
+    about = "Pretrain by RECIPE: alone, or on every rank under deepspeed, torchrun, srun or mpirun."
+    parser = command(commands, "pretrain", _pretrain, about, example="deepspeed --module ofa_ds.pretrain pretrain-nano")
+    parser.add_argument("recipe", help="a TOML file, or a shipped recipe such as pretrain-nano or pretrain-6b")
+    parser.add_argument(
+        "set", nargs="*", metavar="KEY=VALUE", help="overrides, such as optim.peak_lr=2e-4 run_dir=runs/a"
+    )
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    recipe = recipe_of(options.recipe, options.set)
+    with heavy_imports():
+        from ofa_ds.train.trainer import run
+
+    return run(recipe)

@@ -1,0 +1,44 @@
+"""One training example: what a task makes of a row and a batch is packed from.
+
+Legend: T source tokens, M target tokens, N boxes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Example:
+    """One training example. Both examples of a vision-language row hold the same `image` object."""
+
+    task: str
+    """One of terms.TASKS."""
+    source: np.ndarray
+    """int64 [T]: bos ... eos."""
+    target: np.ndarray
+    """int64 [M]: ends in eos; PAD_ID where there is no loss."""
+    prev: np.ndarray
+    """int64 [M]: what the decoder reads; bos first."""
+    image: np.ndarray | None = None
+    """uint8 [h, w, 3]."""
+    hole: tuple[int, int, int, int] | None = None
+    """y0, x0, y1, x1 of pixels that the model must not see."""
+    patches: np.ndarray | None = None
+    """int64, ascending: the row-major patches that were sampled; None keeps all."""
+    code: bool = False
+    """The target is a run of image codes."""
+    conf: float = 1.0
+    """Loss weight."""
+    boxes: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 4), np.float32))
+    """float32 [N, 4]: the boxes in source or target, in pixels of `image`."""
+    labels: tuple[str, ...] = ()
+    """One name per box."""
+    source_text: str = ""
+    target_text: str = ""
+    row_id: str = ""
+    dataset: str = ""
+    """The row's dataset column; scenes keep the question type there."""

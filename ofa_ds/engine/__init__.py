@@ -1,0 +1,1 @@
+"""The DeepSpeed engine, the state inside it, and which process of how many this is."""

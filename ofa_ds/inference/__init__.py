@@ -1,0 +1,1 @@
+"""A trained model that is asked something: generation, answers, evaluation."""
