@@ -93,17 +93,17 @@ class DataConfig:
     code_image_size: int = Field(128, ge=8, multiple_of=8)
     """Side of the central square that image codes describe, in pixels; one code per 8 x 8."""
     max_image_size: int = Field(512, ge=16)
-    """Divisor that turns pixels into coordinate bins (spec 02 section 3.4)."""
+    """Divisor that turns pixels into coordinate bins (docs/ofa.md, Tasks: bins)."""
     sample_patches: int = Field(196, ge=0)
     """Patches kept of each vision-language picture, drawn without replacement; 0 keeps all."""
     augment: Literal["ofa", "none"] = "ofa"
-    """`ofa`: random resize, crop, RandomAugment, scale jitter (spec 02 section 3.5, 6). `none`: plain resize."""
+    """`ofa`: random resize, crop, RandomAugment, scale jitter (docs/ofa.md, Tasks: pictures). `none`: plain resize."""
     max_source_words: int = Field(80, ge=1)
     max_target_words: int = Field(30, ge=1)
     max_text_tokens: int = Field(256, ge=1)
     """Tokens of a text-infilling target."""
     extra_confidence: float = Field(2.0, gt=0)
-    """Loss weight of text, image and detection examples (spec 02 sections 4-6)."""
+    """Loss weight of text, image and detection examples (docs/ofa.md, Tasks: text infilling)."""
     mix: MixConfig = MixConfig()
     workers: int = Field(2, ge=0)
     """Processes per rank that prepare batches; 0 prepares them in the training process. Never changes a bit."""

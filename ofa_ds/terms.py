@@ -9,7 +9,7 @@ FAMILIES = ("vision_language", "text", "image", "detection")
 """Kinds of source rows, one Arrow schema each. A family's place seeds its generators: only append."""
 
 GROUPS = ("vision_language", "other")
-"""Loss groups: each is divided by its own global token count (spec 02 section 8)."""
+"""Loss groups: each is divided by its own global token count (docs/ofa.md, Training: loss)."""
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = range(4)
 """Vocabulary ids of <s>, <pad>, </s> and <unk>. A target that is PAD_ID has no loss."""

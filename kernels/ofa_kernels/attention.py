@@ -3,9 +3,9 @@
     logits = scale * q.k + scale * pos_q.pos_k + row[key code - query code],  out = c_attn * softmax(logits) v
 
 The positional vectors exist once per *position*, not per token, and are shared by all layers; `row` is one line per
-head and layer that holds both relative tables of spec 01 section 4 (see `ofa_ds.model.positions` for the codes). Tokens
-of different examples never see each other. `plan_attention` is called once per batch and kind, `position_logits` once
-per forward, `attention` in every layer.
+head and layer that holds both of OFA's relative tables (docs/ofa.md, Model: relative buckets; the codes are those of
+`ofa_ds.model.positions`). Tokens of different examples never see each other. `plan_attention` is called once per
+batch and kind, `position_logits` once per forward, `attention` in every layer.
 
 On a GPU that is the Triton kernels of `attention_triton.py`, chosen when the plan is made. Here is the plain-torch
 reference and the CPU path: it pads inside the call, into buckets of examples of similar length. Shapes: N query tokens,

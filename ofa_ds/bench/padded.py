@@ -1,6 +1,6 @@
 """What the original computes, in the way that it does, on our weights: the yardstick of `ofa_ds.bench`.
 
-Written from spec 01, sections 3 to 7, since the original does not run with a current torch. One padded batch, time
+Written from docs/ofa.md, Model, since the original does not run with a current torch. One padded batch, time
 first; one picture an example; a backbone of plain NCHW convolutions with BatchNorm and ReLU apart; a dense bias
 [B, H, S, S] made anew for every layer; logits of all decoder positions at once. Loss and gradients are those of `OFA`
 (a test holds the two together), so a difference in time comes from the way of computing alone.

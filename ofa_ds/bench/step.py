@@ -1,10 +1,10 @@
 """`bench step`: forward + backward of tiny on one thread, beside the original's way of computing.
 
 Two shapes. `pair`: batch 2, 256 px, 32 source and 16 target tokens. `mixed`: one pretraining micro-batch, 16
-vision-language + 2 text + 1 image + 1 detection examples. The original runs the mixed one as two padded passes (spec 02
-section 8): each example with a picture of its own, the text-only ones with a zero picture, all texts padded to the
-longest of their pass. Its time is that of `padded`, which computes the same losses from the same weights in the
-original's way: in the same process and in turns with ours, so that a busy machine slows both. The time that the
+vision-language + 2 text + 1 image + 1 detection examples. The original runs the mixed one as two padded passes
+(docs/ofa.md, Tasks: mix): each example with a picture of its own, the text-only ones with a zero picture, all texts
+padded to the longest of their pass. Its time is that of `padded`, which computes the same losses from the same weights
+in the original's way: in the same process and in turns with ours, so that a busy machine slows both. The time that the
 original itself needed for the pair (ORIGINAL_PAIR_S) was recorded on another machine. FLOPs are counted in the warm-up.
 Both ways run with our malloc settings (`keep_freed_memory`), which the original does not have.
 """

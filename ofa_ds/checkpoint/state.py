@@ -31,7 +31,7 @@ NO_STEPS: dict[str, Any] = {
 
 
 class TrainingState(Protocol):
-    """What converters write, and what they give to be written. Names are the official ones (spec 01 section 12)."""
+    """What converters write, and what they give to be written. Names: docs/ofa.md, Model: names."""
 
     tensors: Mapping[str, TensorInfo]
     buffers: Mapping[str, tuple[int, ...]]

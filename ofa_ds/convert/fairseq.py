@@ -1,4 +1,7 @@
-"""The official `.pt` file: weights in `model`, configuration in `cfg` (or `args`), EMA in `extra_state` (spec 05)."""
+"""The official `.pt` file: weights in `model`, configuration in `cfg` (or `args`), EMA in `extra_state`.
+
+docs/ofa.md, Foreign files: fairseq.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from ofa_ds.convert.weights import Weights, entries_of
 from ofa_ds.model.config import ModelConfig
 
 _EMA = ("ema_fp32_params", "ema")
-"""In order of preference (spec 05 section 1)."""
+"""In order of preference (docs/ofa.md, Foreign files: fairseq)."""
 
 
 def read_fairseq(source: Path) -> Foreign:

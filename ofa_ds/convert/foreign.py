@@ -53,7 +53,7 @@ class Options:
     drop: Sequence[str] = ()
     """Patterns of names in the file that are left out."""
     use_ema: bool = False
-    """Take the moving average as the weights, as OFA's VQA evaluation does (spec 05 section 1)."""
+    """Take the moving average as the weights, as OFA's VQA evaluation does (docs/ofa.md, Foreign files: fairseq)."""
 
 
 def to_state(foreign: Foreign, options: Options) -> tuple[ForeignState, ModelConfig]:

@@ -18,7 +18,9 @@ _SEED = 1
 
 
 def grow_vocabulary(state: TrainingState, rows: int) -> ForeignState:
-    """Rows appended to the vocabulary, drawn from N(0, D^-0.5) with a fixed seed, as the original does (spec 05, 2.8).
+    """Rows appended to the vocabulary, drawn from N(0, D^-0.5) with a fixed seed, as the original does.
+
+    docs/ofa.md, Foreign files: larger tables.
 
     Raises ValueError where there are more rows already, or moments that new rows would lack.
     """

@@ -1,7 +1,7 @@
 """config.json of Hugging Face's and ModelScope's OFA, and fairseq's `cfg.model`, from and to our ModelConfig.
 
-Fields and defaults: spec 05 section 3. Our exports add a key `ofa_ds` with the whole architecture, so that what no
-field of theirs can say (a stem of our own, a ViT's heads) comes back exactly.
+Fields and defaults: docs/ofa.md, Foreign files: Hugging Face and ModelScope. Our exports add a key `ofa_ds` with the
+whole architecture, so that what no field of theirs can say (a stem of our own, a ViT's heads) comes back exactly.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def hints_from_port(values: Mapping[str, Any]) -> dict[str, Any]:
         hints["entangle_position_embedding"] = values.get("entangle_position_embedding", False)
         hints["disable_entangle"] = values.get("disable_entangle", False)
         hints["gamma"] = values.get("gamma", 1.0) if values.get("use_gamma_feature") else None
-    else:  # this code adds decoder positions only with both flags (spec 05 section 3)
+    else:  # this code adds decoder positions only with both flags (docs/ofa.md, Model: layers)
         adds = values.get("entangle_position_embedding", False) and not values.get("disable_entangle", False)
         hints["disable_entangle"] = not adds
     return hints | {"use_ofasys": use_ofasys}
@@ -86,7 +86,7 @@ def hints_from_fairseq(values: Mapping[str, Any]) -> dict[str, Any]:
     if OURS in values:
         return _ours(values[OURS])
     hints = {name: values[name] for name in _SAME if name in values}
-    # Without the flag fairseq adds decoder positions (spec 05 section 5).
+    # Without the flag fairseq adds decoder positions (docs/ofa.md, Model: layers).
     return hints | {"disable_entangle": values.get("disable_entangle", False), "use_ofasys": False}
 
 

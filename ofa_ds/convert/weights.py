@@ -72,7 +72,7 @@ def shapes_of(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[str
 
 
 def recomputed(config: ModelConfig, *, port: bool) -> dict[str, Weight]:
-    """The official buffers that follow from the configuration (spec 01 sections 4 and 5), by official name.
+    """The official buffers that follow from the configuration (docs/ofa.md, Model: names), by official name.
 
     port: as Hugging Face's and ModelScope's code has them: no versions, one step of filler less.
     """

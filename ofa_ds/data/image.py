@@ -1,4 +1,6 @@
-"""From stored bytes to the square uint8 picture that the network sees, boxes moved along (spec 02 sections 3.5 and 6).
+"""From stored bytes to the square uint8 picture that the network sees, boxes moved along.
+
+docs/ofa.md, Tasks: pictures.
 
 Every random choice is drawn from the generator that is passed in. Legend: H, W pixels; 3 is RGB; N boxes.
 Images are uint8 [H, W, 3]. Boxes are float32 [N, 4]: x0, y0, x1, y1 in pixels of the picture they come with.

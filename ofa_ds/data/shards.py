@@ -108,7 +108,7 @@ def positions_file(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Negatives:
-    """Material for wrong captions and answers (spec 02 section 3.3)."""
+    """Material for wrong captions and answers (docs/ofa.md, Tasks: negatives)."""
 
     captions: Sequence[str]
     objects: Sequence[str]

@@ -1,4 +1,4 @@
-"""Cleaning of captions and questions before they are tokenised (spec 02 section 2)."""
+"""Cleaning of captions and questions before they are tokenised (docs/ofa.md, Data: text cleaning)."""
 
 from __future__ import annotations
 

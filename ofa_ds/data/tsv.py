@@ -1,4 +1,4 @@
-"""OFA's TSV files, line by line: columns (spec 02 section 1) in, checked rows out.
+"""OFA's TSV files, line by line: columns (docs/ofa.md, Data: columns) in, checked rows out.
 
 A bad line is a ValueError "column: reason"; who reads the file puts "file:line: " before it. Lines end in "\\n" alone,
 are read as bytes and decoded column by column, so that an offset is always a byte offset.

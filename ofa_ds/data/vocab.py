@@ -1,6 +1,6 @@
 """Text, image codes and coordinate bins as one vocabulary, whatever the files it comes from.
 
-Ids (spec 01 section 1): 0 <s>, 1 <pad>, 2 </s>, 3 <unk> | text | <mask> | <code_0> ... | <bin_0> ...
+Ids (docs/ofa.md, Vocabulary): 0 <s>, 1 <pad>, 2 </s>, 3 <unk> | text | <mask> | <code_0> ... | <bin_0> ...
 The leading-space convention is GPT-2's: " house" and "house" are different tokens; a space begins a word.
 """
 
@@ -107,7 +107,7 @@ class Vocab:
         return self.bin_start <= token < self.size
 
     def starts_word(self, token: int) -> bool:
-        """Whether a word begins at this token, for whole-word masking (spec 02 section 4.1). True for all but text."""
+        """Whether a word begins at this token (docs/ofa.md, Tasks: noising). True for all but text."""
         return bool(self.word_starts[token])
 
     @cached_property

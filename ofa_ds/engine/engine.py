@@ -104,7 +104,10 @@ def build(
 def _optimizer_factory(
     config: Mapping[str, Any], optim: OptimConfig, ranks: Ranks
 ) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    """AdamW on all parameters alike (spec 03 section 7): DeepSpeed's fused kernels where they build, else torch's."""
+    """AdamW on all parameters alike: DeepSpeed's fused kernels where they build, else torch's.
+
+        docs/ofa.md, Training: optimiser and schedule.
+        """
     options = {"lr": optim.peak_lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
     zero = config["zero_optimization"]
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
@@ -168,7 +171,7 @@ class Engine:
         return float(self._wrapped.optimizer.param_groups[0]["lr"])
 
     def _next_lr(self) -> float:
-        """A function of the number of updates alone (spec 03 section 7: with warm-up the very first one has 0)."""
+        """A function of the number of updates alone (docs/ofa.md, Training: optimiser and schedule)."""
         optim = self._optim
         return polynomial_lr(
             self.num_updates,

@@ -1,4 +1,7 @@
-"""The exponential moving average of the weights (spec 03 section 7), each rank keeping that of the part it updates."""
+"""The exponential moving average of the weights , each rank keeping that of the part it updates.
+
+docs/ofa.md, Training: moving average.
+"""
 
 from __future__ import annotations
 

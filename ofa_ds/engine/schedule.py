@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the update number (spec 03 section 7)."""
+"""Learning rate as a pure function of the update number (docs/ofa.md, Training: optimiser and schedule)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text and code generation: beam search, greedy decoding and sampling over a packed batch (spec 04 section 1).
+"""Text and code generation: beam search, greedy decoding and sampling over a packed batch (docs/ofa.md, Generation).
 
 Legend: E examples, B beams, R = E * B rows (example-major), K candidates, V vocabulary. A beam whose score is -inf
 is dead: it still runs through the model, and nothing comes of it.

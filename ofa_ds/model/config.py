@@ -1,4 +1,4 @@
-"""Sizes and switches of OFA. `preset("tiny")` is the official model of that name; defaults follow spec 01."""
+"""Sizes and switches of OFA. `preset("tiny")` is the official model of that name (docs/ofa.md, Model: sizes)."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ModelConfig:
     """Positions of a grid larger than `orig_patch_image_size` are resized from that grid's."""
     orig_patch_image_size: int = 256
     disable_entangle: bool = True
-    """False adds the positions to the decoder's embeddings too (the original's meaning, spec 01 section 6)."""
+    """False adds the positions to the decoder's embeddings too (the original's meaning: docs/ofa.md, Model: layers)."""
 
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -86,7 +86,7 @@ class ModelConfig:
     """Which operators run as Triton kernels. Does not change what the model computes."""
 
     use_ofasys: bool = False
-    """The 6B's structure (spec 01 section 11): positions without norm, no image codes in the decoder."""
+    """The 6B's structure (docs/ofa.md, Model: 6B): positions without norm, no image codes in the decoder."""
     share_attn_bias: bool = False
     """OFASys: one relative table for all layers of a stack."""
     entangle_position_embedding: bool = False

@@ -1,4 +1,6 @@
-"""Modules with OFA's initialisation (spec 01 section 9): weights N(0, std), convolutions Kaiming-normal, biases 0.
+"""Modules with OFA's initialisation: weights N(0, std), convolutions Kaiming-normal, biases 0.
+
+docs/ofa.md, Model: initialisation.
 
 Each module initialises itself while it is built, because under ZeRO-3's `zero.Init` its parameters are cut into pieces
 right after. Draws come from torch's global generator. No table has a zero row: in the original the last pass over the

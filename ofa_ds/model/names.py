@@ -1,6 +1,6 @@
 """Parameter names. The model's own are the official fairseq ones; this is the one table for everything else.
 
-HF and ModelScope checkpoints, and the 6B, use the port's names (spec 01 section 12).
+HF and ModelScope checkpoints, and the 6B, use the port's names (docs/ofa.md, Model: names).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which rows of the position and relative tables a token uses.
 
 A text position is its index; an image position is r * n + c + 1 in a grid of at most n x n patches, n being
-`image_bucket_size`, and 0 is the start token of a sequence of image codes. Relative biases (spec 01 section 4) are a
-look-up in
+`image_bucket_size`, and 0 is the start token of a sequence of image codes (docs/ofa.md, Model: positions). Relative
+biases (docs/ofa.md, Model: relative buckets) are a look-up in
 
     row = [ text: one entry per distance | images: one entry per (dr, dc) | start token's entries ]
 

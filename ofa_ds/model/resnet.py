@@ -1,4 +1,4 @@
-"""ResNet backbone: the stem and the first three stages, 1024 channels at stride 16 (spec 01 section 7).
+"""ResNet backbone: the stem and the first three stages, 1024 channels at stride 16 (docs/ofa.md, Model: ResNet).
 
 Legend: I images, C channels, h w height and width. Parameter names are the original's: conv1, bn1, layer1.0.conv1, ...,
 layer1.0.downsample.0 (convolution) and .1 (norm). Features are kept channels-last: 1x1 convolutions are then matrix

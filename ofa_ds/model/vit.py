@@ -1,4 +1,6 @@
-"""Vision transformer backbone: the first blocks of a CLIP tower, without class token or final norm (spec 01 section 8).
+"""Vision transformer backbone: the first blocks of a CLIP tower, without class token or final norm.
+
+docs/ofa.md, Model: ViT.
 
 Legend: I images, P patches, C width, H heads. Parameter names are the original's: conv1, positional_embedding, ln_pre,
 transformer.resblocks.0.attn.in_proj_weight, ...

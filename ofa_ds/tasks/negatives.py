@@ -1,4 +1,4 @@
-"""Wrong captions and wrong answers for image-text matching (spec 02 section 3.3).
+"""Wrong captions and wrong answers for image-text matching (docs/ofa.md, Tasks: negatives).
 
 Unlike the original's, a negative never reads the same as the positive.
 """

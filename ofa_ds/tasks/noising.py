@@ -1,4 +1,4 @@
-"""Whole-word span masking of BART, as OFA's text infilling uses it (spec 02 section 4.1).
+"""Whole-word span masking of BART, as OFA's text infilling uses it (docs/ofa.md, Tasks: noising).
 
 Each span of Poisson(3) words is replaced by one <mask>; spans of length 0 insert a <mask> and take nothing away.
 Legend: N tokens, W words.

@@ -1,7 +1,7 @@
-"""From a source row to the examples of the eight pretraining tasks (spec 02 sections 3-6).
+"""From a source row to the examples of the eight pretraining tasks (docs/ofa.md, Tasks).
 
 A pure function of (row, generator, context): augmentation, negatives, masking and patch sampling all draw from one
-generator seeded per row. The original's faults listed in spec 02 are mended; each has a test that names it.
+generator seeded per row. The original's faults that docs/ofa.md, Tasks names are mended, each in a test.
 Legend: T source tokens, M target tokens, N boxes.
 """
 

@@ -1,4 +1,4 @@
-"""The criteria of spec 03 sections 2 and 3 on logits: label-smoothed cross entropy and the encouraging loss.
+"""OFA's criteria on logits: label-smoothed cross entropy and the encouraging loss (docs/ofa.md, Training: criteria).
 
 Legend: B rows, L target positions, V vocabulary, N positions that have a loss. All are sums: the caller divides.
 Logits are materialised, so this is for fine-tuning and evaluation; pretraining takes the chunked loss inside the model.

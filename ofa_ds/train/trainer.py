@@ -1,7 +1,8 @@
 """Pretraining: recipe in, checkpoints and metrics out. One visible loop; each optimizer step is `train_step`.
 
 The loss of a step is, per group g (vision-language; everything else), sum(confidence * token loss) / global token count
-of g, summed over groups: the original's L1/n1 + L2/n2 (spec 03 section 2) made independent of ranks and accumulation.
+of g, summed over groups: the original's L1/n1 + L2/n2 made independent of ranks and accumulation (docs/ofa.md,
+Training: loss).
 """
 
 from __future__ import annotations

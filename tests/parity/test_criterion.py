@@ -92,7 +92,7 @@ def check(case: str, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> Non
     total.backward()
     recorded = arrays.get(f"{case}/loss")
     if meta["error"] is not None or math.isnan(recorded):
-        # The original raises or gives NaN here; the specification has an answer.
+        # The original raises or gives NaN here; docs/ofa.md, Training: criteria says what is meant.
         assert total.isfinite() and all(tensor.grad.isfinite().all() for tensor in logits), case
         return
     assert total.item() == pytest.approx(recorded.item(), rel=TOLERANCE), case

@@ -1,4 +1,7 @@
-"""Tokenisation and cleaning are the original's: the recorded cases of text_encoding.json, and spec 02 section 10."""
+"""Tokenisation and cleaning are the original's: the recorded cases of text_encoding.json, and golden strings.
+
+docs/ofa.md, Tasks: golden strings.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ VOCAB_DIR = Path(__file__).parents[2].parent / "shared" / "vocab"
 golden = pytest.mark.golden("text_encoding.json")
 needs_vocab = pytest.mark.skipif(not VOCAB_DIR.is_dir(), reason=f"OFA's vocabulary files are not in {VOCAB_DIR}")
 
-# spec 02 section 10
+# docs/ofa.md, Tasks: golden strings
 KNOWN_IDS = {
     " what does the image describe?": "99 473 5 2274 6190 116",
     ' does the image describe " a cat "?': "473 5 2274 6190 22 10 4758 22 116",

@@ -218,7 +218,7 @@ def test_names_with_a_wrappers_prefix_are_understood(exported, saved, tmp_path):
 
 
 def test_scales_called_gamma_are_the_ports_weights(saved, tmp_path):
-    """Old files of the 6B have the names that its code had before a loader renamed them (spec 05 section 4)."""
+    """Old files of the 6B have names that a loader renamed later (docs/ofa.md, Foreign files)."""
     assert run("export", saved["6b"], tmp_path / "hf", "--format", "huggingface") == 0
 
     def edit(tensors):

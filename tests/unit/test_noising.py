@@ -65,7 +65,7 @@ def test_one_word_is_masked_or_gets_a_mask_beside_it():
 
 
 def token_by_token(tokens: np.ndarray, starts_word: np.ndarray, first: list[int], lengths: list[int]) -> list[int]:
-    """The original's way: all spans step on together, and count down at each word that begins (spec 02 section 4.1)."""
+    """The original's way: all spans step on together, and count down at each word that begins."""
     out, keep = tokens.copy(), np.ones(len(tokens), bool)
     barrier = np.where(starts_word, 1, 0)
     barrier[0], barrier[-1] = 0, 255

@@ -83,7 +83,7 @@ def itm_of(row: dict, ctx: Context, seed: int) -> tasks.Example:
     return vl(row, ctx, seed)[1]
 
 
-# Golden strings and ids (spec 02 section 10) ------------------------------
+# Golden strings and ids (docs/ofa.md, Tasks: golden strings) --------------
 
 
 @pytest.mark.parametrize(
