@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ofa_ds.data.negative_files import checksums
+from ofa_ds.data.picture import check_image
 from ofa_ds.data.pool import run_jobs, serve_if_worker
 from ofa_ds.data.shards import MANIFEST, NEGATIVES, ShardFile, read_manifest
 from ofa_ds.data.shards_build import chain, fingerprint, row_digest
-from ofa_ds.data.tsv import check_image
 from ofa_ds.progress import Progress
 
 

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import re
-import struct
-import warnings
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from ofa_ds.data.picture import check_image
 from ofa_ds.data.text import clean_caption, clean_question
 
 COLUMNS = {
@@ -31,22 +27,12 @@ COLUMNS = {
 }
 TYPES = ("caption", "qa", "visual_grounding")
 
-MAX_PIXELS = 1 << 26
-"""Largest picture that is decoded, in pixels (8192 x 8192); a bigger one is taken for a decompression bomb."""
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""What may be decoded. Pillow knows more, some of which start other programs (EPS)."""
-
 NUM_CODES = 8192
 PIXELS_PER_CODE = 8
 BOX_OVERSHOOT = 0.5
 """Pixels by which a box may pass the edge of its picture, as rounding elsewhere leaves it; it is cut back."""
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_BROKEN_IMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError,
-                 MemoryError, struct.error, zlib.error)  # fmt: skip
-"""What Pillow's decoders raise on damaged input."""
-
 
 @dataclass(frozen=True)
 class Span:
@@ -124,29 +110,6 @@ def decode_base64(text: bytes) -> bytes:
 
 
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
-
-
-def check_image(image: bytes | memoryview) -> tuple[int, int]:
-    """(width, height) of a picture that decodes to its end. Raises ValueError "image: reason".
-
-    The size is looked at before the pixels are: a decompression bomb costs nothing.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit here is our own
-            with Image.open(io.BytesIO(image), formats=IMAGE_FORMATS) as picture:
-                width, height = picture.size
-                if width * height <= MAX_PIXELS:
-                    picture.load()
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"image: too large to decode: {error}") from error
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"image: undecodable: {len(image)} bytes that are no {', '.join(IMAGE_FORMATS)}") from error
-    except _BROKEN_IMAGE as error:
-        raise ValueError(f"image: undecodable: {error}") from error
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"image: {width} x {height} pixels are too large to decode; at most {MAX_PIXELS} pixels")
-    return width, height
 
 
 def _decode(name: str, column: bytes) -> str:

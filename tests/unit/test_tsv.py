@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ofa_ds.data import tsv
+from ofa_ds.data.picture import MAX_PIXELS, check_image
 
 
 def picture(width: int = 64, height: int = 48, kind: str = "JPEG") -> bytes:
@@ -200,11 +201,11 @@ def test_damaged_pictures_are_never_more_than_a_value_error(cut: int, flips: lis
         if place < len(damaged):
             damaged[place] = value
     try:
-        width, height = tsv.check_image(bytes(damaged))
+        width, height = check_image(bytes(damaged))
     except ValueError as error:
         assert str(error).startswith("image: ")
     else:
-        assert width * height <= tsv.MAX_PIXELS
+        assert width * height <= MAX_PIXELS
 
 
 @given(
