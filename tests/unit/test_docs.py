@@ -91,6 +91,14 @@ def test_paths_that_a_page_names_are_there(page: Path) -> None:
     assert missing == []
 
 
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    linked = {(ROOT / target).resolve() for target in LINK.findall(text) if not target.startswith("http")}
+    assert {page for page in PAGES if page.name != "README.md"} <= linked
+    assert all(len(page.read_text(encoding="utf-8").splitlines()) <= 400 for page in PAGES)
+
+
 def test_the_sizes_of_ofa_md_are_the_presets() -> None:
     text = OFA.read_text(encoding="utf-8")
     table = text.partition("## Model: sizes\n")[2].partition("\n## ")[0]
