@@ -1,8 +1,26 @@
-"""`deepspeed --module ofa_ds.pretrain RECIPE [KEY=VALUE ...]`: the same as `ofa-ds pretrain`, as launchers want it."""
+"""`deepspeed --module ofa_ds.pretrain RECIPE [KEY=VALUE ...]`: the same as `ofa-ds pretrain`, as launchers want it.
+
+launchers/pretrain.sh hands over `--encoded=WORD` instead (ofa_ds/cluster/parcel.py): no shell can misread that.
+"""
 
 import sys
+from collections.abc import Sequence
 
-from ofa_ds.cli import main
+from ofa_ds.cluster import parcel
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`ofa-ds pretrain` with these arguments, or with those of an encoded word; returns the exit code."""
+    if arguments and arguments[-1].startswith(parcel.OPTION):  # DeepSpeed's --local_rank stands before it
+        try:
+            parcel.start(arguments[-1].removeprefix(parcel.OPTION))
+        except (ValueError, RuntimeError) as error:
+            print(f"ofa_ds.pretrain: {error}", file=sys.stderr)
+            return 2 if isinstance(error, ValueError) else 1
+    from ofa_ds.cli import main as command_line
+
+    return command_line(["pretrain", *arguments])
+
 
 if __name__ == "__main__":
-    sys.exit(main(["pretrain", *sys.argv[1:]]))
+    sys.exit(main(sys.argv[1:]))

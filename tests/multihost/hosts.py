@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SUBNET = "10.77.0"
+ROOT = Path(__file__).parents[2]
 
 _clusters = itertools.count()
 
@@ -167,3 +169,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def run_env() -> dict[str, str]:
+    """What a user has: no test's own variables but the code, one thread a rank, the CPU."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+    return {**kept, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def launch_env(cluster: Cluster) -> dict[str, str]:
+    """What launchers/pretrain.sh needs on a host of `cluster`."""
+    env = run_env()
+    tools = {"PATH": f"{cluster.tools}:{env['PATH']}", "PYTHON": sys.executable}
+    return {**env, **tools, "GLOO_SOCKET_IFNAME": "eth0", "MASTER_PORT": str(free_port())}

@@ -7,13 +7,11 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import hosts
 import pytest
 
-ROOT = Path(__file__).parents[2]
 OVERRIDES = (
     "data.shards=shards",
     "data.vocab=vocab",
@@ -24,18 +22,11 @@ OVERRIDES = (
     "train.num_steps=4",
     "train.log_every=1",
 )
-_lack = hosts.missing_requirement()
-pytestmark = pytest.mark.skipif(_lack is not None, reason=f"no hosts on this machine: {_lack}")
-
-
-def run_env() -> dict[str, str]:
-    """What a user has: no test's own variables but the code, one thread a rank, the CPU."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
-    return {**kept, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+pytestmark = pytest.mark.usefixtures("two_hosts")
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def desk(tmp_path_factory: pytest.TempPathFactory, two_hosts: hosts.Cluster) -> Path:
     """A working directory with shards of scenes, a vocabulary and a hostfile."""
     path = tmp_path_factory.mktemp("multihost")
     tsv = path / "tsv"
@@ -46,21 +37,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["shards", "build", "--out", "shards", *sources],
         ["vocab", "train", "--shards", "shards", "--size", "320", "--codes", "128", "--bins", "1000", "--out", "vocab"],
     ):
-        subprocess.run([sys.executable, "-m", "ofa_ds.cli", *arguments], cwd=path, env=run_env(), check=True)
-    (path / "hosts").write_text("# two hosts, one rank each\n10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
+        subprocess.run([sys.executable, "-m", "ofa_ds.cli", *arguments], cwd=path, env=hosts.run_env(), check=True)
+    (path / "hosts").write_text("# two hosts, one rank each\nroot@10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
     return path
-
-
-@pytest.fixture(scope="module")
-def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Cluster]:
-    with hosts.cluster(2, tmp_path_factory.mktemp("hosts")) as cluster:
-        yield cluster
-
-
-def launch_env(two_hosts: hosts.Cluster) -> dict[str, str]:
-    env = run_env()
-    tools = {"PATH": f"{two_hosts.tools}:{env['PATH']}", "PYTHON": sys.executable}
-    return {**env, **tools, "GLOO_SOCKET_IFNAME": "eth0", "MASTER_PORT": str(hosts.free_port())}
 
 
 def losses(run_dir: Path) -> dict[int, dict[str, float]]:
@@ -69,14 +48,14 @@ def losses(run_dir: Path) -> dict[int, dict[str, float]]:
 
 
 def test_two_hosts_give_the_losses_of_one_process(desk: Path, two_hosts: hosts.Cluster) -> None:
-    script = ["bash", str(ROOT / "launchers" / "pretrain.sh")]
+    script = ["bash", str(hosts.ROOT / "launchers" / "pretrain.sh")]
     command = [*script, "hosts", "pretrain-nano", "run_dir=two", *OVERRIDES]
-    result = two_hosts.run(command, timeout=300, cwd=desk, env=launch_env(two_hosts))
+    result = two_hosts.run(command, timeout=300, cwd=desk, env=hosts.launch_env(two_hosts))
     assert result.returncode == 0, result.stdout
     assert result.stdout.splitlines()[-1] == "pretrain.sh: done on 2 hosts, 2 ranks"
 
     alone = [sys.executable, "-m", "ofa_ds.pretrain", "pretrain-nano", "run_dir=one", *OVERRIDES]
-    subprocess.run(alone, cwd=desk, env=run_env(), check=True, timeout=300)
+    subprocess.run(alone, cwd=desk, env=hosts.run_env(), check=True, timeout=300)
 
     two, one = losses(desk / "two"), losses(desk / "one")
     assert sorted(two) == sorted(one) == [1, 2, 3, 4]
@@ -90,9 +69,16 @@ def test_two_hosts_give_the_losses_of_one_process(desk: Path, two_hosts: hosts.C
 
 
 def test_a_failure_on_one_host_fails_the_command(desk: Path, two_hosts: hosts.Cluster) -> None:
-    command = ["bash", str(ROOT / "launchers" / "pretrain.sh"), "hosts", "pretrain-nano", "run_dir=no", *OVERRIDES]
+    command = [
+        "bash",
+        str(hosts.ROOT / "launchers" / "pretrain.sh"),
+        "hosts",
+        "pretrain-nano",
+        "run_dir=no",
+        *OVERRIDES,
+    ]
     command += ["data.vocab=nowhere"]
-    result = two_hosts.run(command, timeout=120, cwd=desk, env=launch_env(two_hosts))
+    result = two_hosts.run(command, timeout=120, cwd=desk, env=hosts.launch_env(two_hosts))
     assert result.returncode == 1, result.stdout
     assert "nowhere" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("pretrain.sh: the job on 2 hosts ended with exit code")

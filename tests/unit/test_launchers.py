@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from ofa_ds.cluster.parcel import Parcel, unpack
+
 LAUNCHERS = Path(__file__).parents[2] / "launchers"
 RDMA_FILES = sorted((LAUNCHERS / "rdma").glob("*.env"))
 
@@ -30,9 +32,12 @@ class Desk:
         tools = path / "tools"
         tools.mkdir()
         self._script(tools / "pdsh", "exit 0")
+        self._script(
+            tools / "ssh", '[ -z "${FAKE_SSH:-}" ] || { echo "$FAKE_SSH" >&2; exit 255; }; echo "10.5.5.5 fd00::5"'
+        )
         self.python = tools / "python"
-        record = f'cp "$DS_ENV_FILE" {path}/ranks.env; printf "%s\\n" "$@" >{path}/argv; exit ${{FAKE_CODE:-0}}'
-        choose = f'case " $* " in *deepspeed.launcher.runner*) {record};; esac'
+        record = f'printf "%s\\n" "${{@:4}}" >{path}/launch; exit ${{FAKE_CODE:-0}}'
+        choose = f'case "$2 $3" in "ofa_ds.cluster.launch start") {record};; esac'
         self._script(self.python, f'{choose}\nexec {sys.executable} "$@"')
         path_with_tools = f"{tools}:{os.environ['PATH']}"
         self.env = {"PATH": path_with_tools, "HOME": str(self.home), "PYTHON": str(self.python)}
@@ -48,16 +53,18 @@ class Desk:
             command, cwd=self.path, env={**self.env, **env}, capture_output=True, text=True, stdin=subprocess.DEVNULL
         )
 
-    def ranks_env(self) -> dict[str, str]:
-        """What DeepSpeed's own parser makes of the file it was given: it splits every line at its first `=`."""
-        lines = (self.path / "ranks.env").read_text().splitlines(keepends=True)
-        return {key.strip(): value.strip() for key, value in (line.split("=", maxsplit=1) for line in lines)}
+    def started(self) -> list[str]:
+        """Hostfile, address and port of the launch."""
+        return (self.path / "launch").read_text().splitlines()[:3]
 
-    def argv(self) -> list[str]:
-        return (self.path / "argv").read_text().splitlines()
+    def parcel(self) -> Parcel:
+        return unpack((self.path / "launch").read_text().splitlines()[3])
+
+    def ranks_env(self) -> dict[str, str]:
+        return {os.fsdecode(name): os.fsdecode(value) for name, value in self.parcel().environment.items()}
 
     def launched(self) -> bool:
-        return (self.path / "argv").exists()
+        return (self.path / "launch").exists()
 
 
 @pytest.fixture
@@ -69,11 +76,20 @@ def test_the_launch_names_hosts_recipe_and_overrides(desk: Desk) -> None:
     result = desk.launch("hosts", "pretrain-nano", "run_dir=runs/a", MASTER_PORT="29555", MASTER_ADDR="10.1.1.1")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "pretrain.sh: done on 2 hosts, 2 ranks"
-    argv = desk.argv()
-    assert argv[-4:] == ["--module", "ofa_ds.pretrain", "pretrain-nano", "run_dir=runs/a"]
-    options = " ".join(argv)
-    for wanted in ("--hostfile hosts", "--force_multi", "--launcher pdsh", "--master_port 29555", "--master_addr 10.1"):
-        assert wanted in options
+    assert desk.started() == ["hosts", "10.1.1.1", "29555"]
+    assert desk.parcel().arguments == (b"pretrain-nano", b"run_dir=runs/a")
+    assert desk.parcel().directory == bytes(desk.path)
+
+
+def test_rank_0_is_found_at_the_first_address_of_the_first_host(desk: Desk) -> None:
+    desk.launch("hosts", "pretrain-nano")
+    assert desk.started() == ["hosts", "10.5.5.5", "29500"]
+
+
+def test_a_host_that_ssh_does_not_reach_is_named_and_nothing_starts(desk: Desk) -> None:
+    result = desk.launch("hosts", "pretrain-nano", FAKE_SSH="ssh: connect to host a port 22: Connection refused")
+    assert result.returncode == 1 and not desk.launched()
+    assert result.stderr == "a: ssh does not get there by key: ssh: connect to host a port 22: Connection refused\n"
 
 
 @pytest.mark.parametrize(
@@ -87,15 +103,53 @@ def test_the_launch_names_hosts_recipe_and_overrides(desk: Desk) -> None:
         (["hosts"], "want [--env FILE] HOSTFILE RECIPE"),
         (["--evn", "f", "hosts", "pretrain-nano"], "--evn: unknown option"),
         (["--env", "nofile", "hosts", "pretrain-nano"], "--env nofile: no such file"),
+        (["--env", "false.env", "hosts", "pretrain-nano"], "--env false.env: bash ends it with exit code 1"),
+        (["hosts", "pretrain-nano", f"run_dir={'x' * 100_000}"], "Linux takes 131072: use a recipe file for long"),
     ],
 )
 def test_a_wrong_command_starts_nothing(desk: Desk, arguments: list[str], message: str) -> None:
     (desk.path / "broken").write_text("a slots=1\nb slot=1\n")
+    (desk.path / "false.env").write_text("false\n")
     result = desk.launch(*arguments)
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not desk.launched()
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("MASTER_PORT", "29500;id", "MASTER_PORT '29500;id': want a number from 1 to 65535"),
+        ("MASTER_PORT", "70000", "MASTER_PORT '70000': want a number from 1 to 65535"),
+        ("MASTER_ADDR", "$(id)", "MASTER_ADDR '$(id)': want a name or address of a that all hosts know"),
+        ("MASTER_ADDR", "fe80::1%eth0", "MASTER_ADDR 'fe80::1%eth0': want"),  # pdsh would put the host for %h
+        ("OFA_LAUNCH_LOG", "loud", "OFA_LAUNCH_LOG 'loud': want one of debug, info, warning, error, critical"),
+    ],
+)
+def test_a_setting_that_meets_a_shell_is_checked(desk: Desk, name: str, value: str, message: str) -> None:
+    result = desk.launch("hosts", "pretrain-nano", **{name: value})
+    assert result.returncode == 2 and not desk.launched()
+    assert result.stderr.startswith(message) and len(result.stderr.splitlines()) == 1
+
+
+def test_a_checkout_that_the_launcher_cannot_carry_is_refused(desk: Desk) -> None:
+    checkout = desk.path / "a;id"
+    checkout.mkdir()
+    for part in ("launchers", "ofa_ds", "kernels"):
+        shutil.copytree(LAUNCHERS.parent / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
+    command = ["bash", str(checkout / "launchers" / "pretrain.sh"), "hosts", "pretrain-nano"]
+    result = subprocess.run(command, cwd=desk.path, env=desk.env, capture_output=True, text=True)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert f"this checkout '{checkout}': DeepSpeed's launcher cannot carry ';' in its path" in result.stderr
+
+
+def test_an_interpreter_that_the_launcher_cannot_carry_is_refused(desk: Desk) -> None:
+    venv = desk.path / "my venv"
+    venv.symlink_to(sys.prefix)
+    result = desk.launch("hosts", "pretrain-nano", PYTHON=f"{venv}/bin/python")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert f"(PYTHON) '{venv}/bin/python': DeepSpeed's launcher cannot carry ' ' in its path" in result.stderr
 
 
 def test_a_failed_job_fails_the_command(desk: Desk) -> None:
@@ -105,11 +159,11 @@ def test_a_failed_job_fails_the_command(desk: Desk) -> None:
 
 
 def test_only_what_training_reads_is_forwarded(desk: Desk) -> None:
-    desk.launch("hosts", "pretrain-nano", NCCL_DEBUG="INFO", OMP_NUM_THREADS="4", SECRET_TOKEN="x", MASTER_PORT="1234")
+    given = dict(NCCL_DEBUG="INFO", OMP_NUM_THREADS="4", SECRET_TOKEN="x", MASTER_PORT="1234", DS_ENV_FILE="none")
+    desk.launch("hosts", "pretrain-nano", **given)
     env = desk.ranks_env()
     assert env["NCCL_DEBUG"] == "INFO" and env["OMP_NUM_THREADS"] == "4"
-    assert "SECRET_TOKEN" not in env and "MASTER_PORT" not in env
-    assert env["PATH"] == f"{desk.python.parent}:$PATH"
+    assert not {"SECRET_TOKEN", "MASTER_PORT", "PYTHON", "PATH", "HOME", "DS_ENV_FILE"} & env.keys()
 
 
 def test_a_user_file_with_comments_and_blank_lines_is_read_and_left_alone(desk: Desk) -> None:
@@ -130,9 +184,20 @@ def test_a_malformed_user_file_names_file_and_line(desk: Desk) -> None:
     assert f"{desk.home}/.deepspeed_env:2: 'B 2': want NAME=VALUE" in result.stderr
 
 
-def test_a_value_that_the_launcher_would_garble_is_refused(desk: Desk) -> None:
-    result = desk.launch("hosts", "pretrain-nano", NCCL_DEBUG_FILE='a"b')
-    assert result.returncode == 2 and "NCCL_DEBUG_FILE" in result.stderr and not desk.launched()
+@pytest.mark.parametrize("value", ['a"b', "it's", "$HOME/x", "`id`", "a\\b"])
+def test_a_value_that_deepspeed_would_let_a_shell_read_is_refused_in_a_file(desk: Desk, value: str) -> None:
+    (desk.path / ".deepspeed_env").write_text(f"# mine\nMY={value}\n")
+    result = desk.launch("hosts", "pretrain-nano")
+    assert result.returncode == 2 and not desk.launched()
+    assert result.stderr.startswith(".deepspeed_env:2: ") and len(result.stderr.splitlines()) == 1
+
+
+def test_any_value_of_the_environment_arrives(desk: Desk) -> None:
+    odd = 'it\'s "a" $HOME `id` \\ ;>P \n é \udcff '
+    given = {name: f"{name}{odd}" for name in ("NCCL_A", "UCX_A", "MV2_A", "PYTHONA", "MLFLOW_A", "OFA_A", "TMPDIR")}
+    assert desk.launch("hosts", "pretrain-nano", **given).returncode == 0
+    assert given.items() <= desk.ranks_env().items()
+    assert not (desk.path / "P").exists()
 
 
 def test_a_network_file_fills_gaps_and_overrides_nothing(desk: Desk) -> None:
@@ -144,6 +209,20 @@ def test_a_network_file_fills_gaps_and_overrides_nothing(desk: Desk) -> None:
     assert env["NCCL_IB_HCA"] == ""  # set to nothing is set
     assert env["NCCL_CROSS_NIC"] == "1"
     assert env["NCCL_SOCKET_IFNAME"] == "^lo,docker,virbr,veth"
+
+
+def test_a_settings_file_is_sourced_with_all_that_is_set_before_it_and_changes_nothing_else(desk: Desk) -> None:
+    (desk.path / "mine.env").write_text(
+        ': "${MASTER_PORT=29777}"\nrecipe=x hostfile=y\nNCCL_A="$NCCL_B c"\necho loud\n'
+    )
+    (desk.path / ".deepspeed_env").write_text("NCCL_B=b\nrecipe=kept\n")
+    in_path = desk.path / "tools" / "mine.env"
+    in_path.write_text("exit 3\n")  # `source mine.env` would take this one
+    result = desk.launch("--env", "mine.env", "hosts", "pretrain-nano")
+    assert result.returncode == 0, result.stderr
+    assert desk.started() == ["hosts", "10.5.5.5", "29777"]
+    assert desk.ranks_env()["NCCL_A"] == "b c"
+    assert desk.parcel().arguments == (b"pretrain-nano",)
 
 
 @pytest.mark.parametrize("file", RDMA_FILES, ids=lambda file: file.name)
