@@ -34,7 +34,7 @@ PAGES = [
 ]
 
 TOO_LONG = {
-    r"bash launchers/quickstart\.sh": "minutes; the launchers' own tests run its parts",
+    r"bash launchers/quickstart\.sh": "minutes; test_quickstart.py runs it, cut short, with --slow",
     r"bash launchers/pretrain\.sh": "wants hosts; tests/multihost runs it on some",
     r"(bash tests/run\.sh|(TRITON_INTERPRET=0 )?python -m pytest)": "the tests themselves",
     r"deepspeed ": "as many ranks as there are GPUs",
