@@ -1,4 +1,4 @@
-"""The README's first command, cut short: from an empty folder to a picture of answers, and a second time for nothing."""
+"""The README's first command, cut short: from an empty folder to a picture of answers; a second time for nothing."""
 
 from __future__ import annotations
 
