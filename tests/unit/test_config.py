@@ -1,4 +1,12 @@
-"""Recipes: strict, one-line errors, overrides, and a round trip through TOML."""
+"""Recipes: strict, one-line errors, overrides; whatever is saved is read back, by later versions too."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -6,12 +14,44 @@ from hypothesis import strategies as st
 
 from ofa_ds.config import (
     BatchConfig,
+    Recipe,
     load_recipe,
     recipe_from_dict,
     recipe_to_dict,
     recipe_to_toml,
+    saved,
     shipped_recipes,
 )
+from ofa_ds.config.architecture import OWNED_BY_RECIPE, PRESETS, ModelChange, ModelConfig, ViTConfig, preset
+from ofa_ds.config.recipe import tomllib
+from ofa_ds.config.sections import is_text, keys_of
+from ofa_ds.config.values import LARGEST_SEED
+from ofa_ds.terms import FAMILIES
+
+OLD_RECIPE = Path(__file__).parents[1] / "fixtures" / "checkpoint_0f884a0" / "run" / "recipe.toml"
+
+
+def leaves(kind: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, type) of every single value of a recipe."""
+    for name, each in keys_of(kind).items():
+        if keys_of(each) is None:
+            yield f"{prefix}{name}", each
+        else:
+            yield from leaves(each, f"{prefix}{name}.")
+
+
+PATHS = ["run_dir", "deepspeed", "data.shards", "data.vocab", "train.init_from"]
+"""Keys whose value is any text."""
+TEXT = st.text(min_size=1, max_size=30).filter(lambda text: text.strip() and "\0" not in text)
+
+
+def problem(*overrides: str, recipe: str | Path = "pretrain-nano") -> str:
+    """The one line that refuses them."""
+    with pytest.raises(ValueError, match=".") as caught:
+        load_recipe(recipe, overrides)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 600
+    return text
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -70,8 +110,13 @@ def test_a_recipe_extends_another_beside_it_and_keeps_what_it_does_not_set(tmp_p
 def test_recipes_that_extend_one_another_in_a_circle_are_refused(tmp_path):
     (tmp_path / "a.toml").write_text('extends = "b.toml"\n')
     (tmp_path / "b.toml").write_text('extends = "a.toml"\n')
-    with pytest.raises(ValueError, match="is there a circle"):
+    with pytest.raises(
+        ValueError, match=r"b\.toml: extends: goes round in a circle: .*a\.toml -> .*b\.toml -> .*a\.toml"
+    ):
         load_recipe(tmp_path / "a.toml")
+    (tmp_path / "self.toml").write_text('extends = "self.toml"\n')
+    with pytest.raises(ValueError, match="goes round in a circle"):
+        load_recipe(tmp_path / "self.toml")
 
 
 @pytest.mark.parametrize(
@@ -101,3 +146,277 @@ def test_a_global_batch_that_does_not_divide_names_the_nearest_that_does():
         match="batch.global_rows 2048 is not a multiple of batch.micro_rows 16 x 24 ranks = 384; use global_rows 1920",
     ):
         BatchConfig(global_rows=2048, micro_rows=16).accumulation_steps(24)
+
+
+def test_every_key_of_text_is_known_to_these_tests() -> None:
+    listed = {key for key, kind in leaves() if is_text(kind)}
+    choices = {"model.preset", "model.batch_norm", "data.augment", "kernels.attention", "kernels.layer_norm"}
+    assert listed == {*PATHS, *choices, "kernels.cross_entropy"}
+
+
+@pytest.mark.parametrize("key", PATHS)
+@given(text=TEXT)
+def test_any_text_is_written_and_read_back_as_it_was(key, text, tmp_path_factory) -> None:
+    file = tmp_path_factory.getbasetemp() / "saved.toml"
+    values = recipe_to_dict(load_recipe("pretrain-nano"))
+    *sections, name = key.split(".")
+    inner = values
+    for section in sections:
+        inner = inner[section]
+    inner[name] = text
+    recipe = recipe_from_dict(values)
+    file.write_text(recipe_to_toml(recipe), encoding="utf-8")
+    assert load_recipe(file) == recipe
+    assert inner[name] == text and recipe_to_dict(recipe) == values
+
+
+@given(lr=st.floats(0, allow_infinity=False), seed=st.integers(0, LARGEST_SEED), std=st.floats(0, 10, exclude_min=True))
+def test_any_number_is_written_and_read_back_as_it_was(lr, seed, std, tmp_path_factory) -> None:
+    recipe = load_recipe("pretrain-nano", [f"optim.peak_lr={lr}", f"train.seed={seed}", f"model.change.init_std={std}"])
+    assert (recipe.optim.peak_lr, recipe.train.seed, recipe.model.change["init_std"]) == (lr, seed, std)
+    file = tmp_path_factory.getbasetemp() / "numbers.toml"
+    file.write_text(recipe_to_toml(recipe))
+    assert load_recipe(file) == recipe
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize(
+    "text",
+    ["2026-11-28", "2026-11-28T10:00:00Z", "10:00:00", "1", "1e5", "0x1f", "true", "inf", "[1]", "{a = 1}", "a #b"],
+)
+def test_text_that_looks_like_something_else_is_taken_as_typed(key, text) -> None:
+    values = recipe_to_dict(load_recipe("pretrain-nano", [f"{key}={text}"]))
+    for part in key.split("."):
+        values = values[part]
+    assert values == text
+
+
+@given(text=TEXT)
+def test_text_in_quotes_is_what_is_in_them(text) -> None:
+    assert load_recipe("pretrain-nano", [f"run_dir={saved._toml(text)}"]).run_dir == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "run_dir: want more than nothing, got ''"),
+        (" \t", "run_dir: want more than blanks, got ' \\t'"),
+        ('"a\\u0000b"', "run_dir: want text without NUL characters, got 'a\\x00b'"),
+        ("runs/\udcff", "run_dir: want text that is valid UTF-8, got 'runs/\\udcff'"),
+    ],
+)
+def test_text_that_names_no_directory_is_refused(text, message) -> None:
+    assert message in problem(f"run_dir={text}")
+
+
+def numbers() -> list[str]:
+    """Keys of one number or switch; those of a backbone are tried with the rest of one."""
+    found = [key for key, kind in leaves() if not is_text(kind) and "tuple" not in str(kind)]
+    return [key for key in found if "backbone" not in key]
+
+
+def whole_number(key: str) -> bool:
+    return "float" not in str(dict(leaves())[key])
+
+
+NOT_FINITE = {
+    "inf": "inf", "-inf": "-inf", "nan": "nan", "1e400": "inf", "-1e400": "-inf", "2026-11-28": "2026-11-28",
+    "[1]": "[1]", "many": "'many'",
+}  # fmt: skip
+"""What is given, and how the refusal shows it."""
+
+
+@pytest.mark.parametrize("key", numbers())
+def test_no_number_takes_what_is_not_a_finite_one(key) -> None:
+    for value, shown in NOT_FINITE.items():
+        found = problem(f"{key}={value}")
+        assert found.startswith(f"pretrain-nano: {key}: ") and found.endswith(f"got {shown}")
+
+
+@pytest.mark.parametrize("key", [key for key in numbers() if whole_number(key)])
+def test_no_whole_number_is_too_large_for_who_uses_it(key) -> None:
+    assert problem(f"{key}={'9' * 25}").startswith(f"pretrain-nano: {key}: ")
+    assert problem(f"{key}=0x{'f' * 9999}").endswith("got a number of 39996 bits")
+
+
+@pytest.mark.parametrize("seed", ["-1", str(LARGEST_SEED + 1), "1.5", "true"])
+def test_a_seed_is_of_64_bits_and_the_refusal_says_so(seed) -> None:
+    message = problem(f"train.seed={seed}")
+    assert "train.seed: " in message
+    assert "from 0 to 18446744073709551615 (64 bits)" in message or seed in ("1.5", "true")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("encoder_layers=-1", "model.change.encoder_layers: Input should be greater than or equal to 1, got -1"),
+        ("num_heads=0", "model.change.num_heads: Input should be greater than or equal to 1, got 0"),
+        ("num_heads=3", "model.change: dim 128 is not a multiple of num_heads 3, in preset nano"),
+        ("encoder_layrs=2", "unknown key model.change.encoder_layrs; did you mean encoder_layers?"),
+        ("dropout=0.1", "unknown key model.change.dropout; the recipe sets it as model.dropout"),
+        ("init_std=0", "model.change.init_std: Input should be greater than 0, got 0"),
+        ("token_bucket_size=1", "model.change.token_bucket_size: Input should be greater than or equal to 2, got 1"),
+        ("token_bucket_size=2046", "model.change.token_bucket_size: Input should be less than or equal to 2045"),
+        ("gamma=0.5", "model.change: share_attn_bias, entangle_position_embedding and gamma need use_ofasys = true"),
+        ("backbone=3", "model.change.backbone is a section, got 3; want model.change.backbone.NAME=VALUE"),
+        ("backbone={channels=8}", "model.change.backbone.patch_size: is missing"),
+        ("backbone={chanels=8}", "unknown key model.change.backbone.chanels; did you mean channels?"),
+        ("backbone={patch_size=12,channels=8}", "convolutional stem: patch_size 12 is not a power of 2"),
+        ("backbone={patch_size=16,channels=7}", "convolutional stem: channels 7 is less than half of patch_size 16"),
+        ("backbone={depths=[1,1,1],patch_size=14}", "model.change.backbone.patch_size: Input should be 16, got 14"),
+        ("backbone={depths=[1,0,1]}", "model.change.backbone.depths.1: Input should be greater than or equal to 1"),
+        (
+            "backbone={resolution=28,patch_size=14,channels=30,layers=1,heads=4}",
+            "model.change.backbone: ViT: channels 30 is not a multiple of heads 4",
+        ),
+    ],
+)
+def test_a_change_of_the_model_is_typed_like_the_rest_of_the_recipe(change, message) -> None:
+    assert message in problem(f"model.change.{change}")
+
+
+def test_a_backbone_is_known_by_what_it_has_and_may_be_set_key_by_key() -> None:
+    keys = ("resolution=28", "patch_size=14", "channels=32", "layers=1", "heads=4")
+    recipe = load_recipe("pretrain-nano", [f"model.change.backbone.{key}" for key in keys])
+    wanted = ViTConfig(resolution=28, patch_size=14, channels=32, layers=1, heads=4)
+    assert recipe.model.change == {"backbone": wanted}
+    assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
+
+
+WRONG = [-1, 2**40, float("inf"), float("nan"), "many", [], {}]
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ModelConfig)])
+def test_no_model_is_made_with_a_wrong_size_whoever_makes_it(field) -> None:
+    for value in WRONG:
+        if value == 2**40 and field in ("attn_scale_factor", "gamma") or (field, value) == ("kernels", {}):
+            continue  # right
+        with pytest.raises(ValueError, match=f"^model: {field}") as caught:
+            preset("6b", **{field: value})
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backbone", [PRESETS["tiny"].backbone, PRESETS["nano"].backbone, PRESETS["6b"].backbone])
+def test_no_backbone_is_made_with_a_wrong_size_either(backbone) -> None:
+    values = dataclasses.asdict(backbone)
+    for field in values:
+        for value in WRONG:
+            with pytest.raises(ValueError, match=field):
+                type(backbone)(**values | {field: value})
+            if isinstance(value, int):
+                text = ", ".join(f"{key} = {saved._toml(each)}" for key, each in (values | {field: value}).items())
+                assert f"model.change.backbone.{field}: " in problem(f"model.change.backbone={{{text}}}")
+
+
+def test_a_model_s_configuration_survives_pickling_and_asdict() -> None:
+    for config in PRESETS.values():
+        assert pickle.loads(pickle.dumps(config)) == config
+        assert ModelConfig(**dataclasses.asdict(config)) == config
+
+
+def test_what_the_recipe_owns_are_fields_of_the_model() -> None:
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert OWNED_BY_RECIPE.keys() <= fields
+    assert fields - OWNED_BY_RECIPE.keys() == keys_of(ModelChange).keys()
+
+
+@pytest.mark.parametrize("extends", ["3", "[1]", "true", '""', '" "', "2026-11-28", "{}"])
+def test_what_extends_must_name_is_a_recipe(extends, tmp_path) -> None:
+    (tmp_path / "r.toml").write_text(f"extends = {extends}\n")
+    assert "r.toml: extends: want the name or the file of another recipe, got " in problem(recipe=tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run_dir = 2026-11-28", "run_dir: Input should be a valid string, got 2026-11-28; put it in quotes"),
+        ("[train]\nnum_steps = 2026-11-28", "train.num_steps: Input should be a valid integer, got 2026-11-28"),
+        ("[optim]\nbetas = [0.9, inf]", "optim.betas.1: want a finite number, got inf"),
+        ("a = " + "[" * 9999, "not valid TOML: brackets too deep"),
+        ("a = " + "9" * 9999, "not valid TOML: Exceeds the limit"),
+        (f"{'k' * 9999} = 1", "unknown key 'kkkk"),
+    ],
+)
+def test_a_file_s_wrong_value_is_one_short_line_that_names_the_file(text, message, tmp_path) -> None:
+    (tmp_path / "r.toml").write_text(text)
+    found = problem(recipe=tmp_path / "r.toml")
+    assert "r.toml: " in found and message in found
+
+
+def test_a_byte_order_mark_and_line_ends_of_windows_are_read(tmp_path) -> None:
+    (tmp_path / "r.toml").write_bytes(b'\xef\xbb\xbfrun_dir = "a"\r\n[train]\r\nseed = 3\r\n')
+    recipe = load_recipe(tmp_path / "r.toml")
+    assert (recipe.run_dir, recipe.train.seed) == ("a", 3)
+
+
+@pytest.mark.parametrize("override", ["", "=", "=1", " =1", "a..b=1", ".a=1", "a.=1", "word"])
+def test_an_override_without_a_key_says_what_one_looks_like(override) -> None:
+    assert "want KEY=VALUE, such as optim.peak_lr=2e-4" in problem(override)
+
+
+@pytest.mark.parametrize("override", ["run_dir.x=1", "optim.betas.x=1", "train.seed.x.y=1", "model.change.dim.x=1"])
+def test_a_value_is_no_section(override) -> None:
+    assert "is a value, not a section" in problem(override)
+
+
+def test_a_key_given_twice_is_refused_with_both() -> None:
+    assert problem("run_dir=a", "run_dir=b") == "run_dir is given twice: 'run_dir=a' and 'run_dir=b'; leave one out"
+
+
+def test_an_override_of_a_section_keeps_what_it_does_not_name() -> None:
+    recipe = load_recipe("pretrain-nano", ["optim={peak_lr=0.5}", "train.seed=2\n"])
+    assert (recipe.optim.peak_lr, recipe.optim.warmup_steps, recipe.train.seed) == (0.5, 60, 2)
+    assert "train.seed: " in problem("train.seed=2\n[optim]\npeak_lr=3")
+
+
+def test_a_run_directory_in_the_place_of_a_recipe_is_told_where_its_recipe_is(tmp_path) -> None:
+    (tmp_path / "recipe.toml").write_text("")
+    assert f"is a run directory; its recipe is {tmp_path / 'recipe.toml'}" in problem(recipe=tmp_path)
+
+
+def test_a_saved_recipe_says_its_version_and_one_without_is_of_version_1() -> None:
+    recipe = load_recipe("pretrain-nano")
+    assert recipe_to_dict(recipe)["version"] == saved.VERSION == tomllib.loads(recipe_to_toml(recipe))["version"]
+    values = recipe_to_dict(recipe) | {"version": 1}
+    values["model"]["change"] = {"batch_norm_eps": 1e-5, "dim": 64}  # version 1 had it, and it did nothing
+    before = repr(values)
+    assert recipe_from_dict(values).model.change == {"dim": 64}
+    assert repr(values) == before
+    del values["version"]
+    assert recipe_from_dict(values).model.change == {"dim": 64}
+    with pytest.raises(ValueError, match="unknown key model.change.batch_norm_eps"):
+        recipe_from_dict(values | {"version": 2})
+
+
+def test_each_file_of_a_chain_is_read_by_its_own_version(tmp_path) -> None:
+    (tmp_path / "old.toml").write_text("[model.change]\nbatch_norm_eps = 1e-5\ndim = 64\n")
+    (tmp_path / "new.toml").write_text('version = 2\nextends = "old.toml"\n[model]\npreset = "nano"\n')
+    assert load_recipe(tmp_path / "new.toml").model.change == {"dim": 64}
+
+
+def test_a_recipe_of_a_version_to_come_is_refused_with_both_versions(tmp_path) -> None:
+    newer = saved.VERSION + 1
+    message = f"a recipe of version {newer}, this ofa-ds reads up to version {saved.VERSION}"
+    with pytest.raises(ValueError, match=f"^saved recipe: {message}"):
+        recipe_from_dict({"version": newer, "key_to_come": 1})
+    (tmp_path / "r.toml").write_text(f"version = {newer}\nkey_to_come = 1\n")
+    assert f"r.toml: {message}" in problem(recipe=tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize("version", [0, -1, True, "1", 1.0, None])
+def test_a_version_is_a_whole_number(version) -> None:
+    with pytest.raises(ValueError, match="saved recipe: version: want a whole number from 1 on"):
+        recipe_from_dict({"version": version})
+
+
+def test_the_recipe_of_a_run_of_version_1_is_read_as_it_was_meant() -> None:
+    then = tomllib.loads(OLD_RECIPE.read_text())
+    now = recipe_to_dict(load_recipe(OLD_RECIPE))
+    assert "version" not in then
+    assert now | {"version": None} == then | {"version": None} | {
+        key: now[key] | then[key] for key in then if isinstance(then[key], dict)
+    }
+
+
+def test_families_keep_their_places_which_seed_generators() -> None:
+    assert FAMILIES[:4] == ("vision_language", "text", "image", "detection"), "only append"

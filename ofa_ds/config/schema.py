@@ -1,0 +1,178 @@
+"""The sections of a recipe, typed: what each key means, its default and its range."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+from ofa_ds.config.architecture import (
+    PRESETS,
+    BatchNormMode,
+    KernelConfig,
+    ModelChange,
+    Pixels,
+    PresetName,
+    Rate,
+)
+from ofa_ds.config.values import STRICT, Count, GivenText, Real, Seed, Text, problem_within
+from ofa_ds.terms import FAMILIES
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelOptions:
+    preset: PresetName = "tiny"
+    """Architecture: nano, tiny, medium, base, large, huge, 6b, ... (`ofa_ds.config.architecture.PRESETS`)."""
+    change: ModelChange = Field(default_factory=dict)
+    """Fields of `ofa_ds.config.architecture.ModelConfig` that differ from the preset's."""
+    dropout: Rate = 0.0
+    """On embeddings and on the output of attention and feed-forward blocks."""
+    attention_dropout: Rate = 0.0
+    """On attention probabilities."""
+    drop_path: Rate = 0.0
+    """Rate of the last layer of each stack; grows linearly from 0; drawn per example."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward instead of keeping its activations."""
+    batch_norm: BatchNormMode = "batch"
+    """ResNet statistics: from the buffers, from this rank's images, or from the images of all ranks."""
+
+    @field_validator("change")
+    @classmethod
+    def _without_none(cls, change: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in change.items() if value is not None}  # TOML has no None
+
+    @model_validator(mode="after")
+    def _makes_a_model(self) -> ModelOptions:
+        try:
+            dataclasses.replace(PRESETS[self.preset], **self.change)
+        except ValueError as error:
+            problem = f"{str(error).removeprefix('model: ')}, in preset {self.preset}"
+            raise problem_within("change", problem) from error
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MixConfig:
+    """Rows drawn from each family, relative to each other; a family the shards lack is left out."""
+
+    vision_language: Count = Field(8, ge=0)
+    text: Count = Field(2, ge=0)
+    image: Count = Field(1, ge=0)
+    detection: Count = Field(1, ge=0)
+
+    @model_validator(mode="after")
+    def _something(self) -> MixConfig:
+        if not any(self.weights().values()):
+            raise ValueError("has only zeros; give at least one family a positive weight")
+        return self
+
+    def weights(self) -> dict[str, int]:
+        """Weight per family, in the order of FAMILIES."""
+        return {family: getattr(self, family) for family in FAMILIES}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    shards: Text = ""
+    """Directory made by `ofa-ds shards build`."""
+    vocab: Text = ""
+    """Directory of a vocabulary: `ofa-ds vocab train`'s, or OFA's own files."""
+    image_size: Pixels = Field(384, ge=16)
+    """Side of the pictures of vision-language rows, in pixels."""
+    infill_image_size: Pixels = Field(256, ge=16)
+    """Side of the pictures of image-infilling and detection rows, in pixels."""
+    code_image_size: Pixels = Field(128, multiple_of=8)
+    """Side of the central square that image codes describe, in pixels; one code per 8 x 8."""
+    max_image_size: Pixels = Field(512, ge=16)
+    """Divisor that turns pixels into coordinate bins (docs/ofa.md, Tasks: bins)."""
+    sample_patches: Count = Field(196, ge=0)
+    """Patches kept of each vision-language picture, drawn without replacement; 0 keeps all."""
+    augment: Literal["ofa", "none"] = "ofa"
+    """`ofa`: random resize, crop, RandomAugment, scale jitter (docs/ofa.md, Tasks: pictures). `none`: plain resize."""
+    max_source_words: Count = Field(80, ge=1)
+    max_target_words: Count = Field(30, ge=1)
+    max_text_tokens: Count = Field(256, ge=1)
+    """Tokens of a text-infilling target."""
+    extra_confidence: Real = Field(2.0, gt=0)
+    """Loss weight of text, image and detection examples (docs/ofa.md, Tasks: text infilling)."""
+    mix: MixConfig = MixConfig()
+    workers: Count = Field(2, ge=0, le=1024)
+    """Processes per rank that prepare batches; 0 prepares them in the training process. Never changes a bit."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BatchConfig:
+    global_rows: Count = Field(3072, ge=1)
+    """Rows of all families per optimizer step, over all ranks. A vision-language row is two examples, others one."""
+    micro_rows: Count = Field(12, ge=1)
+    """Rows per rank per forward."""
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per rank per optimizer step. Raises ValueError where the numbers do not divide."""
+        per_forward = self.micro_rows * world_size
+        steps, left = divmod(self.global_rows, per_forward)
+        if left or not steps:
+            raise ValueError(
+                f"batch.global_rows {self.global_rows} is not a multiple of batch.micro_rows {self.micro_rows} x "
+                f"{world_size} ranks = {per_forward}; use global_rows {max(steps, 1) * per_forward}, "
+                f"or change micro_rows"
+            )
+        return steps
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimConfig:
+    peak_lr: Real = Field(1e-4, ge=0)
+    end_lr: Real = Field(0.0, ge=0)
+    warmup_steps: Count = Field(0, ge=0)
+    weight_decay: Real = Field(0.01, ge=0)
+    betas: tuple[Real, Real] = (0.9, 0.999)
+    eps: Real = Field(1e-8, gt=0)
+    clip_norm: Real = Field(5.0, ge=0)
+    """Largest global gradient norm; 0 does not clip."""
+    label_smoothing: Rate = 0.0
+    ema_decay: Rate = 0.0
+    """Of a moving average of the weights that checkpoints keep beside them; OFA's is 0.9999. 0: none."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("want two numbers in [0, 1)")
+        return betas
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig:
+    num_steps: Count = Field(1000, ge=0)
+    """Optimizer steps; the learning rate reaches optim.end_lr at the last."""
+    seed: Seed = 1
+    """Of weights, order, augmentation and dropout: 0 ... 2^64 - 1."""
+    init_from: Text = ""
+    """A checkpoint, or a run directory, whose weights a new run starts from; without moments, at step 0."""
+    accept_changed: tuple[Literal["data", "vocab"], ...] = ()
+    """What may differ from the run that is gone on with, whose order of data or meaning of ids then changes midway."""
+    log_every: Count = Field(10, ge=1)
+    save_every: Count = Field(1000, ge=1)
+    keep: Count = Field(3, ge=1)
+    """Checkpoints that stay; older ones are deleted."""
+    save_in_background: bool = True
+    """Training waits only for a copy of its state (as much host memory again), another process writes it."""
+    sample_every: Count = Field(0, ge=0)
+    """Steps between pictures of what the model generates, written to TensorBoard; 0 for none."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Recipe:
+    run_dir: GivenText = "runs/ofa"
+    """Where checkpoints, metrics.jsonl, TensorBoard files and the resolved recipe go."""
+    deepspeed: GivenText = "zero3"
+    """A file of ds_configs (by name) or a path: memory layout and precision."""
+    model: ModelOptions = ModelOptions()
+    kernels: KernelConfig = KernelConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
