@@ -59,15 +59,20 @@ def config_of(shapes: Shapes, hints: Mapping[str, Any], origin: str) -> ModelCon
     """
     try:
         sizes = _sizes(shapes, hints)
+    except ValueError as error:
+        raise ValueError(f"{origin}: not an OFA: a tensor that tells a size has another rank: {error}") from error
     except (KeyError, IndexError) as error:
         name, parameters = _closest(shapes)
         missing = len(parameters.keys() - shapes.keys())
         text = f"{origin}: not an OFA, or not all of it: {error} is missing, which sizes are read from"
         raise ValueError(f"{text}; closest is preset {name}, of which {missing} tensors are missing") from error
     alike = [preset for preset in PRESETS.values() if all(sizes[key] == getattr(preset, key) for key in _SIZES)]
-    if alike:  # its switches, where nobody says anything else
-        return dataclasses.replace(alike[0], **{**hints, **sizes})
-    return ModelConfig(**{**hints, **sizes})
+    try:
+        if alike:  # its switches, where nobody says anything else
+            return dataclasses.replace(alike[0], **{**hints, **sizes})
+        return ModelConfig(**{**hints, **sizes})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{origin}: its configuration is of no OFA: {error}") from error
 
 
 def _sizes(shapes: Shapes, hints: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ofa_ds.checkpoint.format import MANIFEST, TensorInfo
 from ofa_ds.checkpoint.loading import open_checked, open_stream
@@ -43,15 +44,20 @@ def detect(source: Path) -> str:
         raise ValueError(f"{source}: no such file or directory")
     if (source / MANIFEST).exists() or step_directories(source):
         raise ValueError(f"{source}: is a checkpoint of ofa-ds already; see ofa-ds checkpoint export and reshard")
+    found = []
     if (source / port.MODELSCOPE_CONFIG).is_file():
-        return "modelscope"
-    if (source / port.CONFIG).is_file():
-        return "huggingface"
+        found.append("modelscope")
+    elif (source / port.CONFIG).is_file():
+        found.append("huggingface")
     if (source / "latest_universal").is_file() or (source / "zero").is_dir():
-        return "universal"
-    if (source / "latest").is_file() or any(source.glob("*_states.pt")):
-        return "deepspeed"
-    raise ValueError(f"{source}: in none of the formats {', '.join(FORMATS)}; say which with --format")
+        found.append("universal")
+    elif (source / "latest").is_file() or any(source.glob("*_states.pt")):
+        found.append("deepspeed")
+    if len(found) > 1:
+        raise ValueError(f"{source}: holds {' and '.join(found)} both; say which is meant: --format {found[0]}")
+    if not found:
+        raise ValueError(f"{source}: in none of the formats {', '.join(FORMATS)}; say which with --format")
+    return found[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,13 +221,22 @@ def _weights(reader: Reader, dtype: torch.dtype, kind: str) -> Weights:
 
     def parameter(name: str, info: TensorInfo) -> Weight:
         own = kind if kind in info.kinds else "weight"
-        return Weight(info.shape, dtype, lambda start, numel: reader.read(name, own, start, numel))
+        return Weight(info.shape, dtype, lambda start, n: _fitting(reader.read(name, own, start, n), name, dtype))
 
     weights = {name: parameter(name, info) for name, info in reader.tensors.items()}
     for name in reader.buffers:
         averaged = kind == "ema" and name in reader.ema_buffers
         weights[name] = Weight.of(reader.ema_buffer(name) if averaged else reader.buffer(name))
     return weights
+
+
+def _fitting(piece: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """The piece in `dtype`. Raises ValueError where a weight that is finite would become infinite."""
+    cut = piece.to(dtype)
+    if dtype == torch.float16 and not torch.equal(torch.isfinite(cut), torch.isfinite(piece)):
+        largest = piece[torch.isfinite(piece)].abs().max().item()
+        raise ValueError(f"{name} has {largest:.3g}, float16 ends at 65504; use --dtype bfloat16 or float32")
+    return cut
 
 
 def _write_vocabulary(directory: Path, recipe: Recipe) -> None:

@@ -27,14 +27,13 @@ def read_fairseq(source: Path) -> Foreign:
     content = file.content
     if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
         raise ValueError(f"{source}: want fairseq's checkpoint, a dict with `model`; is it only a part of one?")
-    model, task = _settings(content)
     try:
+        model, task = _settings(content)
         hints = hints_from_fairseq(model)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    state = content.get("extra_state") or {}
+    state = _mapping(content, "extra_state", str(source))
     average = next((state[key] for key in _EMA if state.get(key)), None)
-    history = content.get("optimizer_history") or [{}]
     size = task.get("patch_image_size")
     return Foreign(
         origin=str(source),
@@ -42,8 +41,24 @@ def read_fairseq(source: Path) -> Foreign:
         hints=hints,
         ema=None if average is None else torch_weights(file, average),
         data={"image_size": size} if isinstance(size, int) and size >= 16 else {},
-        num_updates=int(history[-1].get("num_updates") or 0),
+        num_updates=_num_updates(content.get("optimizer_history")),
     )
+
+
+def _num_updates(history: Any) -> int:
+    """Of the last optimizer; 0 where the file does not say, since nothing but a note depends on it."""
+    last = history[-1] if isinstance(history, list) and history else {}
+    updates = last.get("num_updates") if isinstance(last, Mapping) else 0
+    return updates if isinstance(updates, int) and updates >= 0 else 0
+
+
+def _mapping(content: Mapping[str, Any], key: str, where: str = "") -> Mapping[str, Any]:
+    """A part of the file, empty where it is not there. Raises ValueError: it is something else."""
+    part = content.get(key)
+    part = vars(part) if isinstance(part, argparse.Namespace) else {} if part is None else part
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{where + ': ' if where else ''}want a dict as {key}, got a {type(part).__name__}")
+    return part
 
 
 def _settings(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -51,9 +66,8 @@ def _settings(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[st
     arguments = content.get("args")
     if isinstance(arguments, argparse.Namespace):
         return vars(arguments), vars(arguments)
-    cfg = content.get("cfg") or {}
-    model, task = cfg.get("model") or {}, cfg.get("task") or {}
-    return tuple(vars(part) if isinstance(part, argparse.Namespace) else part for part in (model, task))
+    cfg = _mapping(content, "cfg")
+    return _mapping(cfg, "model"), _mapping(cfg, "task")
 
 
 def write_fairseq(

@@ -23,6 +23,7 @@ from ofa_ds.model.ofa import OFA
 
 _WRAPPERS = ("module.", "model.")
 _GAMMA = re.compile(r"\.gamma_(self_attn|cross_attn|ffn)$")
+_COUNTER = "num_batches_tracked"
 _SEED = 1
 _EMBEDDING = "encoder.embed_tokens.weight"
 
@@ -88,11 +89,28 @@ def to_state(foreign: Foreign, options: Options) -> tuple[ForeignState, ModelCon
         buffers=buffers,
         ema_buffers={name: shape for name, shape in buffers.items() if name in average},
         facts=facts,
-        read=lambda name, kind, start, n: (average if kind == "ema" else weights)[name].fp32(start, n),
-        buffer=lambda name: weights[name].whole(),
-        ema_buffer=lambda name: average[name].whole(),
+        read=lambda name, kind, start, n: _finite(
+            (average if kind == "ema" else weights)[name].fp32(start, n), name, kind, foreign.origin
+        ),
+        buffer=lambda name: _finite(weights[name].whole(), name, "weight", foreign.origin),
+        ema_buffer=lambda name: _finite(average[name].whole(), name, "ema", foreign.origin),
     )
     return state, config
+
+
+def _finite(piece: Tensor, name: str, kind: str, origin: str) -> Tensor:
+    """The piece as it is. Raises ValueError where it holds NaN or Inf: no model is worth going on from that."""
+    if piece.is_floating_point() and not torch.isfinite(piece).all():
+        raise ValueError(f"{origin}: {name} ({kind}) holds NaN or Inf; take an earlier checkpoint of that training")
+    return piece
+
+
+def _refuse_other_types(weights: Weights, origin: str) -> None:
+    """Parameters and statistics are floating-point, counters whole numbers. Raises ValueError for anything else."""
+    for name, weight in weights.items():
+        if weight.dtype.is_floating_point == name.endswith(_COUNTER):
+            want = "whole numbers" if name.endswith(_COUNTER) else "float32, float16, bfloat16 or float64"
+            raise ValueError(f"{origin}: {name} holds {str(weight.dtype).removeprefix('torch.')}, want {want}")
 
 
 def official_state(state: ForeignState, origin: str, options: Options) -> tuple[ForeignState, ModelConfig]:
@@ -116,8 +134,8 @@ def official_state(state: ForeignState, origin: str, options: Options) -> tuple[
         state,
         tensors={name: state.tensors[old] for name, old in names.items()},
         buffers={name: state.buffers[old] for name, old in buffers.items()},
-        read=lambda name, kind, start, numel: state.read(names[name], kind, start, numel),
-        buffer=lambda name: state.buffer(buffers[name]),
+        read=lambda name, kind, start, numel: _finite(state.read(names[name], kind, start, numel), name, kind, origin),
+        buffer=lambda name: _finite(state.buffer(buffers[name]), name, "weight", origin),
     ), config
 
 
@@ -141,6 +159,7 @@ def _official(weights: Weights, origin: str, drop: Sequence[str]) -> tuple[dict[
             raise ValueError(f"{origin}: {alias} differs from {owner}; OFA ties them, this file cannot be represented")
         found.setdefault(owner, copy)
     extra = {name: found.pop(name) for name in list(found) if is_recomputed(name)}
+    _refuse_other_types(found, origin)
     return found, extra
 
 
@@ -169,7 +188,7 @@ def _initialised(model: OFA, name: str) -> Tensor:
     owner_name, _, last = name.rpartition(".")
     owner: nn.Module = model.get_submodule(owner_name)
     reset = getattr(owner, "reset_parameters", None)
-    if last == "num_batches_tracked":
+    if last == _COUNTER:
         return torch.zeros((), dtype=torch.int64)
     if last == "c_attn" or last.startswith("weight_"):  # scales start at 1, or at the configuration's gamma
         value = 1.0 if last == "c_attn" else model.config.gamma or 1.0

@@ -17,6 +17,7 @@ from ofa_ds.convert.foreign import Foreign
 from ofa_ds.convert.port_config import hints_from_port, to_port
 from ofa_ds.convert.weights import Weight, Weights, entries_of
 from ofa_ds.model.config import ModelConfig
+from ofa_ds.storage import strict_json
 from ofa_ds.storage.atomic import sync
 from ofa_ds.storage.tensor_writer import TensorWriter
 
@@ -34,8 +35,12 @@ def read_port(source: Path) -> Foreign:
     """Either folder. Raises ValueError naming what is missing or wrong."""
     values = _read_json(source / CONFIG)
     weights: dict[str, Weight] = {}
-    for path in _weight_files(source):
-        weights |= _safetensors(path) if path.suffix == ".safetensors" else _torch_weights(path)
+    for path, listed in _weight_files(source).items():
+        found = _safetensors(path) if path.suffix == ".safetensors" else _torch_weights(path)
+        if listed is not None and found.keys() != listed:
+            apart = sorted(found.keys() ^ listed)
+            raise ValueError(f"{path}: the index lists other tensors than it holds: {', '.join(apart[:3])}")
+        weights |= found
     try:
         hints = hints_from_port(values)
     except ValueError as error:
@@ -43,17 +48,30 @@ def read_port(source: Path) -> Foreign:
     return Foreign(origin=str(source), weights=weights, hints=hints, data=_data_fields(source))
 
 
-def _weight_files(source: Path) -> list[Path]:
+def _weight_files(source: Path) -> dict[Path, set[str] | None]:
+    """Each file and the tensors that an index lists for it; None where there is no index."""
     for name in (WEIGHTS, TORCH_WEIGHTS):
         index = source / f"{name}.index.json"
         if index.is_file():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-            if not names or not all(isinstance(each, str) and _FILE_NAME.fullmatch(each) for each in names):
-                raise ValueError(f"{index}: want a weight_map of tensors to files beside it")
-            return [source / each for each in names]
+            listed: dict[Path, set[str] | None] = {}
+            for tensor, file in _weight_map(index).items():
+                listed.setdefault(source / file, set()).add(tensor)
+            return listed
         if (source / name).is_file():
-            return [source / name]
+            return {source / name: None}
     raise ValueError(f"{source}: has neither {WEIGHTS} nor {TORCH_WEIGHTS}, nor an index of several")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = _read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{index}: want a weight_map of tensors to files beside it")
+    for tensor, file in found.items():
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file) or file.startswith("."):
+            raise ValueError(f"{index}: {tensor} is in {str(file)[:80]!r}, want the name of a file beside it")
+        if not (index.parent / file).is_file():
+            raise ValueError(f"{index.parent / file}: no such file; {index.name} lists it for {tensor}")
+    return found
 
 
 def _safetensors(path: Path) -> Weights:
@@ -85,6 +103,8 @@ def _data_fields(source: Path) -> dict[str, Any]:
     """ModelScope says at which size of pictures a model was trained."""
     path = source / MODELSCOPE_CONFIG
     model = _read_json(path).get("model", {}) if path.is_file() else {}
+    if not isinstance(model, dict):
+        raise ValueError(f"{path}: want an object as model, got {model!r:.80}")
     size = model.get("patch_image_size")
     return {"image_size": size} if isinstance(size, int) and size >= 16 else {}
 
@@ -140,10 +160,10 @@ def _shards(entries: Weights) -> Iterator[list[str]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = strict_json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: want a JSON object")

@@ -18,32 +18,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ofa_ds.convert import numpy_values
 from ofa_ds.storage.atomic import sync
 from ofa_ds.storage.safetensors_file import CHUNK_BYTES, check_size
 
 _PAGE = mmap.PAGESIZE
 _FOREIGN_CLASS = re.compile(r"GLOBAL ([\w.]+)")
+_UNPICKLER_SAYS = re.compile(r"WeightsUnpickler error:\s*(.+)")
 
 
 class TorchFile:
     """A `torch.save` file. `content` is what was saved; its tensors are mapped: only what is touched is read."""
 
     def __init__(self, path: Path, allow: Sequence[type | tuple[type, str]] = ()) -> None:
-        """allow: classes to rebuild beside torch's own, plain containers and argparse.Namespace; as (class, "a.Name")
-        in place of the class of that name. Raises ValueError, one line: it holds any other class, or is not torch's.
+        """allow: classes to rebuild beside torch's own, plain containers, argparse.Namespace and NumPy's numbers; as
+        (class, "a.Name") in place of the class of that name. Raises ValueError, one line: it holds any other class, or
+        is not torch's.
         """
         check_size(path)
         self.path = path
         self._mapped = zipfile.is_zipfile(path)  # before torch 1.6 files were no archives; they are read whole
-        self.content: Any = self._load([argparse.Namespace, *allow])
+        self.content: Any = self._load([argparse.Namespace, *numpy_values.STAND_INS, *allow])
 
     def _load(self, allow: Sequence[type | tuple[type, str]]) -> Any:
         try:
             with torch.serialization.safe_globals(list(allow)):
                 return torch.load(self.path, map_location="cpu", mmap=self._mapped or None, weights_only=True)
         except pickle.UnpicklingError as error:
-            found = _FOREIGN_CLASS.search(str(error))
-            reason = f"a {found[1]}" if found else str(error).splitlines()[0]
+            found, other = _FOREIGN_CLASS.search(str(error)), _UNPICKLER_SAYS.search(str(error))
+            reason = f"a {found[1]}" if found else other[1] if other else _first_line(error)
             raise ValueError(f"{self.path}: refused, it holds more than tensors and plain values: {reason}") from error
         except (RuntimeError, EOFError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             raise ValueError(f"{self.path}: not a file of torch.save, or damaged: {_first_line(error)}") from error

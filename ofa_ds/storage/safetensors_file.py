@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import mmap
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import xxhash
 
+from ofa_ds.storage import strict_json
 from ofa_ds.storage.direct_file import BLOCK_BYTES, set_direct
 
 MAX_HEADER_BYTES = 100_000_000
@@ -76,7 +76,7 @@ class SafetensorsFile:
 
     def _parse(self, header: bytes) -> None:
         try:
-            fields = json.loads(header)
+            fields = strict_json.loads(header)
             self.metadata: dict[str, str] = fields.pop("__metadata__", {})
             self.entries = {name: _stored(**values) for name, values in fields.items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -68,12 +68,13 @@ def different(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[st
 
 
 def ofa_checkpoint(
-    path: Path, config: ModelConfig, *, ranks: int = 2, kinds: tuple[str, ...] = ("weight", "exp_avg", "exp_avg_sq")
-) -> dict[str, Tensor]:
+    path: Path, config: ModelConfig, *, ranks: int = 2, kinds: tuple[str, ...] = ("weight", "exp_avg", "exp_avg_sq"),
+    scale: float = 1.0,
+) -> dict[str, Tensor]:  # fmt: skip
     """A checkpoint of a random OFA; returns its parameters and buffers."""
     torch.manual_seed(5)
     model = OFA(config)
-    parameters = {name: torch.randn_like(each) for name, each in model.named_parameters()}
+    parameters = {name: scale * torch.randn_like(each) for name, each in model.named_parameters()}
     buffers = {name: each for name, each in model.state_dict().items() if name not in parameters}
     buffers = {name: torch.rand_like(each) if each.is_floating_point() else each + 41 for name, each in buffers.items()}
     recipe = recipe_to_dict(load_recipe("pretrain-tiny"))
