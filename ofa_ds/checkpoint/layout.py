@@ -2,57 +2,53 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Overlap:
-    """Elements of a tensor in one rank's file."""
-
-    rank: int
-    start: int
-    """First of the tensor's elements in this file."""
-    numel: int
+from ofa_ds.checkpoint.format import Part, Parts, TensorInfo
 
 
 class Layout:
-    """Where the manifest puts each element: file and byte. Arithmetic only; reads nothing."""
+    """Where a manifest puts each element: file and byte. Arithmetic only; reads nothing."""
 
-    def __init__(self, manifest: Mapping[str, Any]) -> None:
-        self.world_size: int = manifest["world_size"]
-        self._files = manifest["files"]
-        tensors = manifest["tensors"].values()
-        self._index = {name: k for k, name in enumerate(manifest["tensors"])}
-        self._kinds = {name: tuple(tensor["kinds"]) for name, tensor in manifest["tensors"].items()}
-        self._totals = np.array([math.prod(tensor["shape"]) for tensor in tensors], dtype=np.int64)
-        self._bytes = np.array([4 * len(tensor["kinds"]) for tensor in tensors], dtype=np.int64)
-        self._even = np.array([tensor["parts"] == "even" for tensor in tensors], dtype=bool)
-        self._parts = {
-            name: [Overlap(*part) for part in tensor["parts"]]
-            for name, tensor in manifest["tensors"].items()
-            if tensor["parts"] != "even"
-        }
-        self._listed: list[list[tuple[int, int]]] = [[] for _ in range(self.world_size)]
-        for name, parts in self._parts.items():
-            for part in parts:
+    def __init__(
+        self, tensors: Mapping[str, TensorInfo], parts: Parts, world_size: int, *, header_bytes: Sequence[int] = ()
+    ) -> None:
+        """header_bytes: of each file; without them nobody may ask for bytes."""
+        self.world_size = world_size
+        self._header_bytes = header_bytes
+        self._index = {name: k for k, name in enumerate(tensors)}
+        self._kinds = {name: info.kinds for name, info in tensors.items()}
+        self._totals = np.array([info.numel for info in tensors.values()], dtype=np.int64)
+        self._bytes = np.array([4 * len(info.kinds) for info in tensors.values()], dtype=np.int64)
+        self._even = np.array([parts[name] == "even" for name in tensors], dtype=bool)
+        self._parts = {name: cut for name, cut in parts.items() if not isinstance(cut, str)}
+        self._listed: list[list[tuple[int, int]]] = [[] for _ in range(world_size)]
+        for name, cut in self._parts.items():
+            for part in cut:
                 self._listed[part.rank].append((self._index[name], part.numel))
         self._ends: dict[int, np.ndarray] = {}
 
     def begin(self, rank: int) -> int:
         """First byte after the header of a rank's file."""
-        return 8 + self._files[rank]["header_bytes"]
+        return 8 + self._header_bytes[rank]
 
-    def num_bytes(self, rank: int) -> int:
-        """Bytes of a rank's pieces of all parameters."""
-        ends = self._ends_of(rank)
-        return int(ends[-1]) if len(ends) else 0
+    def sizes(self) -> list[int]:
+        """Bytes of each rank's pieces of all parameters; quick for any number of ranks and tensors."""
+        totals, item_bytes = self._totals[self._even], self._bytes[self._even]
+        share = np.maximum(-(-totals // self.world_size), 1)
+        full = totals // share  # ranks 0 ... full - 1 hold a whole share, the next one the rest
+        change = np.zeros(self.world_size + 1, dtype=np.int64)
+        change[0] = np.sum(share * item_bytes)
+        np.subtract.at(change, full, share * item_bytes)
+        sizes = np.cumsum(change)
+        np.add.at(sizes, full, (totals - full * share) * item_bytes)
+        for rank, listed in enumerate(self._listed):
+            sizes[rank] += sum(numel * int(self._bytes[index]) for index, numel in listed)
+        return sizes[: self.world_size].tolist()
 
-    def overlaps(self, name: str, start: int, numel: int) -> list[Overlap]:
+    def overlaps(self, name: str, start: int, numel: int) -> list[Part]:
         """The parts that hold elements start : start + numel of a tensor."""
         if not numel:
             return []
@@ -62,9 +58,9 @@ class Layout:
         total = int(self._totals[self._index[name]])
         part = -(-total // self.world_size)
         ranks = range(start // part, -(-end // part))
-        return [Overlap(rank, rank * part, min(part, total - rank * part)) for rank in ranks]
+        return [Part(rank, rank * part, min(part, total - rank * part)) for rank in ranks]
 
-    def byte(self, name: str, kind: str, part: Overlap) -> int:
+    def byte(self, name: str, kind: str, part: Part) -> int:
         """The byte of that rank's file at which its part of `kind` starts. Raises ValueError: there is no such kind."""
         kinds = self._kinds[name]
         if kind not in kinds:

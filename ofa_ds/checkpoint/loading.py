@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ofa_ds.checkpoint.format import KINDS, Manifest, read_manifest
+from ofa_ds.checkpoint.format import KINDS, NO_STEPS
+from ofa_ds.checkpoint.manifest import Manifest, read_manifest
 from ofa_ds.checkpoint.runs import find, report, step_directories
-from ofa_ds.checkpoint.state import NO_STEPS, Reader, StreamReader
+from ofa_ds.checkpoint.state import Reader, StreamReader
 from ofa_ds.checkpoint.stream import MAX_FILES, THREADS, CheckedStream
 from ofa_ds.checkpoint.verifying import check_files
 from ofa_ds.engine.partition import AVERAGE
@@ -107,7 +108,7 @@ def _checked(engine: Engine, directory: Path) -> tuple[Manifest | None, str | No
     rank, world_size = engine.ranks.rank, engine.ranks.world_size
     try:
         manifest = read_manifest(directory)
-        problems = check_files(directory, manifest["files"][rank::world_size], progress=False)
+        problems = check_files(directory, manifest.files[rank::world_size], progress=False)
     except (DamagedError, OSError) as error:
         return None, str(error)
     return manifest, problems[0] if problems else None
@@ -137,7 +138,7 @@ def open_checked(path: str | Path, left_out: tuple[str, ...] = ()) -> Reader:
     """
     directory = find(path)
     manifest = read_manifest(directory)
-    if problems := check_files(directory, manifest["files"], left_out=left_out):
+    if problems := check_files(directory, manifest.files, left_out=left_out):
         raise DamagedError(problems[0])
     return Reader(directory, manifest)
 
@@ -151,7 +152,7 @@ def open_stream(path: str | Path, kinds: Sequence[str]) -> Iterator[Reader]:
     """
     directory = find(path)
     manifest = read_manifest(directory)
-    if manifest["world_size"] > MAX_FILES:
+    if manifest.world_size > MAX_FILES:
         yield open_checked(directory, tuple(f"{kind}|" for kind in KINDS if kind not in kinds))
         return
     with ThreadPoolExecutor(THREADS) as pool, closing(CheckedStream(directory, manifest, pool, kinds)) as stream:

@@ -8,7 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from ofa_ds.checkpoint.format import MANIFEST, read_manifest
+from ofa_ds.checkpoint.format import MANIFEST
+from ofa_ds.checkpoint.manifest import read_manifest
 from ofa_ds.storage.safetensors_file import DamagedError
 
 _STEP_DIR = re.compile(r"step_(\d{8,})(\.old)?")

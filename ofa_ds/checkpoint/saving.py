@@ -24,20 +24,22 @@ from ofa_ds.checkpoint.format import (
     HEADER_BYTES_A_TENSOR,
     LATEST,
     MANIFEST,
+    Cut,
     Facts,
+    Part,
     Parts,
     TensorInfo,
     directory_name,
     file_name,
-    manifest_of,
-    write_manifest,
 )
+from ofa_ds.checkpoint.manifest import manifest_of, write_manifest
 from ofa_ds.checkpoint.runs import remove, remove_leftovers, retire
 from ofa_ds.checkpoint.snapshot import Snapshot, room
 from ofa_ds.checkpoint.tensor_file import write_tensors
 from ofa_ds.engine.partition import AVERAGE, KINDS
 from ofa_ds.storage.atomic import PARTIAL, check_space, sync
 from ofa_ds.storage.direct_file import BLOCK_BYTES
+from ofa_ds.storage.tensor_writer import FileEntry
 
 if TYPE_CHECKING:
     from ofa_ds.engine.engine import Engine
@@ -51,7 +53,6 @@ def save(engine: Engine, run_dir: str | Path, step: int, extra: Mapping[str, Any
     """
     share = Share.of(engine)
     target = prepare(engine, Path(run_dir), step, keep, share)
-    entry: dict[str, Any] = {}
     with _together(engine, target):
         try:
             entry = write_tensors(target.partial / file_name(engine.ranks.rank), share.tensors)
@@ -203,7 +204,7 @@ def prepare(engine: Engine, run_dir: Path, step: int, keep: int, share: Share) -
     return target
 
 
-def commit(engine: Engine, target: Target, share: Share, facts: Facts, entry: dict[str, Any]) -> None:
+def commit(engine: Engine, target: Target, share: Share, facts: Facts, entry: FileEntry) -> None:
     """When every rank has its file: manifest, rename, `latest`; then delete what is older than `keep`."""
     reports = engine.gather((entry, share.uneven))
     with _together(engine, target):
@@ -220,12 +221,12 @@ def commit(engine: Engine, target: Target, share: Share, facts: Facts, entry: di
 
 def _parts(uneven: list[dict[str, tuple[int, int]]], infos: Mapping[str, TensorInfo]) -> Parts:
     """Who holds what of each tensor, put together from what each rank said."""
-    parts: dict[str, str | list[list[int]]] = {}
+    parts: dict[str, Cut] = {}
     for name in infos:
         parts[name] = "even"
         if name in uneven[0]:
-            ranges = [[rank, *report[name]] for rank, report in enumerate(uneven)]
-            parts[name] = sorted((part for part in ranges if part[2]), key=lambda part: part[1])
+            ranges = [Part(rank, *report[name]) for rank, report in enumerate(uneven)]
+            parts[name] = tuple(sorted((part for part in ranges if part.numel), key=lambda part: part.start))
     return parts
 
 

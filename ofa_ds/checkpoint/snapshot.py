@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ofa_ds.checkpoint.tensor_file import spec_of
+from ofa_ds.storage.tensor_writer import FileEntry
 
 _ALIGNMENT = 64
 _HEAD = _ALIGNMENT
@@ -105,7 +106,7 @@ class Snapshot:
         """Whether `wait` would return at once."""
         return self._answer is not None or bool(select.select([self._process.stdout], [], [], 0)[0])
 
-    def wait(self) -> dict[str, Any]:
+    def wait(self) -> FileEntry:
         """The manifest entry of the file, once it is durable. Raises OSError where it could not be written."""
         if self._answer is None:
             assert self._process.stdout is not None
@@ -115,7 +116,7 @@ class Snapshot:
             self._answer = json.loads(line) if line else gone
         if "problem" in self._answer:
             raise OSError(self._answer["problem"])
-        return self._answer["entry"]
+        return FileEntry(**self._answer["entry"])
 
     def close(self) -> None:
         """End the process, whatever it is doing."""

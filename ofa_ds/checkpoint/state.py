@@ -7,13 +7,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ofa_ds.checkpoint.format import Facts, Manifest, TensorInfo, facts_of, infos_of, rng_prefix
-from ofa_ds.checkpoint.layout import Layout
+from ofa_ds.checkpoint.format import Facts, TensorInfo, rng_prefix
+from ofa_ds.checkpoint.manifest import Manifest
 from ofa_ds.checkpoint.stream import CheckedStream
 from ofa_ds.checkpoint.tensor_file import TensorFile, bytes_of
 from ofa_ds.engine.partition import AVERAGE
@@ -22,12 +22,6 @@ from ofa_ds.storage.safetensors_file import read_into
 _OPEN_FILES = 64
 _OPEN_HEADERS = 4
 """A header of the 6B has some 6,000 entries; 1,024 of them would not fit the memory that conversions promise."""
-
-
-NO_STEPS: dict[str, Any] = {
-    "adam_step": 0, "global_steps": 0, "skipped_steps": 0, "global_samples": 0, "loss_scaler": {},
-}  # fmt: skip
-"""The counters of a model that has not been trained here."""
 
 
 class TrainingState(Protocol):
@@ -86,11 +80,11 @@ class Reader:
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory
         self.manifest = manifest
-        self.layout = Layout(manifest)
-        self.tensors = infos_of(manifest)
-        self.buffers = {name: tuple(shape) for name, shape in manifest["buffers"].items()}
-        self.ema_buffers = {name: tuple(shape) for name, shape in manifest["ema_buffers"].items()}
-        self.facts = facts_of(manifest)
+        self.layout = manifest.layout
+        self.tensors = manifest.tensors
+        self.buffers = manifest.buffers
+        self.ema_buffers = manifest.ema_buffers
+        self.facts = manifest.facts
         self._files: OrderedDict[int, int] = OrderedDict()
         self._headers: OrderedDict[int, TensorFile] = OrderedDict()
 
@@ -129,23 +123,23 @@ class Reader:
 
     def rng(self, rank: int) -> dict[str, Tensor]:
         """Generator states of rank `rank` of the run that trained it, however the checkpoint was cut since."""
-        file = self.file(rank % self.manifest["world_size"])
-        prefix = rng_prefix(rank, self.manifest["world_size"])
+        file = self.file(rank % self.manifest.world_size)
+        prefix = rng_prefix(rank, self.manifest.world_size)
         return {name.removeprefix(prefix): file.read(name) for name in file.names() if name.startswith(prefix)}
 
     def file(self, rank: int) -> TensorFile:
         """A rank's file with its header read and checked."""
         if rank not in self._headers:
-            entry = self.manifest["files"][rank]
+            entry = self.manifest.files[rank]
             self._headers[rank] = TensorFile(
-                self._path(rank), num_bytes=entry["bytes"], header_xxh3_128=entry["header_xxh3_128"]
+                self._path(rank), num_bytes=entry.bytes, header_xxh3_128=entry.header_xxh3_128
             )
             if len(self._headers) > _OPEN_HEADERS:
                 self._headers.popitem(last=False)
         return self._headers[rank]
 
     def _path(self, rank: int) -> Path:
-        return self.directory / self.manifest["files"][rank]["name"]
+        return self.directory / self.manifest.files[rank].name
 
     def _descriptor(self, rank: int) -> int:
         if rank not in self._files:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import xxhash
 
-from ofa_ds.checkpoint.format import KINDS, Manifest, TensorInfo, infos_of
-from ofa_ds.checkpoint.layout import Layout
+from ofa_ds.checkpoint.format import KINDS, TensorInfo
+from ofa_ds.checkpoint.manifest import Manifest
 from ofa_ds.storage.direct_file import BLOCK_BYTES
 from ofa_ds.storage.direct_reader import NUM_BUFFERS, DirectReader
 from ofa_ds.storage.safetensors_file import DamagedError, SafetensorsFile, wrong_sum
@@ -47,23 +47,23 @@ class CheckedStream:
 
     def __init__(self, directory: Path, manifest: Manifest, pool: Executor, kinds: Sequence[str] = KINDS) -> None:
         """kinds: what will be read. pool: reads there. Raises DamagedError: a header, or what is `small`, is wrong."""
-        self._layout = Layout(manifest)
+        self._layout = manifest.layout
         self._position = ("", "", 0)
         self._sum = xxhash.xxh3_64()
         self._sums: list[dict[str, str]] = []
         self.small: list[dict[str, Small]] = []
         """Of each rank's file, by name."""
-        for entry in manifest["files"]:
-            path = directory / entry["name"]
-            file = SafetensorsFile(path, num_bytes=entry["bytes"], header_xxh3_128=entry["header_xxh3_128"])
+        for entry in manifest.files:
+            path = directory / entry.name
+            file = SafetensorsFile(path, num_bytes=entry.bytes, header_xxh3_128=entry.header_xxh3_128)
             self.small.append(_small(file))
             self._sums.append(file.metadata)
-        share = BUFFER_BYTES // (NUM_BUFFERS * len(manifest["files"]))
+        share = BUFFER_BYTES // (NUM_BUFFERS * manifest.world_size)
         block_bytes = min(_MAX_BLOCK_BYTES, share // BLOCK_BYTES * BLOCK_BYTES)
-        wanted = self._ranges(infos_of(manifest), kinds)
+        wanted = self._ranges(manifest.tensors, kinds)
         self._files = [
-            DirectReader(directory / entry["name"], pool, block_bytes, ranges)
-            for entry, ranges in zip(manifest["files"], wanted, strict=True)
+            DirectReader(directory / entry.name, pool, block_bytes, ranges)
+            for entry, ranges in zip(manifest.files, wanted, strict=True)
         ]
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Iterator[memoryview]:

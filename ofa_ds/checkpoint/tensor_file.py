@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ofa_ds.storage.safetensors_file import SafetensorsFile
-from ofa_ds.storage.tensor_writer import TensorSpec, TensorWriter
+from ofa_ds.storage.tensor_writer import FileEntry, TensorSpec, TensorWriter
 
 _DTYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
@@ -28,7 +28,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, object]:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     """Write a safetensors file and make it durable. Returns its manifest entry."""
     with TensorWriter(path, [spec_of(name, each.dtype, tuple(each.shape)) for name, each in tensors.items()]) as file:
         for tensor in tensors.values():

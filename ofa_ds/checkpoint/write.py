@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -14,20 +13,19 @@ from ofa_ds.checkpoint.format import (
     MANIFEST,
     Parts,
     file_name,
-    manifest_of,
     num_bytes_of,
     parts_of,
     payload_specs,
     piece_of,
     rng_prefix,
-    write_manifest,
-)  # fmt: skip
+)
+from ofa_ds.checkpoint.manifest import manifest_of, write_manifest
 from ofa_ds.checkpoint.state import TrainingState
 from ofa_ds.checkpoint.tensor_file import bytes_of, spec_of
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import check_space, new_directory
 from ofa_ds.storage.safetensors_file import CHUNK_BYTES
-from ofa_ds.storage.tensor_writer import TensorWriter
+from ofa_ds.storage.tensor_writer import FileEntry, TensorWriter
 
 _MIB = 1 << 20
 
@@ -63,7 +61,7 @@ def write_checkpoint(destination: Path, state: TrainingState, *, ranks: int, sta
 
 def _write_rank(
     directory: Path, state: TrainingState, parts: Parts, rank: int, ranks: int, meter: Progress
-) -> dict[str, Any]:
+) -> FileEntry:
     """Write one rank's file; returns its manifest entry."""
     state = state.again()
     extra = _extra_tensors(state, rank, ranks)

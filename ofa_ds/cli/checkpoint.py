@@ -86,12 +86,12 @@ def _add_conversions(actions: Commands) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from ofa_ds.checkpoint.format import read_manifest
+    from ofa_ds.checkpoint.manifest import read_manifest
     from ofa_ds.checkpoint.verifying import describe
 
     facts = describe(options.checkpoint)
-    tensors = read_manifest(Path(facts["path"]))["tensors"] if options.tensors else {}
-    rows = {name: {"shape": each["shape"], "kinds": each["kinds"]} for name, each in tensors.items()}
+    tensors = read_manifest(Path(facts["path"])).tensors if options.tensors else {}
+    rows = {name: {"shape": list(each.shape), "kinds": list(each.kinds)} for name, each in tensors.items()}
     if options.json:
         print(json.dumps(facts | ({"tensor_list": rows} if rows else {})))
         return

@@ -194,7 +194,7 @@ def _export_training(reader: Reader, destination: Path, plan: ExportPlan) -> dic
     if plan.format == "universal":
         write_universal(reader, destination)
     else:
-        ranks, stage = plan.ranks or reader.layout.world_size, plan.stage or int(reader.manifest["zero_stage"]) or 1
+        ranks, stage = plan.ranks or reader.layout.world_size, plan.stage or reader.manifest.zero_stage or 1
         write_deepspeed(
             reader, destination, ranks=ranks, stage=stage, dtype=DTYPES[plan.dtype], sub_group_size=plan.sub_group_size
         )

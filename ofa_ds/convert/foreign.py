@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ofa_ds.checkpoint.format import Facts, TensorInfo
-from ofa_ds.checkpoint.state import NO_STEPS, ForeignState
+from ofa_ds.checkpoint.format import NO_STEPS, Facts, TensorInfo
+from ofa_ds.checkpoint.state import ForeignState
 from ofa_ds.config import Recipe, load_recipe, recipe_from_dict, recipe_to_dict, shipped_recipes
 from ofa_ds.convert.architecture import architecture, compare, config_of, recipe_change
 from ofa_ds.convert.weights import Weight, Weights, recomputed, shapes_of

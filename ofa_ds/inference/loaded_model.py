@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ofa_ds.batch import Batch, pack
-from ofa_ds.checkpoint.format import read_manifest
 from ofa_ds.checkpoint.loading import load_model_weights
+from ofa_ds.checkpoint.manifest import read_manifest
 from ofa_ds.checkpoint.runs import find
 from ofa_ds.config import Recipe, recipe_from_dict
 from ofa_ds.data.example import Example
@@ -73,9 +73,11 @@ def load_subject(checkpoint: str | Path, device: str | torch.device | None = Non
     """
     directory = find(checkpoint)
     manifest = read_manifest(directory)
-    recipe = recipe_from_dict(manifest["extra"]["recipe"])
+    if manifest.recipe is None:
+        raise ValueError(f"{directory}: holds no recipe; it was not saved by `ofa-ds pretrain` or made by an import")
+    recipe = recipe_from_dict(manifest.recipe)
     vocab = load_vocab(recipe.data.vocab)
-    trained_with = manifest["extra"]["identity"]["vocab"]
+    trained_with = manifest.identity.get("vocab")
     if vocab.fingerprint != trained_with:
         raise ValueError(
             f"{directory}: trained with vocabulary {trained_with}, {recipe.data.vocab} now has {vocab.fingerprint}; "
@@ -85,9 +87,7 @@ def load_subject(checkpoint: str | Path, device: str | torch.device | None = Non
     model = OFA(settings)
     model.load_state_dict(load_model_weights(directory, average=average))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Subject(
-        model=model.to(device).eval(), vocab=vocab, recipe=recipe, path=str(directory), step=int(manifest["step"])
-    )
+    return Subject(model=model.to(device).eval(), vocab=vocab, recipe=recipe, path=str(directory), step=manifest.step)
 
 
 def batches(examples: Sequence[Example]) -> Iterator[list[Example]]:

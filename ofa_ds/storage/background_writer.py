@@ -10,6 +10,7 @@ Ends with its trainer: at the end of standard input, or when the parent is anoth
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import mmap
@@ -70,7 +71,7 @@ def write_job(memory: memoryview, job: dict[str, Any], pace: Pace, parent: int) 
         return {"problem": f"{error}; run_dir must be on a file system that all hosts share"}
     except OSError as error:
         return {"problem": str(error)}
-    return {"entry": file.entry}
+    return {"entry": dataclasses.asdict(file.entry)}
 
 
 def _end_with(parent: int) -> None:

@@ -6,6 +6,7 @@ import errno
 import math
 import mmap
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,10 +184,17 @@ def whole_numbers(values: list[int]) -> list[int]:
 
 
 def check_size(path: Path, num_bytes: int | None = None) -> int:
-    """The size of a plain file. Raises DamagedError where it is none (a link is none), or of another size."""
-    if path.is_symlink() or not path.is_file():
+    """The size of a plain file. Raises DamagedError where it is none (a link is none), or of another size.
+
+    Raises OSError where the system does not tell: that is no damage.
+    """
+    try:
+        status = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode):
         raise DamagedError(f"{path}: missing, or not a plain file")
-    found = path.stat().st_size
+    found = status.st_size
     if num_bytes is not None and found != num_bytes:
         raise DamagedError(f"{path}: has {found} bytes, was written with {num_bytes}")
     return found

@@ -32,6 +32,17 @@ class TensorSpec:
     num_bytes: int
 
 
+@dataclass(frozen=True)
+class FileEntry:
+    """A file that was written, as a manifest lists it."""
+
+    name: str
+    bytes: int
+    header_bytes: int
+    header_xxh3_128: str
+    """Checksum of the header, which holds the checksums of the tensors."""
+
+
 class TensorWriter:
     """`with TensorWriter(path, specs) as file: file.write(bytes) ...`, then `file.entry` is for the manifest.
 
@@ -87,14 +98,9 @@ class TensorWriter:
         self._finish_tensors()
 
     @property
-    def entry(self) -> dict[str, Any]:
-        """Name, sizes and the header's checksum (xxh3-128), for the manifest."""
-        return {
-            "name": self.path.name,
-            "bytes": self._file.size,
-            "header_bytes": self._header_bytes,
-            "header_xxh3_128": self._whole,
-        }
+    def entry(self) -> FileEntry:
+        """For the manifest."""
+        return FileEntry(self.path.name, self._file.size, self._header_bytes, self._whole)
 
     def _finish_tensors(self) -> None:
         """Close every tensor that is complete, empty ones too."""

@@ -17,7 +17,7 @@ import torch
 
 from ofa_ds import checkpoint
 from ofa_ds.batch import Batch
-from ofa_ds.checkpoint.format import Manifest
+from ofa_ds.checkpoint.manifest import Manifest
 from ofa_ds.checkpoint.saver import Saver
 from ofa_ds.config import Recipe, recipe_to_dict, recipe_to_toml
 from ofa_ds.data.shards import Shards
@@ -198,19 +198,19 @@ def _resume(engine: Engine, recipe: Recipe, identity: dict[str, str]) -> int:
     """Load the newest checkpoint of the run, else the weights it is to start from; returns the step to go on from."""
 
     def accept(manifest: Manifest) -> None:
-        saved = manifest["extra"].get("identity", {})
+        saved = manifest.identity
         for name, value in identity.items():
             known = saved.get(name)  # an imported model has seen no data of ours
             if known is None or known == value or name in recipe.train.accept_changed:
                 continue
             raise ValueError(
-                f"{recipe.run_dir}: step {manifest['step']} was trained with {name} {known}, this run has {value}; use "
+                f"{recipe.run_dir}: step {manifest.step} was trained with {name} {known}, this run has {value}; use "
                 f"those files, or another run_dir, or train.accept_changed='[\"{name}\"]' to go on all the same"
             )
 
     manifest = checkpoint.resume(engine, recipe.run_dir, accept)
     if manifest is not None:
-        return int(manifest["step"])
+        return manifest.step
     if recipe.train.init_from:
         checkpoint.load_weights(engine, recipe.train.init_from)
     return 0

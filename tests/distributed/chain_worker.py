@@ -24,7 +24,7 @@ def main(folder: Path, hop: int) -> None:
     else:
         done, steps = FIRST_STEPS + (hop - 1) * STEPS_A_HOP, STEPS_A_HOP
         manifest = checkpoint.load(engine, folder / f"hop_{hop - 1}" / f"step_{done:08d}")
-        assert (manifest["step"], engine.num_updates) == (done, done)
+        assert (manifest.step, engine.num_updates) == (done, done)
         checkpoint.save(engine, folder / f"loaded_{hop}", done, extra={})
     losses, _ = train_ofa(engine, steps, accumulation, world_size, done)
     result["losses"] = losses

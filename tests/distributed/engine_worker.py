@@ -22,7 +22,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from toy import Toy, toy_batch
 
 from ofa_ds import checkpoint
-from ofa_ds.checkpoint.format import read_manifest
+from ofa_ds.checkpoint.manifest import read_manifest
 from ofa_ds.checkpoint.state import Reader
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
 from ofa_ds.engine.config import load_deepspeed_config
@@ -216,8 +216,8 @@ def resume_exactly(ranks: Any, folder: Path) -> list[dict[str, Any]]:
         wrong = different(state_of(engine), want)
         counts = engine.all_reduce(torch.tensor(float(len(wrong))))
         results.append({
-            "name": name, "different": int(counts), "first": wrong[:3], "extra": manifest["extra"],
-            "step": manifest["step"], "saved": manifest["state"], "problems": checkpoint.verify(path),
+            "name": name, "different": int(counts), "first": wrong[:3], "extra": manifest.extra,
+            "step": manifest.step, "saved": manifest.state, "problems": checkpoint.verify(path),
             "tensors": len(want), "background": meanwhile is not None and same_files(path, meanwhile),
         })  # fmt: skip
         dispose(engine)

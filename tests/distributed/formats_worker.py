@@ -30,7 +30,7 @@ from torch import Tensor
 from toy import Toy
 
 from ofa_ds import checkpoint
-from ofa_ds.checkpoint.format import read_manifest
+from ofa_ds.checkpoint.manifest import read_manifest
 from ofa_ds.checkpoint.state import Reader, TrainingState
 from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.convert.deepspeed_folder import read_deepspeed, write_deepspeed
@@ -150,7 +150,7 @@ def loaded(engine: Engine, run_dir: Path, original: Path) -> dict[str, Any]:
 
 def _states(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Counters, and the loss scale beside them, which only precisions with one have."""
-    state = dict(read_manifest(path)["state"])
+    state = dict(read_manifest(path).state)
     scaler = state.pop("loss_scaler")
     return state, scaler if len(scaler) > 1 else {}
 

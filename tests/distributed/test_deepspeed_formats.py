@@ -13,7 +13,8 @@ import torch
 from engine_cases import launch
 from formats_cases import EXPORTS, JOBS, SAVED, UNIVERSAL, WORKER
 
-from ofa_ds.checkpoint.format import Facts, TensorInfo, read_manifest
+from ofa_ds.checkpoint.format import Facts, TensorInfo
+from ofa_ds.checkpoint.manifest import read_manifest
 from ofa_ds.checkpoint.state import ForeignState, Reader
 from ofa_ds.convert.deepspeed_folder import read_deepspeed, write_deepspeed
 from ofa_ds.convert.universal import read_universal, write_universal

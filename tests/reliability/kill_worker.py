@@ -195,7 +195,7 @@ def refusals(engine: Engine, run_dir: Path) -> dict[str, str]:
     damaged.write_bytes(raw)
     told("damaged", lambda: checkpoint.load(engine, newest))
     manifest = checkpoint.resume(engine, run_dir)
-    found["resumed step"] = str(manifest and manifest["step"])
+    found["resumed step"] = str(manifest and manifest.step)
     return found
 
 

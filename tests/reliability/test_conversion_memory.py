@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ofa_ds.checkpoint.format import Facts, TensorInfo
-from ofa_ds.checkpoint.state import NO_STEPS, ForeignState
+from ofa_ds.checkpoint.format import NO_STEPS, Facts, TensorInfo
+from ofa_ds.checkpoint.state import ForeignState
 from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.config import load_recipe, recipe_to_dict
 from ofa_ds.convert.weights import shapes_of

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa_ds.checkpoint.format import Facts, TensorInfo, read_manifest
+from ofa_ds.checkpoint.format import Facts, TensorInfo
+from ofa_ds.checkpoint.manifest import read_manifest
 from ofa_ds.checkpoint.state import ForeignState, Reader
 from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.config import load_recipe, recipe_from_dict, recipe_to_dict

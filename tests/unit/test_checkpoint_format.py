@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 
@@ -11,8 +12,9 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from ofa_ds.checkpoint import describe, latest, load_model_weights, verify
-from ofa_ds.checkpoint.format import FORMAT, KINDS, MANIFEST, VERSION, read_manifest, write_manifest
+from ofa_ds.checkpoint.format import FORMAT, KINDS, MANIFEST, NO_STEPS, VERSION, Part, TensorInfo
 from ofa_ds.checkpoint.layout import Layout
+from ofa_ds.checkpoint.manifest import FormatVersionError, read_manifest, write_document
 from ofa_ds.checkpoint.tensor_file import TensorFile, write_tensors
 from ofa_ds.engine.partition import even_range
 from ofa_ds.storage.safetensors_file import DamagedError
@@ -35,17 +37,17 @@ def write_checkpoint(directory, *, world_size=2, step=3, shapes=None):
         tensors["rng|torch"] = torch.arange(16, dtype=torch.uint8)
         if rank == 0:
             tensors["buffer|count"] = torch.tensor(9)
-        files.append(write_tensors(directory / f"rank_{rank:05d}.safetensors", tensors))
+        files.append(dataclasses.asdict(write_tensors(directory / f"rank_{rank:05d}.safetensors", tensors)))
     manifest = {
         "format": FORMAT, "version": VERSION, "step": step, "world_size": world_size, "zero_stage": 3, "created": "now",
-        "code": {}, "state": {}, "extra": {}, "rng_ranks": world_size, "files": files, "buffers": {"count": []},
+        "code": {}, "state": NO_STEPS, "extra": {}, "rng_ranks": world_size, "files": files, "buffers": {"count": []},
         "ema_buffers": {},
         "tensors": {
             name: {"shape": list(t.shape), "trainable": True, "kinds": list(KINDS[:3]), "parts": "even"}
             for name, t in whole.items()
         },
     }  # fmt: skip
-    write_manifest(directory / MANIFEST, manifest)
+    write_document(directory / MANIFEST, manifest)
     return whole | {"count": torch.tensor(9)}
 
 
@@ -62,7 +64,7 @@ def rewrite(directory, change):
     del manifest["xxh3_128"]
     change(manifest)
     path.unlink()
-    write_manifest(path, manifest)
+    write_document(path, manifest)
 
 
 def test_weights_come_back_whole(saved):
@@ -82,7 +84,7 @@ def test_files_are_ordinary_safetensors(tmp_path):
     found = load_file(tmp_path / "a.safetensors")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    ours = TensorFile(tmp_path / "a.safetensors", num_bytes=entry["bytes"])
+    ours = TensorFile(tmp_path / "a.safetensors", num_bytes=entry.bytes)
     assert all(torch.equal(ours.read(name), tensor) for name, tensor in tensors.items())
     assert torch.equal(ours.read("y", 1, 2), torch.tensor([1, 2]))
 
@@ -177,7 +179,6 @@ def test_a_run_without_checkpoints_has_no_latest(tmp_path):
         lambda m: m["tensors"]["a"].pop("shape"),
         lambda m: m.pop("tensors"),
         lambda m: m.update(format="something"),
-        lambda m: m.update(version=1),
         lambda m: m["files"][0].update(header_bytes=10**9),
         lambda m: m["files"][0].update(header_bytes=-8),
         lambda m: m["tensors"]["a"].update(parts=[[0, 0, 8], [0, 8, 7]]),
@@ -195,6 +196,23 @@ def test_a_hostile_manifest_is_refused_in_one_line(saved, change):
     with pytest.raises(DamagedError) as caught:
         read_manifest(directory)
     assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "version, words", [(3, "a newer ofa-ds: format version 3, this one reads 2; upgrade"), (1, "an older")]
+)
+@pytest.mark.parametrize("has_our_checksum", [True, False])
+def test_a_checkpoint_of_another_version_is_not_damaged(saved, capsys, version, words, has_our_checksum):
+    directory, _ = saved
+    rewrite(directory, lambda m: m.update(version=version, tensors="of a form that is not known here"))
+    if not has_our_checksum:
+        path = directory / MANIFEST
+        path.write_text(json.dumps({"xxh3_256": "?", **json.loads(path.read_text())}))
+    for read in (read_manifest, verify, describe, load_model_weights, lambda each: latest(each.parent)):
+        with pytest.raises(FormatVersionError, match=words) as caught:
+            read(directory)
+        assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
+        assert not isinstance(caught.value, DamagedError)
 
 
 @pytest.mark.parametrize(
@@ -231,19 +249,19 @@ def test_a_file_of_others_is_read_but_has_no_checksums(tmp_path):
 
 def test_a_file_put_in_the_place_of_another_is_found_by_its_header(saved):
     directory, _ = saved
-    entries = read_manifest(directory)["files"]
-    raw = (directory / entries[0]["name"]).read_bytes()
+    entry, *_ = read_manifest(directory).files
+    raw = (directory / entry.name).read_bytes()
     length = int.from_bytes(raw[:8], "little")
-    assert entries[0]["bytes"] == len(raw) and entries[0]["header_bytes"] == length
-    assert entries[0]["header_xxh3_128"] == xxhash.xxh3_128_hexdigest(raw[8 : 8 + length])
+    assert entry.bytes == len(raw) and entry.header_bytes == length
+    assert entry.header_xxh3_128 == xxhash.xxh3_128_hexdigest(raw[8 : 8 + length])
     tensors = {
-        name: TensorFile(directory / entries[0]["name"]).read(name) + 0
+        name: TensorFile(directory / entry.name).read(name) + 0
         for name in json.loads(raw[8 : 8 + length])
         if name != "__metadata__"
     }
     tensors["weight|a"] += 1
-    (directory / entries[0]["name"]).unlink()
-    write_tensors(directory / entries[0]["name"], tensors)  # whole in itself, of the same size
+    (directory / entry.name).unlink()
+    write_tensors(directory / entry.name, tensors)  # whole in itself, of the same size
     (problem,) = verify(directory)
     assert "rank_00000" in problem and "header" in problem
 
@@ -264,14 +282,13 @@ def test_overlaps_are_the_parts_that_hold_the_range():
         total = rng.randint(0, 40)
         even = [(rank, *even_range(total, rank, world_size)) for rank in range(world_size)]
         cuts = sorted(rng.randint(0, total) for _ in range(world_size - 1))
-        uneven = [[r, a, b - a] for r, (a, b) in enumerate(zip([0, *cuts], [*cuts, total], strict=True)) if b > a]
+        uneven = [Part(r, a, b - a) for r, (a, b) in enumerate(zip([0, *cuts], [*cuts, total], strict=True)) if b > a]
         start = rng.randint(0, total)
         numel = rng.randint(0, total - start)
         wanted = set(range(start, start + numel))
         for parts, held in (("even", even), (uneven, uneven)):
-            tensor = {"shape": [total], "kinds": ["weight"], "parts": parts}
-            files = [{"header_bytes": 0}] * world_size
-            layout = Layout({"world_size": world_size, "files": files, "tensors": {"x": tensor}})
+            layout = Layout({"x": TensorInfo(shape=(total,))}, {"x": parts}, world_size)
+            assert layout.sizes() == [4 * sum(n for rank, _, n in held if rank == each) for each in range(world_size)]
             found = [(part.rank, part.start, part.numel) for part in layout.overlaps("x", start, numel)]
             assert all(part in {tuple(item) for item in held} for part in found)
             covered = {element for _, at, size in found for element in range(at, at + size)}

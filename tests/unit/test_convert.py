@@ -12,7 +12,7 @@ import torch
 from checkpoints import different, ofa_checkpoint, whole
 from safetensors.torch import load_file, save_file
 
-from ofa_ds.checkpoint.format import read_manifest
+from ofa_ds.checkpoint.manifest import read_manifest
 from ofa_ds.checkpoint.tensor_file import TensorFile
 from ofa_ds.checkpoint.verifying import describe, verify
 from ofa_ds.cli import main
@@ -62,7 +62,7 @@ def test_out_and_in_again_is_the_same_model_bit_for_bit(saved, tmp_path, name, k
     assert run("import", tmp_path / "out", tmp_path / "back", "--ranks", 3) == 0
     assert different(weights_of(tmp_path / "back"), weights_of(saved[name])) == []
     assert verify(tmp_path / "back") == [] and describe(tmp_path / "back")["kinds"] == ["weight"]
-    recipe = recipe_from_dict(read_manifest(tmp_path / "back")["extra"]["recipe"])
+    recipe = recipe_from_dict(read_manifest(tmp_path / "back").recipe)
     assert architecture(model_config(recipe, 309)) == architecture(CONFIGS[name])
 
 
@@ -248,7 +248,7 @@ def test_old_files_with_args_and_half_precision_are_read(saved, tmp_path):
         name: t.half().float() if name.startswith("weight|") else t for name, t in weights_of(saved["resnet"]).items()
     }
     assert different(weights_of(tmp_path / "back"), halves) == []
-    assert read_manifest(tmp_path / "back")["extra"]["recipe"]["data"]["image_size"] == 224
+    assert read_manifest(tmp_path / "back").recipe["data"]["image_size"] == 224
 
 
 def test_a_file_that_runs_code_is_refused(saved, tmp_path, capsys):
