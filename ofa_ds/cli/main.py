@@ -1,6 +1,7 @@
 """`ofa-ds`: parses and delegates. Heavy modules are imported by the command that needs them, so `--help` is instant.
 
-Exit codes: 0 done, 1 the work failed, 2 wrong usage or a wrong recipe, 130 stopped by Ctrl-C. Failures are one line.
+Exit codes: 0 done, 1 the work failed, 2 wrong usage or a wrong recipe, 130 stopped by Ctrl-C, 141 nobody reads what it
+prints. Failures are one line (`ofa_ds.cli.failure`).
 """
 
 from __future__ import annotations
@@ -15,24 +16,47 @@ from ofa_ds.cli.inference import add_evaluate, add_generate
 from ofa_ds.cli.parser import UsageError
 from ofa_ds.cli.pretrain import add_pretrain
 
+READER_GONE = 141
+"""As if the signal SIGPIPE had ended it, which is what a shell expects of `ofa-ds ... | head`."""
+
 _GROUPS = (add_scenes, add_shards, add_vocab, add_pretrain, add_evaluate, add_generate, add_checkpoint)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return options.run(options) or 0
-    except UsageError as error:
-        return _fail(error, 2)
-    except (ValueError, RuntimeError, OSError) as error:
-        return _fail(error, 1)
+        try:
+            options = _parser().parse_args(arguments)
+        finally:
+            _flush()  # after --help
+        code = options.run(options) or 0
+        _flush()
+        return code
     except KeyboardInterrupt:
-        return _fail("stopped by Ctrl-C", 130)
+        return _failed(UsageError("stopped by Ctrl-C"), arguments, 130)
+    except UsageError as error:
+        return _failed(error, arguments, 2)
+    except Exception as error:
+        return _failed(error, arguments, 1)
 
 
-def _fail(message: object, code: int) -> int:
-    print(f"ofa-ds: {' '.join(str(message).split())}", file=sys.stderr)
+def _flush() -> None:
+    """A full disk or a closed pipe is an error of the command, not of Python on its way out."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _failed(error: Exception, arguments: Sequence[str], code: int) -> int:
+    try:
+        from ofa_ds.cli.failure import give_up_output, reader_has_gone, tell_error
+    except (OSError, MemoryError):  # not even for this
+        raise error from None
+    if isinstance(error, BrokenPipeError) and reader_has_gone():
+        code = READER_GONE
+    else:
+        tell_error(error, arguments)
+    give_up_output()
     return code
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+from typing import TYPE_CHECKING
 
 from ofa_ds.cli.heavy_imports import heavy_imports
-from ofa_ds.cli.parser import Commands, command, recipe_of
+from ofa_ds.cli.parser import Commands, UsageError, command, recipe_of
+
+if TYPE_CHECKING:
+    from ofa_ds.config import Recipe
 
 
 def add_pretrain(commands: Commands) -> None:
@@ -19,8 +24,20 @@ def add_pretrain(commands: Commands) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    recipe = recipe_of(options.recipe, options.set)
+    recipe = _checked(recipe_of(options.recipe, options.set))
     with heavy_imports():
         from ofa_ds.train.trainer import run
 
     return run(recipe)
+
+
+def _checked(recipe: Recipe) -> Recipe:
+    """Raises UsageError for what every rank would refuse, before any of them imports torch."""
+    from ofa_ds.cluster.check_recipe import check_run
+    from ofa_ds.engine.ranks import rendezvous
+
+    try:
+        check_run(recipe, int(rendezvous(os.environ)["WORLD_SIZE"]))
+    except ValueError as error:
+        raise UsageError(error) from error
+    return recipe

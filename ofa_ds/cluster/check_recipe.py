@@ -7,16 +7,56 @@ from __future__ import annotations
 
 import sys
 
-from ofa_ds.config import load_recipe
+from ofa_ds.config import DataConfig, Recipe, load_recipe
+from ofa_ds.engine.config import load_deepspeed_config
+from ofa_ds.model.config import VOCAB_SIZE, ModelConfig, model_config
+
+
+def check_run(recipe: Recipe, num_ranks: int) -> None:
+    """Raises ValueError, one line, for what every rank would refuse; looks at no data, imports no torch.
+
+    What a recipe says against itself (preset, model.change, ranges) is refused when it is loaded.
+    """
+    recipe.batch.accumulation_steps(num_ranks)
+    load_deepspeed_config(recipe.deepspeed)
+    for key in ("shards", "vocab"):
+        if not getattr(recipe.data, key):
+            raise ValueError(f"data.{key}: want a directory, got none; add data.{key}=DIR")
+    recipe.data.check_sizes()
+    _check_pictures(recipe.data, model_config(recipe, VOCAB_SIZE))
+
+
+def _check_pictures(data: DataConfig, model: ModelConfig) -> None:
+    """Pictures divide into the model's patches, and its tables have a row for each."""
+    patch, rows = model.patch_size, model.image_bucket_size
+    for key in ("image_size", "infill_image_size"):
+        side = getattr(data, key)
+        if side % patch:
+            near = max(side // patch, 1) * patch
+            raise ValueError(f"data.{key} {side} does not divide into patches of {patch} pixels; use {near}")
+        if side // patch > rows:
+            raise ValueError(
+                f"data.{key} {side} has {side // patch} patches of {patch} pixels a side, the model's table has {rows} "
+                f"(image_bucket_size); use at most {rows * patch}"
+            )
+    codes = data.code_image_size // 8
+    if data.mix.image and not model.use_ofasys and codes > rows:
+        raise ValueError(
+            f"data.code_image_size {data.code_image_size} has {codes} codes a side, the model's table has {rows} "
+            f"(image_bucket_size); use at most {rows * 8}, or data.mix.image=0"
+        )
 
 
 def main(arguments: list[str]) -> int:
-    """0 where the recipe loads and its batch divides over RANKS, else 2 and one line on stderr."""
+    """0 where nothing is wrong with the recipe on so many ranks, else 2 and one line on stderr."""
+    if len(arguments) < 2 or not arguments[0].isdecimal():
+        print("want RANKS RECIPE [KEY=VALUE ...]", file=sys.stderr)
+        return 2
     num_ranks, recipe, *overrides = arguments
     try:
-        load_recipe(recipe, overrides).batch.accumulation_steps(int(num_ranks))
-    except ValueError as error:
-        print(error, file=sys.stderr)
+        check_run(load_recipe(recipe, overrides), int(num_ranks))
+    except (ValueError, OSError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
 

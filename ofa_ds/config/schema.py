@@ -101,6 +101,20 @@ class DataConfig:
     workers: Count = Field(2, ge=0, le=1024)
     """Processes per rank that prepare batches; 0 prepares them in the training process. Never changes a bit."""
 
+    def check_sizes(self) -> None:
+        """Raises ValueError where the sizes of pictures say against each other."""
+        side = max(self.image_size, self.infill_image_size)
+        if side > self.max_image_size:
+            raise ValueError(
+                f"data.max_image_size {self.max_image_size} is less than the pictures' side {side}; coordinates up to "
+                f"{side} would have no bin; raise max_image_size to {side}"
+            )
+        if self.code_image_size > self.infill_image_size:
+            raise ValueError(
+                f"data.code_image_size {self.code_image_size} is more than data.infill_image_size "
+                f"{self.infill_image_size}, whose centre it is"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class BatchConfig:

@@ -136,7 +136,7 @@ def test_a_setting_that_meets_a_shell_is_checked(desk: Desk, name: str, value: s
 def test_a_checkout_that_the_launcher_cannot_carry_is_refused(desk: Desk) -> None:
     checkout = desk.path / "a;id"
     checkout.mkdir()
-    for part in ("launchers", "ofa_ds", "kernels"):
+    for part in ("launchers", "ofa_ds", "kernels", "ds_configs"):
         shutil.copytree(LAUNCHERS.parent / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
     command = ["bash", str(checkout / "launchers" / "pretrain.sh"), "hosts", "pretrain-nano"]
     result = subprocess.run(command, cwd=desk.path, env=desk.env, capture_output=True, text=True)

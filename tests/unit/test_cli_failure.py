@@ -1,0 +1,164 @@
+"""Every failure of a command is one line; one that nobody foresaw leaves its traceback in a file of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ofa_ds.cli.main import main
+from ofa_ds.cli.parser import UsageError, command
+from ofa_ds.config import load_recipe
+from ofa_ds.data.order import Permutation
+from ofa_ds.data.pool import run_jobs
+from ofa_ds.storage.safetensors_file import DamagedError
+
+
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> Callable[..., tuple[int, str, list[Path]]]:
+    """A command `fail` that does what it is told; returns exit code, stderr and the new files of TMPDIR."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def run(action: Callable[[], object], *arguments: str) -> tuple[int, str, list[Path]]:
+        def add(commands: argparse._SubParsersAction) -> None:
+            parser = command(commands, "fail", lambda options: action(), "Fails.")
+            parser.add_argument("words", nargs="*")
+
+        monkeypatch.setattr(sys.modules[main.__module__], "_GROUPS", (add,))
+        code = main(["fail", *arguments])
+        return code, capsys.readouterr().err, sorted(tmp_path.iterdir())
+
+    return run
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def action() -> None:
+        raise error
+
+    return action
+
+
+def endless(n: int) -> int:
+    return endless(n + 1) + 1
+
+
+UNFORESEEN = {
+    "KeyError: 'a'": lambda: {}["a"],
+    "TypeError": raising(TypeError("two\nlines")),
+    "AssertionError": raising(AssertionError()),
+    "out of memory": raising(MemoryError()),
+    "RecursionError: maximum recursion depth": lambda: endless(0),
+    "ValueError: operands could not be broadcast": lambda: np.ones(2) + np.ones(3),
+    "ValueError: invalid literal": lambda: int("x"),
+    "JSONDecodeError: Expecting value": lambda: json.loads("x"),
+    "ZeroDivisionError": lambda: 1 / 0,
+    "ModuleNotFoundError: No module named 'ofa_ds.nowhere'": lambda: __import__("ofa_ds.nowhere"),
+    "OSError: of no file": raising(OSError("of no file")),
+    "RuntimeError": raising(RuntimeError()),
+    "UnicodeEncodeError": lambda: "\ud800".encode(),
+    "StopIteration": lambda: next(iter(())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNFORESEEN)
+def test_what_nobody_foresaw_is_one_line_and_a_file_with_traceback_command_and_versions(fail, what) -> None:
+    code, line, (file,) = fail(UNFORESEEN[what], "a b", "it's\n")
+    assert code == 1
+    assert line.startswith(f"ofa-ds: {what}") and line.count("\n") == 1
+    assert line.endswith(f"; unforeseen: please report it with {file}\n")
+    text = file.read_text()
+    assert "Traceback (most recent call last):" in text and "in _failed" not in text
+    assert what.removeprefix("out of memory").split(":")[0] in text
+    assert """ofa-ds fail 'a b' 'it'"'"'s""" in text
+    for package in ("ofa-ds 0.", "python 3.", "torch", "deepspeed", f"{os.getpid()}", os.getcwd()):
+        assert package in text
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def permutation() -> None:
+    Permutation(0, seed=1, epoch=0)
+
+
+FORESEEN = {
+    "want n >= 1": permutation,
+    "unknown key optim.peak_rl": lambda: load_recipe("pretrain-nano", ["optim.peak_rl=1"]),
+    "[Errno 2] No such file or directory: '/no/where'": lambda: open("/no/where"),
+    "[Errno 13] Permission denied: '/a'": raising(PermissionError(13, "Permission denied", "/a")),
+}
+
+
+@pytest.mark.parametrize("what", FORESEEN)
+def test_what_our_code_raises_on_purpose_or_names_a_file_is_the_line_alone(fail, what) -> None:
+    code, line, files = fail(FORESEEN[what])
+    assert (code, files) == (1, [])
+    assert line.startswith(f"ofa-ds: {what}") or what in line
+    assert line.count("\n") == 1 and "unforeseen" not in line
+
+
+def in_a_worker(kind: str) -> object:
+    return Permutation(0, seed=1, epoch=0) if kind == "ours" else np.ones(2) + np.ones(3)
+
+
+@pytest.mark.parametrize(("kind", "saved"), [("ours", 0), ("theirs", 1)])
+def test_a_failure_in_another_process_is_told_apart_too(fail, kind, saved) -> None:
+    code, line, files = fail(lambda: list(run_jobs(in_a_worker, [kind, kind], workers=2)))
+    assert code == 1 and line.count("\n") == 1
+    assert len(files) == saved and ("unforeseen" in line) == bool(saved)
+    if files:
+        assert "in in_a_worker" in files[0].read_text()
+
+
+def test_wrong_usage_is_2_and_ctrl_c_is_130(fail) -> None:
+    assert fail(raising(UsageError("wrong\nusage"))) == (2, "ofa-ds: wrong usage\n", [])
+    assert fail(raising(KeyboardInterrupt())) == (130, "ofa-ds: stopped by Ctrl-C\n", [])
+    assert fail(raising(DamagedError("f: damaged")))[0] == 1
+
+
+def test_each_of_many_ranks_has_a_file_of_its_own_and_the_line_names_it(fail, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1", "1"):  # a second failure of the same rank in the same second too
+        monkeypatch.setenv("RANK", rank)
+        _, line, files = fail(lambda: {}["a"])
+        assert f"ofa-ds: rank {rank} on {os.uname().nodename}: KeyError: 'a'; " in line
+    assert len(files) == 3
+    assert sorted(file.name.split("-rank")[1][0] for file in files) == ["0", "1", "1"]
+
+
+def test_where_no_file_can_be_written_the_traceback_is_printed_and_told_why(fail, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/proc/self")
+    code, text, files = fail(lambda: {}["a"])
+    assert (code, files) == (1, [])
+    first, *rest = text.splitlines()
+    assert first.startswith("ofa-ds: KeyError: 'a'; its traceback, which cannot be saved ([Errno ")
+    assert rest[0] == "Traceback (most recent call last):"
+
+
+def shell(script: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "", "PY": sys.executable}
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment)
+
+
+def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
+    for arguments in ("--help", "vocab show --help"):
+        ended = shell(f"{{ $PY -m ofa_ds.cli {arguments}; echo $? >&2; }} | true")
+        assert (ended.stdout, ended.stderr) == ("", "141\n")
+
+
+def test_output_to_a_full_disk_is_an_error_of_the_command() -> None:
+    ended = shell("$PY -m ofa_ds.cli --help >/dev/full")
+    assert ended.returncode == 1
+    assert (
+        ended.stderr.startswith("ofa-ds: OSError: [Errno 28] No space left on device") and ended.stderr.count("\n") == 1
+    )
+
+
+def test_another_broken_pipe_is_no_reader_gone(fail) -> None:
+    code, line, files = fail(raising(BrokenPipeError(32, "Broken pipe")))
+    assert code == 1 and len(files) == 1 and "Broken pipe" in line
