@@ -34,8 +34,8 @@ def add_checkpoint(commands: Commands) -> None:
         actions, "prune", _prune, "Delete all but the newest checkpoints of a run.",
         example="ofa-ds checkpoint prune runs/tiny --keep 2 --dry-run",
     )  # fmt: skip
-    prune.add_argument("run_dir", type=Path)
-    prune.add_argument("--keep", type=positive, default=3, help="how many whole ones stay")
+    prune.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run")
+    prune.add_argument("--keep", type=positive, default=3, metavar="N", help="how many whole ones stay")
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
     _add_conversions(actions)
 
@@ -48,7 +48,7 @@ def _add_conversions(actions: Commands) -> None:
     )  # fmt: skip
     reshard.add_argument("source", type=Path, metavar="SRC", help=_SOURCE)
     reshard.add_argument("destination", type=Path, metavar="DST", help="directory to make")
-    reshard.add_argument("--ranks", type=positive, required=True, help="one file for each")
+    reshard.add_argument("--ranks", type=positive, required=True, metavar="N", help="one file for each")
     reshard.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage to lay out for; else its own")
     export = command(
         actions, "export", _export, "Write another program's format.",
@@ -56,13 +56,19 @@ def _add_conversions(actions: Commands) -> None:
     )  # fmt: skip
     export.add_argument("source", type=Path, metavar="SRC", help=_SOURCE)
     export.add_argument("destination", type=Path, metavar="DST", help="directory to make; fairseq: the .pt file")
-    export.add_argument("--format", choices=EXPORTS, required=True)
+    export.add_argument("--format", choices=EXPORTS, required=True, help="whose")
     export.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; float32 loses nothing")
     export.add_argument("--ema", action="store_true", help="the moving average in the place of the weights")
-    export.add_argument("--ranks", type=positive, help="deepspeed: world size that will load it; else its own")
+    export.add_argument(
+        "--ranks", type=positive, metavar="N", help="deepspeed: world size that will load it; else its own"
+    )
     export.add_argument("--stage", type=int, choices=(1, 2, 3), help="deepspeed: ZeRO stage that will load it")
     export.add_argument(
-        "--sub-group-size", type=positive, default=10**9, help="deepspeed: of the loading engine's ZeRO stage 3"
+        "--sub-group-size",
+        type=positive,
+        default=10**9,
+        metavar="N",
+        help="deepspeed: of the loading engine's ZeRO stage 3",
     )
     load = command(
         actions, "import", _import, "Make a checkpoint from another program's. Every name must be accounted for.",
@@ -71,7 +77,9 @@ def _add_conversions(actions: Commands) -> None:
     load.add_argument("source", type=Path, metavar="SRC", help="a .pt file or a folder")
     load.add_argument("destination", type=Path, metavar="DST", help="directory to make")
     load.add_argument("--format", choices=EXPORTS, help="found out where not given")
-    load.add_argument("--vocab", type=Path, help="vocabulary directory; else the tokenizer's files in SRC")
+    load.add_argument(
+        "--vocab", type=Path, metavar="DIR", help="vocabulary directory; else the tokenizer's files in SRC"
+    )
     load.add_argument(
         "--allow-missing", action="append", default=[], metavar="PATTERN", help="such names may start fresh; repeatable"
     )
@@ -81,7 +89,9 @@ def _add_conversions(actions: Commands) -> None:
     load.add_argument("--ema", action="store_true", help="take the moving average as the weights")
     load.add_argument("--grow-vocab", type=positive, metavar="ROWS", help="append vocabulary rows up to so many")
     load.add_argument("--image-positions", type=positive, metavar="N", help="interpolate to a grid of N x N patches")
-    load.add_argument("--ranks", type=positive, default=1, help="one file for each; any run reads any number")
+    load.add_argument(
+        "--ranks", type=positive, default=1, metavar="N", help="one file for each; any run reads any number"
+    )
     load.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=3, help="ZeRO stage to lay out for")
 
 

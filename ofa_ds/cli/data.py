@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ofa_ds.cli.parser import Commands, command, group, positive, recipe_of
+from ofa_ds.cli.parser import Commands, command, group, natural, positive, recipe_of
 from ofa_ds.terms import TASKS
 
 
@@ -14,14 +14,19 @@ def add_scenes(commands: Commands) -> None:
     parser = command(
         commands, "scenes", _scenes, about, example="ofa-ds scenes --out data/scenes --rows 12000 --seed 1"
     )
-    parser.add_argument("--out", type=Path, required=True, help="directory for the TSV files")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the TSV files")
     parser.add_argument(
-        "--rows", type=positive, default=12000, help="vision-language rows; the other files follow 8:2:1:1"
+        "--rows", type=positive, default=12000, metavar="N", help="vision-language rows; the other files follow 8:2:1:1"
     )
-    parser.add_argument("--seed", type=int, default=1, help="the same seed draws the same files")
+    parser.add_argument("--seed", type=natural, default=1, metavar="N", help="the same seed draws the same files")
     parser.add_argument("--split", default="train", choices=("train", "heldout"), help="the two never share a scene")
     parser.add_argument(
-        "--questions", type=int, default=4, metavar="N", help="of ten vision-language rows, N are questions"
+        "--questions",
+        type=int,
+        choices=range(11),
+        default=4,
+        metavar="N",
+        help="of ten vision-language rows, N (0 to 10) are questions",
     )
 
 
@@ -35,25 +40,36 @@ def _scenes(options: argparse.Namespace) -> None:
 def add_shards(commands: Commands) -> None:
     about = "Arrow shards: build them from OFA's TSV files, verify them, look at what the model will see."
     shards = group(commands, "shards", about)
-    build = command(shards, "build", _shards_build, "Turn TSV files into Arrow shards.")
-    build.add_argument("--out", type=Path, required=True, help="directory to make")
+    build = command(
+        shards, "build", _shards_build, "Turn TSV files into Arrow shards, every line checked.",
+        example="ofa-ds shards build --out data/shards --vision-language vl.tsv --text text.tsv --on-error quarantine",
+    )  # fmt: skip
+    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
     for family in ("vision-language", "text", "image", "detection"):
-        build.add_argument(f"--{family}", type=Path, nargs="+", default=[], metavar="TSV", help=f"{family} rows")
-    build.add_argument("--negatives", type=Path, help="OFA's negative_sample directory")
-    build.add_argument("--rows-per-shard", type=positive, default=50_000, help="rows of one Arrow file")
-    build.add_argument("--workers", type=positive, default=2, help="processes that parse and check")
-    build.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help="what a bad line does")
-    verify = command(shards, "verify", _shards_verify, "Check every checksum and decode every picture.")
-    verify.add_argument("dir", type=Path)
-    show = command(
-        shards, "show", _shards_show, "Show what the model sees: picture with boxes, source text, target text."
+        build.add_argument(
+            f"--{family}", type=Path, nargs="+", default=[], metavar="TSV", help=f"files of {family} rows"
+        )
+    build.add_argument(
+        "--negatives", type=Path, metavar="DIR", help="OFA's negative_sample: wrong captions and answers"
     )
-    show.add_argument("dir", type=Path)
-    show.add_argument("--task", choices=TASKS, help="one task; all eight where not given")
-    show.add_argument("--row", type=int, default=0, help="row number within the task's source rows")
-    show.add_argument("--png", type=Path, help="write the picture here")
-    show.add_argument("--recipe", default="pretrain-tiny", help="whose [data] settings to apply")
-    show.add_argument("--vocab", default="", help="vocabulary directory; else the recipe's")
+    build.add_argument("--rows-per-shard", type=positive, default=50_000, metavar="N", help="rows of one Arrow file")
+    build.add_argument("--workers", type=positive, default=2, metavar="N", help="processes that parse and check")
+    build.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help="what a bad line does")
+    verify = command(
+        shards, "verify", _shards_verify, "Check every checksum and decode every picture.",
+        example="ofa-ds shards verify data/shards",
+    )  # fmt: skip
+    verify.add_argument("dir", type=Path, metavar="DIR", help="shards")
+    show = command(
+        shards, "show", _shards_show, "Show what the model sees: picture with boxes, source text, target text.",
+        example="ofa-ds shards show data/scenes/train --recipe pretrain-nano --task vqa --row 3 --png vqa.png",
+    )  # fmt: skip
+    show.add_argument("dir", type=Path, metavar="DIR", help="shards")
+    show.add_argument("--task", choices=TASKS, metavar="TASK", help=f"one of {', '.join(TASKS)}; all where not given")
+    show.add_argument("--row", type=natural, default=0, metavar="N", help="row number within the task's source rows")
+    show.add_argument("--png", type=Path, metavar="FILE", help="write the picture here")
+    show.add_argument("--recipe", default="pretrain-tiny", help="a recipe, whose settings to apply")
+    show.add_argument("--vocab", default="", metavar="DIR", help="vocabulary; else the recipe's")
     show.add_argument("set", nargs="*", metavar="KEY=VALUE", help="recipe overrides, such as data.image_size=256")
 
 
@@ -104,17 +120,28 @@ def _shards_show(options: argparse.Namespace) -> None:
 def add_vocab(commands: Commands) -> None:
     about = "Vocabularies: train a byte-level BPE on your own shards, or import and look at OFA's."
     vocab = group(commands, "vocab", about)
-    train = command(vocab, "train", _vocab_train, "Train a byte-level BPE on the text of shards.")
-    train.add_argument("--shards", type=Path, required=True)
-    train.add_argument("--size", type=positive, default=30_000, help="text entries, the 256 bytes included")
-    train.add_argument("--codes", type=int, default=8192, help="image codes appended")
-    train.add_argument("--bins", type=int, default=1000, help="coordinate bins appended")
-    train.add_argument("--out", type=Path, required=True)
-    load = command(vocab, "import", _vocab_import, "Bring OFA's, Hugging Face's or BERT's files into one directory.")
-    load.add_argument("source", type=Path)
-    load.add_argument("--out", type=Path, required=True)
-    show = command(vocab, "show", _vocab_show, "Print the layout of a vocabulary, or the ids of a text.")
-    show.add_argument("dir", type=Path)
+    train = command(
+        vocab, "train", _vocab_train, "Train a byte-level BPE on the text of shards.",
+        example="ofa-ds vocab train --shards data/shards --size 30000 --out data/vocab",
+    )  # fmt: skip
+    train.add_argument("--shards", type=Path, required=True, metavar="DIR", help="whose text to learn from")
+    train.add_argument(
+        "--size", type=positive, default=30_000, metavar="N", help="text entries, the 256 bytes included"
+    )
+    train.add_argument("--codes", type=natural, default=8192, metavar="N", help="image codes appended")
+    train.add_argument("--bins", type=natural, default=1000, metavar="N", help="coordinate bins appended")
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
+    load = command(
+        vocab, "import", _vocab_import, "Bring OFA's, Hugging Face's or BERT's files into one directory.",
+        example="ofa-ds vocab import OFA-base --out data/vocab",
+    )  # fmt: skip
+    load.add_argument("source", type=Path, metavar="SRC", help="directory with their files")
+    load.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
+    show = command(
+        vocab, "show", _vocab_show, "Print the layout of a vocabulary, or the ids of a text.",
+        example="ofa-ds vocab show data/vocab --text ' a red circle'",
+    )  # fmt: skip
+    show.add_argument("dir", type=Path, metavar="DIR", help="vocabulary")
     show.add_argument("--text", help="encode this, as given (a leading space matters)")
 
 

@@ -17,14 +17,25 @@ def add_evaluate(commands: Commands) -> None:
         commands, "evaluate", _evaluate, about, example="ofa-ds evaluate runs/nano --shards data/scenes/heldout"
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory (its newest one)")
-    parser.add_argument("--shards", type=Path, required=True, help="held-out shards")
-    parser.add_argument("--task", choices=TASKS, action="append", help="only this task; may be repeated")
-    parser.add_argument("--rows", type=positive, default=1000, help="examples per task at most")
-    parser.add_argument("--beam", type=positive, default=1, help="1 is greedy")
+    parser.add_argument("--shards", type=Path, required=True, metavar="DIR", help="held-out shards")
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        action="append",
+        metavar="TASK",
+        help=f"only this one of {', '.join(TASKS)}; may be repeated",
+    )
+    parser.add_argument("--rows", type=positive, default=1000, metavar="N", help="examples per task at most")
+    parser.add_argument(
+        "--beam", type=positive, default=1, metavar="N", help="answers kept while one is searched; 1 is greedy"
+    )
     _add_ema(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--png", type=Path, help="write one picture per task: boxes, source, expected and generated text"
+        "--png",
+        type=Path,
+        metavar="FILE",
+        help="write a sheet for each task: boxes, source, expected and generated text",
     )
 
 
@@ -42,14 +53,21 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def add_generate(commands: Commands) -> None:
     about = "Generate the answer to one task for one picture and text."
-    parser = command(commands, "generate", _generate, about)
+    parser = command(
+        commands, "generate", _generate, about,
+        example="ofa-ds generate runs/nano --task vqa --image a.png --text 'what color is the circle?'",
+    )  # fmt: skip
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory (its newest one)")
-    parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--image", type=Path, help="a JPEG or PNG file")
+    parser.add_argument("--task", choices=TASKS, required=True, metavar="TASK", help=f"one of {', '.join(TASKS)}")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="a JPEG or PNG file")
     parser.add_argument("--text", default="", help="question, expression, caption to check, or text to complete")
-    parser.add_argument("--beam", type=positive, default=5, help="1 is greedy")
+    parser.add_argument(
+        "--beam", type=positive, default=5, metavar="N", help="answers kept while one is searched; 1 is greedy"
+    )
     _add_ema(parser)
-    parser.add_argument("--png", type=Path, help="write the picture with the generated boxes and text here")
+    parser.add_argument(
+        "--png", type=Path, metavar="FILE", help="write the picture with the generated boxes and text here"
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -64,4 +82,4 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _add_ema(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
+    parser.add_argument("--ema", action="store_true", help="take the moving average of the weights (optim.ema_decay)")

@@ -17,16 +17,19 @@ class UsageError(ValueError):
     """The command line or the recipe is wrong: exit code 2."""
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names a default where there is one to speak of."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, "", []) else super()._get_help_string(action)
+
+
 def command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], int | None], about: str, *, example: str = ""
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int | None], about: str, *, example: str
 ) -> argparse.ArgumentParser:
     """Add one command, which `run` carries out; its exit code is 0 where that returns nothing."""
     parser = commands.add_parser(
-        name,
-        help=about,
-        description=about,
-        epilog=f"Example: {example}" if example else None,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        name, help=about, description=about, epilog=f"Example: {example}", formatter_class=_Help
     )
     parser.set_defaults(run=run)
     return parser
@@ -34,14 +37,29 @@ def command(
 
 def group(commands: Commands, name: str, about: str) -> Commands:
     """Add a command that has actions of its own: `ofa-ds NAME ACTION`."""
-    return commands.add_parser(name, help=about, description=about).add_subparsers(metavar="ACTION", required=True)
+    more = f"Each action explains itself: ofa-ds {name} ACTION --help."
+    return commands.add_parser(name, help=about, description=about, epilog=more).add_subparsers(
+        metavar="ACTION", required=True
+    )
 
 
 def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"want a whole number of at least 1, got {text}")
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"want a whole number of at least {least}, got {text!r}")
     return value
 
 

@@ -14,11 +14,19 @@ if TYPE_CHECKING:
 
 
 def add_pretrain(commands: Commands) -> None:
-    about = "Pretrain by RECIPE: alone, or on every rank under deepspeed, torchrun, srun or mpirun."
-    parser = command(commands, "pretrain", _pretrain, about, example="deepspeed --module ofa_ds.pretrain pretrain-nano")
+    about = (
+        "Pretrain by RECIPE: alone, or on every rank under deepspeed, torchrun, srun or mpirun, such as: "
+        "deepspeed --module ofa_ds.pretrain RECIPE"
+    )
+    parser = command(
+        commands, "pretrain", _pretrain, about, example="ofa-ds pretrain pretrain-nano train.num_steps=100"
+    )
     parser.add_argument("recipe", help="a TOML file, or a shipped recipe such as pretrain-nano or pretrain-6b")
     parser.add_argument(
-        "set", nargs="*", metavar="KEY=VALUE", help="overrides, such as optim.peak_lr=2e-4 run_dir=runs/a"
+        "set",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="keys of the recipe that are to differ, such as optim.peak_lr=2e-4 run_dir=runs/a",
     )
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
 

@@ -1,11 +1,17 @@
 """The command line: help is light, wrong usage is exit code 2 and one line."""
 
+from __future__ import annotations
+
+import argparse
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from ofa_ds.cli import main
+from ofa_ds.cli.main import _parser
 
 HEAVY = ("torch", "deepspeed", "pyarrow", "pydantic", "numpy", "PIL")
 
@@ -45,3 +51,47 @@ def test_an_unknown_command_is_wrong_usage():
     with pytest.raises(SystemExit) as end:
         main(["pretrian"])
     assert end.value.code == 2
+
+
+def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Every command that does something, actions of groups included."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for group in groups:
+        for each in group.choices.values():
+            yield from commands(each)
+    if not groups:
+        yield parser
+
+
+LEAVES = {parser.prog: parser for parser in commands(_parser())}
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_the_help_of_every_command_says_what_each_argument_is_and_gives_an_example_that_parses(name) -> None:
+    parser = LEAVES[name]
+    assert all(action.help for action in parser._actions), [
+        action.dest for action in parser._actions if not action.help
+    ]
+    text = parser.format_help()
+    assert not any(noise in text for noise in ("(default: None)", "(default: False)", "(default: [])", "(default: )"))
+    program, *words = shlex.split(parser.epilog.removeprefix("Example: "))
+    assert program == "ofa-ds"
+    assert _parser().parse_args(words).run is parser.get_default("run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("evaluate c --shards s --rows 0", "argument --rows: want a whole number of at least 1, got '0'"),
+        ("evaluate c --shards s --rows x", "argument --rows: want a whole number of at least 1, got 'x'"),
+        ("shards show d --row -1", "argument --row: want a whole number of at least 0, got '-1'"),
+        ("vocab train --shards s --out o --codes -1", "argument --codes: want a whole number of at least 0, got '-1'"),
+        ("scenes --out o --questions 11", "argument --questions: invalid choice: 11"),
+        ("evaluate c --shards s --task vaq", "argument --task: invalid choice: 'vaq' (choose from 'caption', 'vqa'"),
+    ],
+)
+def test_a_wrong_argument_says_what_was_wanted(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments.split())
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
