@@ -28,7 +28,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> Callable[..
 
     def run(action: Callable[[], object], *arguments: str) -> tuple[int, str, list[Path]]:
         def add(commands: argparse._SubParsersAction) -> None:
-            parser = command(commands, "fail", lambda options: action(), "Fails.")
+            parser = command(commands, "fail", lambda options: action(), "Fails.", example="")
             parser.add_argument("words", nargs="*")
 
         monkeypatch.setattr(sys.modules[main.__module__], "_GROUPS", (add,))
