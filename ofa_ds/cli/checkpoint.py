@@ -58,6 +58,9 @@ def _add_conversions(actions: Commands) -> None:
     export.add_argument("destination", type=Path, metavar="DST", help="directory to make; fairseq: the .pt file")
     export.add_argument("--format", choices=EXPORTS, required=True, help="whose")
     export.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; float32 loses nothing")
+    export.add_argument(
+        "--vocab", type=Path, metavar="DIR", help="vocabulary directory; else the one that the run keeps"
+    )
     export.add_argument("--ema", action="store_true", help="the moving average in the place of the weights")
     export.add_argument(
         "--ranks", type=positive, metavar="N", help="deepspeed: world size that will load it; else its own"
@@ -139,8 +142,12 @@ def _prune(options: argparse.Namespace) -> None:
 
 def _reshard(options: argparse.Namespace) -> None:
     from ofa_ds.checkpoint.reshard import reshard
+    from ofa_ds.checkpoint.verifying import describe
+    from ofa_ds.data import kept_vocabulary
 
-    path = reshard(options.source, options.destination, ranks=options.ranks, stage=options.stage)
+    source = describe(options.source)
+    path = reshard(source["path"], options.destination, ranks=options.ranks, stage=options.stage)
+    kept_vocabulary.carry(Path(source["path"]), path, source["identity"].get("vocab"))
     print(f"{path}: {options.ranks} ranks")
 
 
@@ -150,7 +157,7 @@ def _export(options: argparse.Namespace) -> None:
 
     plan = ExportPlan(
         format=options.format, dtype=options.dtype, use_ema=options.ema, ranks=options.ranks, stage=options.stage,
-        sub_group_size=options.sub_group_size,
+        sub_group_size=options.sub_group_size, vocab=options.vocab,
     )  # fmt: skip
     result = export_checkpoint(options.source, options.destination, plan)
     print(f"{result['path']}: step {result['step']} as {result['format']}{''.join(f'; {n}' for n in result['notes'])}")

@@ -29,7 +29,7 @@ def add_evaluate(commands: Commands) -> None:
     parser.add_argument(
         "--beam", type=positive, default=1, metavar="N", help="answers kept while one is searched; 1 is greedy"
     )
-    _add_ema(parser)
+    _add_model(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--png",
@@ -46,7 +46,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     result = evaluate(
         options.checkpoint, options.shards, tasks=options.task, rows=options.rows, beam=options.beam, png=options.png,
-        average=options.ema,
+        average=options.ema, vocab=options.vocab,
     )  # fmt: skip
     print(json.dumps(result) if options.json else format_table(result))
 
@@ -64,7 +64,7 @@ def add_generate(commands: Commands) -> None:
     parser.add_argument(
         "--beam", type=positive, default=5, metavar="N", help="answers kept while one is searched; 1 is greedy"
     )
-    _add_ema(parser)
+    _add_model(parser)
     parser.add_argument(
         "--png", type=Path, metavar="FILE", help="write the picture with the generated boxes and text here"
     )
@@ -76,10 +76,11 @@ def _generate(options: argparse.Namespace) -> None:
 
     answer = generate_one(
         options.checkpoint, options.task, image=options.image, text=options.text, beam=options.beam, png=options.png,
-        average=options.ema,
+        average=options.ema, vocab=options.vocab,
     )  # fmt: skip
     print(answer)
 
 
-def _add_ema(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ema", action="store_true", help="take the moving average of the weights (optim.ema_decay)")
+    parser.add_argument("--vocab", type=Path, metavar="DIR", help="vocabulary directory; else the one the run keeps")

@@ -24,6 +24,7 @@ from ofa_ds.convert.operations import grow_vocabulary, resize_image_positions
 from ofa_ds.convert.port_config import is_official
 from ofa_ds.convert.universal import read_universal, write_universal
 from ofa_ds.convert.weights import Weight, Weights
+from ofa_ds.data import kept_vocabulary
 from ofa_ds.data.vocab import Vocab, load_vocab
 from ofa_ds.data.vocab_files import write_files
 from ofa_ds.engine.partition import AVERAGE
@@ -98,6 +99,8 @@ def import_checkpoint(source: Path, destination: Path, plan: ImportPlan) -> dict
     extra = {**known, "recipe": recipe, "identity": identity, "origin": {"format": kind, **origin}}
     state = dataclasses.replace(state, facts=dataclasses.replace(state.facts, extra=extra))
     write_checkpoint(destination, state, ranks=plan.ranks, stage=plan.stage)
+    if vocab is not None:
+        kept_vocabulary.keep(destination.resolve().parent, vocab[0], vocab[1].fingerprint)
     parameters = sum(info.numel for info in state.tensors.values())
     return {"format": kind, "preset": recipe["model"]["preset"], "parameters": parameters, "path": str(destination)}
 
@@ -151,6 +154,8 @@ class ExportPlan:
     stage: int | None = None
     sub_group_size: int = 10**9
     """Of the engine that will load a DeepSpeed folder at stage 3, in elements."""
+    vocab: Path | None = None
+    """The vocabulary's directory; None: the one that the run keeps."""
 
 
 def export_checkpoint(source: Path, destination: Path, plan: ExportPlan) -> dict[str, Any]:
@@ -167,6 +172,7 @@ def export_checkpoint(source: Path, destination: Path, plan: ExportPlan) -> dict
 def _export_weights(reader: Reader, destination: Path, plan: ExportPlan) -> dict[str, Any]:
     """A model, for who trained OFA before."""
     recipe, config = _model_of(reader)
+    vocab = _tokenizer(reader, recipe, plan)
     weights = _weights(reader, DTYPES[plan.dtype], "ema" if plan.use_ema else "weight")
     size = sum(weight.numel * weight.dtype.itemsize for weight in weights.values())
     if plan.format == "fairseq":
@@ -183,8 +189,11 @@ def _export_weights(reader: Reader, destination: Path, plan: ExportPlan) -> dict
                 port.write_modelscope(partial, config, weights, image_size=recipe.data.image_size)
             else:
                 port.write_huggingface(partial, config, weights)
-            _write_vocabulary(partial, recipe)
+            if vocab is not None:
+                write_files(partial, vocab.files, vocab.fingerprint)
     notes = [] if is_official(config) else ["its stem is not one of OFA's: only ofa-ds can build this model"]
+    if vocab is None and plan.format != "fairseq":
+        notes.append("without a tokenizer: the checkpoint came without a vocabulary; --vocab DIR adds one")
     return {"path": str(destination), "format": plan.format, "step": reader.facts.step, "notes": notes}
 
 
@@ -239,9 +248,15 @@ def _fitting(piece: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     return cut
 
 
-def _write_vocabulary(directory: Path, recipe: Recipe) -> None:
-    """The tokenizer's files, where the vocabulary of the run is still there."""
-    path = Path(recipe.data.vocab)
-    if recipe.data.vocab and path.is_dir():
-        vocab = load_vocab(path)
-        write_files(directory, vocab.files, vocab.fingerprint)
+def _tokenizer(reader: Reader, recipe: Recipe, plan: ExportPlan) -> Vocab | None:
+    """The vocabulary whose files go beside the weights; fairseq's format has no place for them.
+
+    Raises ValueError: the checkpoint has a vocabulary and it cannot be found: an export without would be half of one.
+    """
+    if plan.format == "fairseq":
+        return None
+    fingerprint = reader.facts.extra.get("identity", {}).get("vocab")
+    found = kept_vocabulary.find(
+        reader.directory, fingerprint=fingerprint, recipe_path=recipe.data.vocab, given=plan.vocab
+    )
+    return None if found is None else found[1]

@@ -208,4 +208,6 @@ def recipe_of(config: ModelConfig, data: Mapping[str, Any]) -> Recipe:
     recipe = recipe_to_dict(load_recipe(base))
     recipe["model"] |= model
     recipe["data"] |= {"code_image_size": config.code_image_size, **data}
+    sides = ("image_size", "infill_image_size", "max_image_size")  # a coordinate of any picture must have a bin
+    recipe["data"]["max_image_size"] = max(recipe["data"][side] for side in sides)
     return recipe_from_dict(recipe)

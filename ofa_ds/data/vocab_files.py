@@ -139,6 +139,9 @@ _LAYOUTS = (
     (("vocab.txt",), _read_modelscope_wordpiece),
 )
 
+KNOWN_FILES = tuple(sorted({name for names, _ in _LAYOUTS for name in names} | {"added_tokens.json", META}))
+"""All that any layout reads."""
+
 
 def _split(entries: Sequence[str], path: Path) -> tuple[list[str], int, int]:
     """Entries by id -> (text pieces, number of codes, number of bins). Raises ValueError for any other order."""

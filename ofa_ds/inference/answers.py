@@ -131,7 +131,7 @@ def readable(ctx: Context, ids: Sequence[int]) -> str:
 
 def generate_one(
     checkpoint: str | Path, task: str, *, image: str | Path | None = None, text: str = "", beam: int = 5,
-    png: str | Path | None = None, average: bool = False,
+    png: str | Path | None = None, average: bool = False, vocab: Path | None = None,
 ) -> str:  # fmt: skip
     """The model's answer to one task. Boxes, one a line, are told in pixels of the picture that was given.
 
@@ -140,7 +140,7 @@ def generate_one(
     average: ask the moving average of the weights. Raises ValueError: a picture or text that the task needs is missing
     or malformed.
     """
-    subject = load_subject(checkpoint, average=average)
+    subject = load_subject(checkpoint, average=average, vocab=vocab)
     ctx = subject.context(Negatives([], [], {"other": []}))
     picture = None if task == "text_infilling" else _read_picture(task, image)
     example = ask(ctx, task, picture, text)

@@ -38,17 +38,17 @@ Answers = Sequence[Sequence[int]]
 
 def evaluate(
     checkpoint: str | Path, shards: str | Path, *, tasks: Sequence[str] | None = None, rows: int = 1000, beam: int = 1,
-    png: str | Path | None = None, device: str | None = None, average: bool = False,
+    png: str | Path | None = None, device: str | None = None, average: bool = False, vocab: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Judge a checkpoint, or the newest one of a run directory, on held-out shards.
 
     rows: examples of each task at most, the first of the shards. beam: 1 is greedy. png: a picture per task goes here.
-    average: judge the moving average of the weights.
+    average: judge the moving average of the weights. vocab: as in `load_subject`.
     Returns {"checkpoint", "step", "shards", "beam", "seconds", "tasks": what `judge_tasks` returns}.
     """
     began = time.monotonic()
     data = Shards(shards)
-    subject = load_subject(checkpoint, device, average=average)
+    subject = load_subject(checkpoint, device, average=average, vocab=vocab)
     result = judge_tasks(subject, data, tasks=tasks, rows=rows, beam=beam)
     if png is not None:
         sample_sheet(subject, data, tasks=list(result), beam=beam).save(png)

@@ -12,17 +12,21 @@ from torch import Tensor
 
 from ofa_ds.batch import Batch, pack
 from ofa_ds.checkpoint.loading import load_model_weights
-from ofa_ds.checkpoint.manifest import read_manifest
+from ofa_ds.checkpoint.manifest import Manifest, read_manifest
 from ofa_ds.checkpoint.runs import find
 from ofa_ds.config import Recipe, recipe_from_dict
+from ofa_ds.data import kept_vocabulary
 from ofa_ds.data.example import Example
 from ofa_ds.data.shards import Negatives
-from ofa_ds.data.vocab import Vocab, load_vocab
+from ofa_ds.data.vocab import Vocab
 from ofa_ds.inference.generate import GenerationConfig, generate
 from ofa_ds.model.config import model_config
 from ofa_ds.model.ofa import OFA
 from ofa_ds.tasks.pretraining import PIXELS_PER_CODE, Context
 from ofa_ds.terms import PAD_ID
+
+EMBEDDING = "encoder.embed_tokens.weight"
+"""A row per entry of the vocabulary."""
 
 MAX_TOKENS_A_BATCH = 8192
 """Encoder and decoder tokens of the examples that go through the model together, about."""
@@ -64,30 +68,43 @@ class Subject:
         return pack(examples, sizes or [(side, side)], config.patch_size, config.image_bucket_size).to(self.device)
 
 
-def load_subject(checkpoint: str | Path, device: str | torch.device | None = None, *, average: bool = False) -> Subject:
+def load_subject(
+    checkpoint: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    average: bool = False,
+    vocab: Path | None = None,
+) -> Subject:
     """The model of a checkpoint, or of the newest one of a run directory, with the recipe that was saved with it.
 
-    device: the first GPU where there is one, unless given. average: take the moving average of its weights.
-    Raises ValueError: no checkpoint, no average in it, or the vocabulary that the recipe names is no longer the one
-    that the model was trained with.
+    device: the first GPU where there is one, unless given. average: take the moving average of its weights. vocab: the
+    vocabulary's directory, where neither the run keeps it nor the recipe's path leads there.
+    Raises ValueError: no checkpoint, no average in it, or no vocabulary that is the one the model was trained with.
     """
     directory = find(checkpoint)
     manifest = read_manifest(directory)
     if manifest.recipe is None:
         raise ValueError(f"{directory}: holds no recipe; it was not saved by `ofa-ds pretrain` or made by an import")
     recipe = recipe_from_dict(manifest.recipe)
-    vocab = load_vocab(recipe.data.vocab)
-    trained_with = manifest.identity.get("vocab")
-    if vocab.fingerprint != trained_with:
-        raise ValueError(
-            f"{directory}: trained with vocabulary {trained_with}, {recipe.data.vocab} now has {vocab.fingerprint}; "
-            "put the files back that it was trained with"
-        )
-    settings = dataclasses.replace(model_config(recipe, vocab.size), activation_checkpointing=False)
+    words = _vocabulary(directory, manifest, recipe, vocab)
+    settings = dataclasses.replace(model_config(recipe, words.size), activation_checkpointing=False)
     model = OFA(settings)
     model.load_state_dict(load_model_weights(directory, average=average))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Subject(model=model.to(device).eval(), vocab=vocab, recipe=recipe, path=str(directory), step=manifest.step)
+    return Subject(model=model.to(device).eval(), vocab=words, recipe=recipe, path=str(directory), step=manifest.step)
+
+
+def _vocabulary(directory: Path, manifest: Manifest, recipe: Recipe, given: Path | None) -> Vocab:
+    """Raises ValueError: there is none, or its ids are not the model's."""
+    fingerprint = manifest.identity.get("vocab")
+    found = kept_vocabulary.find(directory, fingerprint=fingerprint, recipe_path=recipe.data.vocab, given=given)
+    if found is None:
+        raise ValueError(f"{directory}: came without a vocabulary; give the model's: --vocab DIR")
+    path, vocab = found
+    rows = manifest.tensors[EMBEDDING].shape[0] if EMBEDDING in manifest.tensors else vocab.size
+    if vocab.size != rows:
+        raise ValueError(f"{path}: a vocabulary of {vocab.size} entries, the model of {directory} has {rows}")
+    return vocab
 
 
 def batches(examples: Sequence[Example]) -> Iterator[list[Example]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,17 +19,27 @@ def new_directory(destination: Path) -> Iterator[Path]:
     """A hidden directory beside `destination` that takes its name when the block ends, or is removed where it fails."""
     if destination.exists() or destination.is_symlink():
         raise ValueError(f"{destination}: is there already; remove it, or give another name")
-    partial = destination.with_name(f"{PARTIAL}{destination.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = destination.with_name(f"{PARTIAL}{destination.name}_{secrets.token_hex(4)}")
+    partial.mkdir()
     try:
         yield partial
         sync(partial)
-        os.rename(partial, destination)
+        _claim(partial, destination)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync(destination.parent)
+
+
+def _claim(partial: Path, destination: Path) -> None:
+    """Give a directory its name. Raises ValueError where another process was quicker."""
+    try:
+        os.rename(partial, destination)  # onto an empty directory it would succeed, and nobody loses anything
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise ValueError(f"{destination}: appeared meanwhile, another process makes it too") from error
+        raise
 
 
 @contextmanager

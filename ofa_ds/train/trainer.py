@@ -20,6 +20,7 @@ from ofa_ds.batch import Batch
 from ofa_ds.checkpoint.manifest import Manifest
 from ofa_ds.checkpoint.saver import Saver
 from ofa_ds.config import Recipe, recipe_to_dict, recipe_to_toml
+from ofa_ds.data import kept_vocabulary
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
 from ofa_ds.engine.config import load_deepspeed_config
@@ -124,7 +125,7 @@ def _train(
     stop: StopSignal,
 ) -> int:
     train = recipe.train
-    writer = _open_writer(recipe, first_step) if ranks.rank == 0 else None
+    writer = _open_writer(recipe, first_step, identity["vocab"]) if ranks.rank == 0 else None
     window = Window(engine.device)
     saver = Saver(engine, recipe, extra={"recipe": recipe_to_dict(recipe), "identity": identity})
     step, waited_s = first_step, 0.0
@@ -163,9 +164,10 @@ def _train(
     return 0
 
 
-def _open_writer(recipe: Recipe, first_step: int) -> MetricsWriter:
+def _open_writer(recipe: Recipe, first_step: int, vocab: str) -> MetricsWriter:
     run_dir = Path(recipe.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    kept_vocabulary.keep(run_dir, Path(recipe.data.vocab), vocab)
     (run_dir / "recipe.toml").write_text(recipe_to_toml(recipe), encoding="utf-8")
     return MetricsWriter(run_dir, num_steps=recipe.train.num_steps, first_step=first_step)
 

@@ -81,7 +81,7 @@ def ofa_checkpoint(
     recipe = recipe_to_dict(load_recipe("pretrain-tiny"))
     recipe["model"] |= recipe_change(config)
     recipe["data"]["code_image_size"] = config.code_image_size
-    extra = {"recipe": recipe_to_dict(recipe_from_dict(recipe)), "identity": {"data": "d", "vocab": "v"}}
+    extra = {"recipe": recipe_to_dict(recipe_from_dict(recipe)), "identity": {"data": "d", "vocab": None}}
     state = state_of(parameters, kinds=dict.fromkeys(parameters, kinds), buffers=buffers, extra=extra)
     write_checkpoint(path, state, ranks=ranks, stage=3)
     return parameters | buffers
