@@ -16,7 +16,10 @@ def main() -> None:
     saves = benches.add_parser("checkpoint", help="save, reshard and export beside DeepSpeed's and torch's own ways")
     saves.add_argument("--folder", type=Path, help="where 25 GB may be written for a while (default: a temporary one)")
     saves.add_argument("--preset", default="base", help="size of the model (default base, cut to 173 M parameters)")
-    for bench in (step, saves):
+    rows = benches.add_parser("data", help="one row of shards at random, beside Arrow's own row access")
+    rows.add_argument("--shards", type=Path, help="a directory of shards (default: small scenes, drawn for it)")
+    rows.add_argument("--repeats", type=int, default=7, help="of each way (default 7)")
+    for bench in (step, saves, rows):
         bench.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.what == "step":
@@ -25,6 +28,12 @@ def main() -> None:
         if min(options.repeats, options.mixed_repeats) < 1:
             parser.error("--repeats and --mixed-repeats: want at least 1")
         result = bench_step(options.repeats, options.mixed_repeats)
+    elif options.what == "data":
+        from ofa_ds.bench.data import bench_data, table
+
+        if options.repeats < 1:
+            parser.error("--repeats: want at least 1")
+        result = bench_data(options.shards, options.repeats)
     else:
         from ofa_ds.bench.checkpoint import bench_checkpoint, table
 

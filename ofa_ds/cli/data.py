@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from itertools import islice
 from pathlib import Path
 
 from ofa_ds.cli.parser import Commands, command, group, natural, positive, recipe_of
 from ofa_ds.terms import TASKS
+
+WARNINGS_SHOWN = 5
+"""Of `shards build`, on the console; all are in the directory."""
 
 
 def add_scenes(commands: Commands) -> None:
@@ -55,6 +60,7 @@ def add_shards(commands: Commands) -> None:
     build.add_argument("--rows-per-shard", type=positive, default=50_000, metavar="N", help="rows of one Arrow file")
     build.add_argument("--workers", type=positive, default=2, metavar="N", help="processes that parse and check")
     build.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help="what a bad line does")
+    build.add_argument("--strict", action="store_true", help="a line that looks like a mistake is a bad line")
     verify = command(
         shards, "verify", _shards_verify, "Check every checksum and decode every picture.",
         example="ofa-ds shards verify data/shards",
@@ -74,7 +80,7 @@ def add_shards(commands: Commands) -> None:
 
 
 def _shards_build(options: argparse.Namespace) -> None:
-    from ofa_ds.data.shards import build_shards
+    from ofa_ds.data.shards_build import build_shards
 
     manifest = build_shards(
         options.out,
@@ -86,18 +92,29 @@ def _shards_build(options: argparse.Namespace) -> None:
         rows_per_shard=options.rows_per_shard,
         workers=options.workers,
         on_error=options.on_error,
+        strict=options.strict,
     )
-    for family, part in manifest["families"].items():
-        print(f"{family:16} {part['rows']:>10} rows{_quarantined(part['quarantined'])}")
+    _print_warnings(options.out / "warnings", sum(part.warnings for part in manifest.families.values()))
+    for family, part in manifest.families.items():
+        bad = f", {part.quarantined} bad lines in quarantine" if part.quarantined else ""
+        print(f"{family:16} {part.rows:>10} rows{bad}{f', warnings: {part.warnings}' if part.warnings else ''}")
     print(f"shards in {options.out}")
 
 
-def _quarantined(count: int) -> str:
-    return f", {count} bad lines in quarantine" if count else ""
+def _print_warnings(folder: Path, count: int) -> None:
+    """The first few of them."""
+    shown = 0
+    for log in sorted(folder.glob("*.log")):
+        with log.open(encoding="utf-8") as lines:
+            for line in islice(lines, WARNINGS_SHOWN - shown):
+                print(f"warning: {line.rstrip()}", file=sys.stderr)
+                shown += 1
+    if count > shown:
+        print(f"warning: {count - shown} more in {folder}", file=sys.stderr)
 
 
 def _shards_verify(options: argparse.Namespace) -> int:
-    from ofa_ds.data.shards import verify_shards
+    from ofa_ds.data.shards_verify import verify_shards
 
     problems = verify_shards(options.dir)
     for problem in problems:

@@ -2,20 +2,105 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 
-from ofa_ds.data.shards import NEGATIVES, ShardFile, positions_file
+from ofa_ds.data.manifest import NEGATIVES, Shard
+from ofa_ds.data.open_file import OpenFile
+from ofa_ds.data.shard_file import ShardFile
 
 CAPTIONS, OBJECTS, ANSWERS = "all_captions.txt", "object.txt", "type2ans.json"
 MAX_DERIVED = 1_000_000
 """Distinct captions, objects or answers that are kept where no directory is given."""
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """Material for wrong captions and answers (docs/ofa.md, Data: negatives)."""
+
+    captions: Sequence[str]
+    objects: Sequence[str]
+    type2ans: Mapping[str, Sequence[str]]
+    """Answers by type of question; "other" is always there."""
+
+
+def read_negatives(folder: Path) -> Negatives:
+    """Of a directory of shards; empty where it has none. Raises ValueError or RuntimeError that names the file."""
+    given = folder / NEGATIVES
+    if not given.is_dir():
+        return Negatives((), (), {"other": ()})
+    return Negatives(Lines(given / CAPTIONS), list(Lines(given / OBJECTS)), _answers(given / ANSWERS))
+
+
+class Lines(Sequence[str]):
+    """The lines of a UTF-8 file by number, read when asked for; a side file has their positions."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError or RuntimeError where the two files do not belong together."""
+        self._path = path
+        self._ends_at, self._count = _positions_head(positions_file(path))
+        self._text_size = self._end(self._count - 1) if self._count else 0
+        if (found := path.stat().st_size) != self._text_size:
+            raise RuntimeError(f"{path}: want {self._text_size} bytes as in {positions_file(path).name}, got {found}")
+
+    def __reduce__(self) -> tuple:
+        return Lines, (self._path,)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> str:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"line {i} of {len(self)}")
+        i %= len(self)
+        start = self._end(i - 1) if i else 0
+        return self._text.read(start, self._end(i) - 1 - start).decode()
+
+    def _end(self, i: int) -> int:
+        return _LONG.unpack(self._ends.read(self._ends_at + 8 * i, 8))[0]
+
+    @cached_property
+    def _ends(self) -> OpenFile:
+        return OpenFile(positions_file(self._path), self._ends_at + 8 * self._count, "its head")
+
+    @cached_property
+    def _text(self) -> OpenFile:
+        return OpenFile(self._path, self._text_size, positions_file(self._path).name)
+
+
+_LONG = struct.Struct("<q")
+
+
+def positions_file(path: Path) -> Path:
+    """Side file of `Lines`: int64 [lines], one past the "\\n" of each line."""
+    return path.with_suffix(".ends.npy")
+
+
+def _positions_head(path: Path) -> tuple[int, int]:
+    """(first byte, number) of the positions in a side file."""
+    with path.open("rb") as file:
+        head = io.BytesIO(file.read(_NPY_HEAD_BYTES))
+    try:
+        if np.lib.format.read_magic(head) != (1, 0):
+            raise ValueError("a newer version of .npy")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(head)
+        if len(shape) != 1 or dtype != np.dtype("<i8"):
+            raise ValueError(f"shape {shape}, type {dtype}")
+    except (ValueError, TypeError) as error:
+        raise RuntimeError(f"{path}: want one row of 64-bit integers ({error}); copy or build it again") from error
+    return head.tell(), shape[0]
+
+
+_NPY_HEAD_BYTES = 1024
 
 
 def write_negatives(given: Path, folder: Path) -> dict[str, str]:
@@ -28,12 +113,12 @@ def write_negatives(given: Path, folder: Path) -> dict[str, str]:
     return _write(folder, captions, objects, _answers(given / ANSWERS))
 
 
-def derive_negatives(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+def derive_negatives(folder: Path, shards: Sequence[Shard]) -> dict[str, str]:
     """From the vision-language rows themselves: their captions, object words and answers, in order, each once."""
     captions: dict[str, None] = {}
     objects: dict[str, None] = {}
     answers: dict[str, None] = {}
-    for shard in manifest["families"]["vision_language"]["shards"]:
+    for shard in shards:
         file = ShardFile(folder, "vision_language", shard)
         for i in range(file.num_rows):
             row = file.row(i, verify=False)

@@ -7,33 +7,27 @@ directory beside the target, which takes its place when all is well and is remov
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pyarrow as pa
-import xxhash
+from typing import Any, BinaryIO
 
 from ofa_ds.data import tsv
-from ofa_ds.data.negative_files import derive_negatives, write_negatives
+from ofa_ds.data.doubts import doubts, without_negative_answer, without_negative_caption
+from ofa_ds.data.manifest import Family, Manifest, Shard, Source, fingerprint
+from ofa_ds.data.negative_files import derive_negatives, read_negatives, write_negatives
 from ofa_ds.data.pool import run_jobs, serve_if_worker
-from ofa_ds.data.shards import FORMAT, MANIFEST, SCHEMAS, to_columns
+from ofa_ds.data.shard_writer import ShardWriter, chain
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import sync
 from ofa_ds.terms import FAMILIES
 
-MAX_BATCH_ROWS = 256
-MAX_BATCH_BYTES = 16 << 20
-QUARANTINE = "quarantine"
-
-_PRIME = (1 << 61) - 1
-_BASE = 0x1F3D5B79A2C4E68B % _PRIME
+BAD_LINES, BAD_REASONS, DOUBTS = ".tsv", ".log", ".warn"
+_PLACES = {BAD_LINES: "quarantine/{}.tsv", BAD_REASONS: "quarantine/{}.log", DOUBTS: "warnings/{}.log"}
+"""Where the notes of a source end up."""
 
 
 @dataclass(frozen=True)
@@ -46,34 +40,75 @@ class Job:
     source: Path
     span: tsv.Span
     on_error: str
+    strict: bool
+
+    def notes(self, suffix: str) -> Path:
+        """File for lines about its lines, until `_gather` puts those of a source together."""
+        return (self.folder / self.file).with_suffix(suffix)
 
 
 @dataclass
 class Built:
-    """What a job did. `digest` is of the rows alone, see `chain`."""
+    """What a job did."""
 
     job: Job
-    rows: int = 0
-    batch_rows: list[int] = field(default_factory=list)
-    byte_ends: list[int] = field(default_factory=list)
-    xxh3: list[str] = field(default_factory=list)
-    digest: int = 0
+    shard: Shard | None = None
+    """None where no line was good."""
     types: Counter[str] = field(default_factory=Counter)
+    first_lines: dict[str, int] = field(default_factory=dict)
+    """Vision-language rows: type -> first line of it."""
     sides: dict[int, int] = field(default_factory=dict)
     """Image family: side of the picture -> first line that has it."""
     quarantined: int = 0
+    warnings: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.shard.rows if self.shard else 0
+
+    def count(self, row: Mapping[str, Any], line: int) -> None:
+        if self.job.family == "vision_language":
+            self.types[row["type"]] += 1
+            self.first_lines.setdefault(row["type"], line)
+        elif self.job.family == "image":
+            self.sides.setdefault(tsv.PIXELS_PER_CODE * 2 * round(len(row["codes"]) ** 0.5), line)
 
 
-def build(
-    out: Path,
-    sources: Mapping[str, Sequence[Path]],
-    negatives: Path | None,
-    rows_per_shard: int,
-    workers: int,
-    on_error: str,
-) -> dict[str, Any]:
-    """See `shards.build_shards`."""
+def build_shards(
+    out: Path | str,
+    *,
+    negatives: Path | str | None = None,
+    rows_per_shard: int = 50_000,
+    workers: int = 2,
+    on_error: str = "stop",
+    strict: bool = False,
+    **sources: Sequence[Path | str],
+) -> Manifest:
+    """Turn OFA's TSV files into shards in `out`, which must not exist yet (or be empty).
+
+    sources: vision_language, text, image, detection = files; any of them, read in the order given. negatives: OFA's
+    negative_sample directory; without it one is derived from the vision-language rows. on_error: what a bad line does:
+    "stop" raises ValueError "file:line: column: reason" and leaves nothing behind, "quarantine" puts it into
+    out/quarantine and counts it. Well-formed lines that look like a mistake (`doubts`) are listed in out/warnings and
+    counted; strict makes them bad lines. The same sources and rows_per_shard give the same bytes with any number of
+    workers. Under MPI, rank 0 gives the work to the other ranks, which leave the program when it is done.
+    """
     serve_if_worker()
+    out, paths = Path(out), {family: [Path(file) for file in files] for family, files in sources.items()}
+    _refuse(out, paths, on_error)
+    with _appearing(out) as folder:
+        built = _run(_plan(folder, paths, rows_per_shard, on_error=on_error, strict=strict), workers)
+        _one_side(built)
+        sums = _negatives(folder, Path(negatives) if negatives else None, built)
+        _doubt_negatives(folder, built, strict)
+        _gather(folder, built)
+        families = {family: _family(family, built) for family in FAMILIES if paths.get(family)}
+        manifest = Manifest(families=families, negatives=sums, fingerprint=fingerprint(families, sums))
+        manifest.write(folder)
+    return manifest
+
+
+def _refuse(out: Path, sources: Mapping[str, Sequence[Path]], on_error: str) -> None:
     if on_error not in ("stop", "quarantine"):
         raise ValueError(f"want on_error stop or quarantine, got {on_error!r}")
     unknown = set(sources) - set(FAMILIES)
@@ -81,23 +116,6 @@ def build(
         raise ValueError(f"want TSV files of {', '.join(FAMILIES)}; got {', '.join(sorted(unknown)) or 'none'}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; give another --out or remove it")
-    with _appearing(out) as folder:
-        jobs = _plan(folder, sources, rows_per_shard, on_error)
-        built = _run(jobs, workers)
-        _one_side(built)
-        manifest = dict(FORMAT)
-        manifest["families"] = {family: _family(family, built) for family in FAMILIES if sources.get(family)}
-        _merge_quarantine(folder, built)
-        manifest["negatives"] = _negatives(folder, negatives, manifest)
-        manifest["fingerprint"] = fingerprint(manifest)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    return manifest
-
-
-def fingerprint(manifest: Mapping[str, Any]) -> str:
-    """Of the rows and the negatives in order, not of how they are cut into files."""
-    content = {family: [part["rows"], part["digest"]] for family, part in manifest["families"].items()}
-    return xxhash.xxh3_128_hexdigest(json.dumps([content, manifest["negatives"]], sort_keys=True).encode())
 
 
 @contextlib.contextmanager
@@ -117,7 +135,9 @@ def _appearing(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _plan(folder: Path, sources: Mapping[str, Sequence[Path]], rows_per_shard: int, on_error: str) -> list[Job]:
+def _plan(
+    folder: Path, sources: Mapping[str, Sequence[Path]], rows_per_shard: int, *, on_error: str, strict: bool
+) -> list[Job]:
     jobs = []
     for family in FAMILIES:
         number = 0
@@ -125,7 +145,7 @@ def _plan(folder: Path, sources: Mapping[str, Sequence[Path]], rows_per_shard: i
             if not source.is_file():
                 raise ValueError(f"{source}: no such file")
             for span in tsv.spans(source, rows_per_shard):
-                jobs.append(Job(folder, f"{family}-{number:05d}.arrow", family, source, span, on_error))
+                jobs.append(Job(folder, f"{family}-{number:05d}.arrow", family, source, span, on_error, strict))
                 number += 1
     return jobs
 
@@ -145,102 +165,40 @@ def _run(jobs: Sequence[Job], workers: int) -> list[Built]:
 def build_one(job: Job) -> Built:
     """Runs in a worker. Raises ValueError "file:line: column: reason" for a bad line under on_error stop."""
     built = Built(job)
-    path = job.folder / job.file
-    writer = _Writer(path, job.family, built)
+    writer = ShardWriter(job.folder / job.file, job.family)
     with contextlib.ExitStack() as stack:
-        bad = None
+        notes: dict[str, BinaryIO] = {}
+
+        def note(suffix: str, text: bytes) -> None:
+            if suffix not in notes:  # most jobs need none
+                notes[suffix] = stack.enter_context(job.notes(suffix).open("wb"))
+            notes[suffix].write(text + b"\n")
+
         for number, line in tsv.lines(job.source, job.span):
             try:
                 row = tsv.parse(job.family, line)
+                found = doubts(job.family, line, row)
+                if found and job.strict:
+                    raise ValueError(f"{found[0]} (--strict)")
             except ValueError as error:
                 message = f"{job.source}:{number}: {error}"
                 if job.on_error == "stop":
                     raise ValueError(message) from error
-                bad = bad or [stack.enter_context(path.with_suffix(suffix).open("wb")) for suffix in (".tsv", ".log")]
-                bad[0].write(line + b"\n")
-                bad[1].write(f"{message}\n".encode("utf-8", "backslashreplace"))
+                note(BAD_LINES, line)
+                note(BAD_REASONS, encoded(message))
                 built.quarantined += 1
                 continue
+            for doubt in found:
+                note(DOUBTS, encoded(f"{job.source}:{number}: {doubt}"))
+            built.warnings += len(found)
             writer.add(row, len(line))
-            if job.family == "vision_language":
-                built.types[row["type"]] += 1
-            elif job.family == "image":
-                built.sides.setdefault(tsv.PIXELS_PER_CODE * 2 * round(len(row["codes"]) ** 0.5), number)
-    writer.close()
+            built.count(row, number)
+    built.shard = writer.close()
     return built
 
 
-class _Writer:
-    """Rows -> record batches -> one Arrow file, and what the manifest says of it."""
-
-    def __init__(self, path: Path, family: str, built: Built) -> None:
-        self._path, self._family, self._built = path, family, built
-        self._sink = pa.OSFile(str(path), "wb")
-        self._file = pa.ipc.new_file(self._sink, SCHEMAS[family])
-        self._rows: list[dict[str, Any]] = []
-        self._bytes = 0
-
-    def add(self, row: dict[str, Any], size: int) -> None:
-        """size: of the TSV line, which is never less than what is written of it."""
-        if self._rows and (len(self._rows) == MAX_BATCH_ROWS or self._bytes + size > MAX_BATCH_BYTES):
-            self._flush()
-        self._rows.append(to_columns(self._family, row))
-        self._bytes += size
-        self._built.digest = chain(self._built.digest, row_digest(row), 1)
-        self._built.rows += 1
-
-    def _flush(self) -> None:
-        schema = SCHEMAS[self._family]
-        columns = [_array([row[part.name] for row in self._rows], part.type) for part in schema]
-        self._file.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-        self._built.batch_rows.append(len(self._rows))
-        self._built.byte_ends.append(self._sink.tell())
-        self._rows, self._bytes = [], 0
-
-    def close(self) -> None:
-        """Writes no file where there were no rows."""
-        if self._rows:
-            self._flush()
-        self._file.close()
-        self._built.byte_ends.append(self._sink.tell())
-        self._sink.close()
-        if not self._built.rows:
-            self._path.unlink()
-            return
-        data = np.memmap(self._path, np.uint8, "r")
-        starts = [0, *self._built.byte_ends[:-1]]
-        spans = zip(starts, self._built.byte_ends, strict=True)
-        self._built.xxh3 = [xxhash.xxh3_64_hexdigest(data[start:stop]) for start, stop in spans]
-
-
-def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
-    if kind != pa.binary():
-        return pa.array(values, kind)
-    # Joining is several times faster than letting Arrow's builder grow.
-    offsets = np.zeros(len(values) + 1, np.int32)
-    np.cumsum([len(value) for value in values], out=offsets[1:])
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))]
-    return pa.Array.from_buffers(kind, len(values), buffers)
-
-
-def row_digest(row: Mapping[str, Any]) -> int:
-    """Of a row's content, the same whether it comes from a TSV line or from a shard."""
-    digest = xxhash.xxh3_64()
-    rest = []
-    for name in sorted(row):
-        value = row[name]
-        if isinstance(value, bytes | memoryview | np.ndarray):
-            rest.append((name, len(value)))
-            digest.update(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value)
-        else:
-            rest.append((name, value))
-    digest.update(repr(rest).encode("utf-8", "surrogatepass"))
-    return digest.intdigest()
-
-
-def chain(before: int, digest: int, rows: int) -> int:
-    """Digest of some rows followed by `rows` more whose digest is `digest`; the same however the rows are cut."""
-    return (before * pow(_BASE, rows, _PRIME) + digest) % _PRIME
+def encoded(message: str) -> bytes:
+    return message.encode("utf-8", "backslashreplace")
 
 
 def _one_side(built: Sequence[Built]) -> None:
@@ -254,59 +212,73 @@ def _one_side(built: Sequence[Built]) -> None:
         raise ValueError(f"{other}: image: want all pictures of one size, but {one}")
 
 
-def _family(family: str, built: Sequence[Built]) -> dict[str, Any]:
+def _negatives(folder: Path, given: Path | None, built: Sequence[Built]) -> dict[str, str]:
+    """Checksum of each file of negatives that was written."""
+    if given is not None:
+        return write_negatives(given, folder)
+    shards = [part.shard for part in built if part.job.family == "vision_language" and part.shard]
+    return derive_negatives(folder, shards) if shards else {}
+
+
+def _doubt_negatives(folder: Path, built: Sequence[Built], strict: bool) -> None:
+    """Warn, at the first row that needs one, where no wrong caption or answer can be made. Raises it where strict."""
+    found = read_negatives(folder)
+    for kind, doubt in (
+        ("caption", without_negative_caption(found.captions)),
+        ("qa", without_negative_answer(found.type2ans)),
+    ):
+        part = next((part for part in built if kind in part.first_lines), None)
+        if doubt is None or part is None:
+            continue
+        message = f"{part.job.source}:{part.first_lines[kind]}: {doubt}"
+        if strict:
+            raise ValueError(f"{message} (--strict)")
+        with part.job.notes(DOUBTS).open("ab") as file:
+            file.write(encoded(f"{message}\n"))
+        part.warnings += 1
+
+
+def _gather(folder: Path, built: Sequence[Built]) -> None:
+    """Notes of all jobs into one file per source: bad lines as they came, what is wrong with each, doubts."""
+    names: dict[Path, str] = {}
+    for source in (part.job.source for part in built):
+        if source not in names:
+            stem = source.name.removesuffix(".tsv")
+            names[source] = stem if stem not in names.values() else f"{stem}-{len(names)}"
+    for part in built:
+        for suffix, place in _PLACES.items():
+            path = part.job.notes(suffix)
+            if not path.exists():
+                continue
+            target = folder / place.format(names[part.job.source])
+            target.parent.mkdir(exist_ok=True)
+            with target.open("ab") as file, path.open("rb") as lines:
+                shutil.copyfileobj(lines, file)
+            path.unlink()
+
+
+def _family(family: str, built: Sequence[Built]) -> Family:
     mine = [part for part in built if part.job.family == family]
-    good = [part for part in mine if part.rows]
+    good = [part.shard for part in mine if part.shard]
     if not good:
         source = mine[0].job.source
         tried = sum(part.job.span.num_lines for part in mine)
         raise ValueError(f"{source}: none of {tried} {family} lines is good; use --on-error stop to see what is wrong")
-    digest, types = 0, Counter()
-    for part in good:
-        digest = chain(digest, part.digest, part.rows)
-        types += part.types
-    files: dict[Path, dict[str, Any]] = {}
+    digest, types = 0, Counter[str]()
+    for shard in good:
+        digest = chain(digest, shard.digest, shard.rows)
+    counts: dict[Path, list[int]] = {}
     for part in mine:
-        entry = files.setdefault(part.job.source, {"file": part.job.source.name, "rows": 0, "quarantined": 0})
-        entry["rows"] += part.rows
-        entry["quarantined"] += part.quarantined
-    shards = [
-        {"file": part.job.file, "rows": part.rows, "digest": part.digest, "batch_rows": part.batch_rows,
-         "byte_ends": part.byte_ends, "xxh3": part.xxh3}
-        for part in good
-    ]  # fmt: skip
-    return {
-        "rows": sum(part.rows for part in good),
-        "types": {kind: types[kind] for kind in tsv.TYPES if types[kind]},
-        "quarantined": sum(part.quarantined for part in mine),
-        "digest": digest,
-        "sources": list(files.values()),
-        "shards": shards,
-    }
-
-
-def _merge_quarantine(folder: Path, built: Sequence[Built]) -> None:
-    """One file of bad lines per source, as they came, and one log of what is wrong with each."""
-    names: dict[Path, str] = {}
-    for part in built:
-        if not part.quarantined:
-            continue
-        source = part.job.source
-        if source not in names:
-            stem = source.name.removesuffix(".tsv")
-            names[source] = stem if stem not in names.values() else f"{stem}-{len(names)}"
-        (folder / QUARANTINE).mkdir(exist_ok=True)
-        for suffix in (".tsv", ".log"):
-            path = (folder / part.job.file).with_suffix(suffix)
-            with (folder / QUARANTINE / f"{names[source]}{suffix}").open("ab") as target, path.open("rb") as lines:
-                shutil.copyfileobj(lines, target)
-            path.unlink()
-
-
-def _negatives(folder: Path, given: Path | None, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Checksum of each file of negatives that was written."""
-    if given is not None:
-        return write_negatives(given, folder)
-    if "vision_language" in manifest["families"]:
-        return derive_negatives(folder, manifest)
-    return {}
+        types += part.types
+        before = counts.get(part.job.source, [0, 0, 0])
+        new = (part.rows, part.quarantined, part.warnings)
+        counts[part.job.source] = [a + b for a, b in zip(before, new, strict=True)]
+    return Family(
+        rows=sum(shard.rows for shard in good),
+        types={kind: types[kind] for kind in tsv.TYPES if types[kind]},
+        quarantined=sum(part.quarantined for part in mine),
+        warnings=sum(part.warnings for part in mine),
+        digest=digest,
+        sources=tuple(Source(file.name, *numbers) for file, numbers in counts.items()),
+        shards=tuple(good),
+    )

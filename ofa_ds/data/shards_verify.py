@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ofa_ds.data.negative_files import checksums
+from ofa_ds.data.manifest import MANIFEST, NEGATIVES, Manifest, Shard, fingerprint, read_manifest
+from ofa_ds.data.negative_files import checksums, read_negatives
 from ofa_ds.data.picture import check_image
 from ofa_ds.data.pool import run_jobs, serve_if_worker
-from ofa_ds.data.shards import MANIFEST, NEGATIVES, ShardFile, read_manifest
-from ofa_ds.data.shards_build import chain, fingerprint, row_digest
+from ofa_ds.data.shard_file import ShardFile
+from ofa_ds.data.shard_writer import chain, row_digest
 from ofa_ds.progress import Progress
 
 
@@ -19,44 +18,53 @@ from ofa_ds.progress import Progress
 class Job:
     folder: Path
     family: str
-    shard: Mapping[str, Any]
+    shard: Shard
 
 
-def verify(path: Path, workers: int) -> list[str]:
-    """See `shards.verify_shards`."""
+def verify_shards(path: Path | str, *, workers: int = 2) -> list[str]:
+    """Compare every checksum and decode every picture. -> what is wrong, one line each."""
     serve_if_worker()
+    path = Path(path)
     try:
         manifest = read_manifest(path)
     except ValueError as error:
         return [str(error)]
-    families = manifest["families"]
-    jobs = [Job(path, family, shard) for family, part in families.items() for shard in part["shards"]]
-    progress = Progress(sum(job.shard["rows"] for job in jobs), "verifying shards", "rows")
+    jobs = [Job(path, family, shard) for family, part in manifest.families.items() for shard in part.shards]
+    progress = Progress(sum(job.shard.rows for job in jobs), "verifying shards", "rows")
     problems = []
     try:
         for job, found in zip(jobs, run_jobs(verify_one, jobs, workers), strict=True):
             problems += found
-            progress.add(job.shard["rows"])
+            progress.add(job.shard.rows)
     finally:
         progress.close()
     return problems + _manifest_problems(path, manifest)
 
 
-def _manifest_problems(path: Path, manifest: Mapping[str, Any]) -> list[str]:
+def _manifest_problems(path: Path, manifest: Manifest) -> list[str]:
     problems = []
-    for family, part in manifest["families"].items():
+    for family, part in manifest.families.items():
         digest = 0
-        for shard in part["shards"]:
-            digest = chain(digest, shard["digest"], shard["rows"])
-        if digest != part["digest"] or part["rows"] != sum(shard["rows"] for shard in part["shards"]):
+        for shard in part.shards:
+            digest = chain(digest, shard.digest, shard.rows)
+        if digest != part.digest or part.rows != sum(shard.rows for shard in part.shards):
             problems.append(f"{path / MANIFEST}: what it says of {family} as a whole is not what it says of its files")
-    if fingerprint(manifest) != manifest["fingerprint"]:
+    if fingerprint(manifest.families, manifest.negatives) != manifest.fingerprint:
         problems.append(f"{path / MANIFEST}: its fingerprint is not that of its rows")
+    return problems + _negative_problems(path, manifest)
+
+
+def _negative_problems(path: Path, manifest: Manifest) -> list[str]:
     found = checksums(path) if (path / NEGATIVES).is_dir() else {}
-    for name in sorted(found.keys() | manifest["negatives"].keys()):
-        if found.get(name) != manifest["negatives"].get(name):
-            problems.append(f"{path / NEGATIVES / name}: its checksum is not the one in {MANIFEST}, or it is missing")
-    return problems
+    differ = [name for name in sorted(found | manifest.negatives) if found.get(name) != manifest.negatives.get(name)]
+    if differ:
+        reason = f"its checksum is not the one in {MANIFEST}, or it is missing"
+        return [f"{path / NEGATIVES / name}: {reason}" for name in differ]
+    try:
+        read_negatives(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        return [str(error)]
+    return []
 
 
 def verify_one(job: Job) -> list[str]:
@@ -75,16 +83,19 @@ def verify_one(job: Job) -> list[str]:
         if problems[batch]:
             continue
         for i in range(file.batch_ends[batch - 1] if batch else 0, file.batch_ends[batch]):
-            row = file.row(i, verify=False)
+            try:
+                row = file.row(i, verify=False)
+            except (OSError, RuntimeError) as error:
+                return [*found, str(error)]
             digest = chain(digest, row_digest(row), 1)
             if "image" in row:
                 found += _image_problems(file, i, row["image"])
-    if not found and digest != job.shard["digest"]:
+    if not found and digest != job.shard.digest:
         found.append(f"{file.path}: the rows are not those that {MANIFEST} describes")
     return found
 
 
-def _image_problems(file: ShardFile, i: int, image: memoryview) -> list[str]:
+def _image_problems(file: ShardFile, i: int, image: bytes) -> list[str]:
     try:
         check_image(image)
     except ValueError as error:

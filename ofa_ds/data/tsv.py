@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ofa_ds.data.picture import check_image
+from ofa_ds.data.picture import check_image, orientation
 from ofa_ds.data.text import clean_caption, clean_question
 
 COLUMNS = {
@@ -143,7 +143,7 @@ def _codes(text: str, width: int, height: int) -> np.ndarray:
     return np.array([int(code) for code in codes], np.int16)
 
 
-def _detection(fields: dict[str, str], size: dict[str, Any]) -> dict[str, Any]:
+def _detection(fields: dict[str, str], head: dict[str, Any]) -> dict[str, Any]:
     boxes, cat_ids, cat_names = [], [], []
     for place, item in enumerate(fields["label"].split("&&")):
         parts = item.split(",", 5)
@@ -151,13 +151,13 @@ def _detection(fields: dict[str, str], size: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"label: want x0,y0,x1,y1,id,name joined by &&, got {_short(item)} at place {place}")
         if not parts[5].strip():
             raise ValueError(f"label: the name at place {place} is empty")
-        boxes.append(_box("label", parts[:4], size))
+        boxes.append(_box("label", parts[:4], head))
         cat_ids.append(parts[4])
         cat_names.append(parts[5])
     return {"boxes": np.array(boxes, np.float32), "cat_ids": cat_ids, "cat_names": cat_names}
 
 
-def _vision_language(fields: dict[str, str], size: dict[str, Any]) -> dict[str, Any]:
+def _vision_language(fields: dict[str, str], head: dict[str, Any]) -> dict[str, Any]:
     kind = fields["type"]
     if kind not in TYPES:
         raise ValueError(f"type: want {', '.join(TYPES)}, got {_short(kind)}")
@@ -173,7 +173,7 @@ def _vision_language(fields: dict[str, str], size: dict[str, Any]) -> dict[str, 
         "caption": fields["caption"],
         "question": fields["question"],
         "answers": _answers(fields["refs"]) if kind == "qa" else [],
-        "box": _box("refs", fields["refs"].split(","), size) if kind == "visual_grounding" else None,
+        "box": _box("refs", fields["refs"].split(","), head) if kind == "visual_grounding" else None,
         "gt_objects": objects,
         "dataset": fields["dataset_name"],
         "type": kind,
@@ -194,20 +194,25 @@ def _answers(refs: str) -> list[tuple[str, float]]:
     return answers
 
 
-def _box(column: str, parts: list[str], size: dict[str, Any]) -> tuple[float, float, float, float]:
+def _box(column: str, parts: list[str], head: dict[str, Any]) -> tuple[float, float, float, float]:
     """(x0, y0, x1, y1) in pixels, as float32 keeps them."""
     if len(parts) != 4 or not all(_NUMBER.fullmatch(part.strip()) for part in parts):
         raise ValueError(f"{column}: want a box x0,y0,x1,y1 in pixels, got {_short(','.join(parts))}")
     x0, y0, x1, y1 = (float(part) for part in parts)
-    width, height = size["width"], size["height"]
+    width, height = head["width"], head["height"]
     if x1 <= x0 or y1 <= y0:
         raise ValueError(f"{column}: the box {_short(','.join(parts))} is inverted or empty; want x0 < x1 and y0 < y1")
     if min(x0, y0) < -BOX_OVERSHOOT or x1 > width + BOX_OVERSHOOT or y1 > height + BOX_OVERSHOOT:
-        raise ValueError(f"{column}: the box {_short(','.join(parts))} is outside the picture of {width} x {height}")
+        raise ValueError(f"{column}: the box {_short(','.join(parts))} is outside {_picture(head)}")
     inside = np.array([max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)], np.float32).tolist()
     if inside[2] <= inside[0] or inside[3] <= inside[1]:
-        raise ValueError(f"{column}: the box {_short(','.join(parts))} is outside the picture of {width} x {height}")
+        raise ValueError(f"{column}: the box {_short(','.join(parts))} is outside {_picture(head)}")
     return tuple(inside)
+
+
+def _picture(head: dict[str, Any]) -> str:
+    turned = " as stored; EXIF data turn it for viewers, whose pixels these may be" * (orientation(head["image"]) != 1)
+    return f"the picture of {head['width']} x {head['height']}{turned}"
 
 
 def _short(text: str) -> str:

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from ofa_ds.data.scenes import write_scenes
-from ofa_ds.data.shards import build_shards
+from ofa_ds.data.shards_build import build_shards
 from ofa_ds.tasks.texts import train_from_shards
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,8 @@ from PIL import Image
 from ofa_ds.config import BatchConfig, DataConfig, ModelOptions, Recipe
 from ofa_ds.data.example import Example
 from ofa_ds.data.scenes import write_scenes
-from ofa_ds.data.shards import Shards, build_shards
+from ofa_ds.data.shards import Shards
+from ofa_ds.data.shards_build import build_shards
 from ofa_ds.inference.answers import ask, boxes_of, objects_of, readable, sample_sheet
 from ofa_ds.inference.evaluate import beside_blind, blinded, collect, judge_tasks
 from ofa_ds.inference.loaded_model import Subject, batches, generated, token_scores

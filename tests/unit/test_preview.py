@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_sources import write_sources
 
 from ofa_ds.config import DataConfig
-from ofa_ds.data.shards import build_shards
+from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.vocab import train_vocab
 from ofa_ds.tasks import preview
 from ofa_ds.terms import TASKS

@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 from test_tsv import IMAGE, SQUARE, caption, detection, grounding, image, qa
 
 from ofa_ds.cli import main
-from ofa_ds.data import shards_build, tsv
-from ofa_ds.data.shards import SCHEMAS, Shards, build_shards, verify_shards
+from ofa_ds.data import shard_writer, tsv
+from ofa_ds.data.columns import SCHEMAS
+from ofa_ds.data.shards import Shards
+from ofa_ds.data.shards_build import build_shards
+from ofa_ds.data.shards_verify import verify_shards
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "train"
 
@@ -146,7 +149,7 @@ def test_several_files_follow_one_another(small: tuple, tmp_path: Path) -> None:
     manifest = build_shards(tmp_path / "out", text=[*small[1]["text"], more], workers=1)
     shards = Shards(tmp_path / "out")
     assert shards.families == {"text": 10} and shards.row("text", 9)["text"] == "one more"
-    assert [source["rows"] for source in manifest["families"]["text"]["sources"]] == [9, 1]
+    assert [source.rows for source in manifest.families["text"].sources] == [9, 1]
 
 
 def test_workers_do_not_change_a_byte(small: tuple, tmp_path: Path) -> None:
@@ -163,20 +166,20 @@ def test_the_fingerprint_is_of_the_rows_not_of_the_files(small: tuple, tmp_path:
     parts[0].write_bytes(b"".join(halves[:2]))
     parts[1].write_bytes(b"".join(halves[2:]))
     cut = build_shards(tmp_path / "cut", **small[1] | {"text": parts}, negatives=given, rows_per_shard=3, workers=1)
-    assert whole["fingerprint"] == cut["fingerprint"] == Shards(small[0]).fingerprint
+    assert whole.fingerprint == cut.fingerprint == Shards(small[0]).fingerprint
     swapped = build_shards(tmp_path / "swapped", **small[1] | {"text": parts[::-1]}, negatives=given, workers=1)
     (given / "object.txt").write_text("dog\ncow\n")
     others = build_shards(tmp_path / "others", **small[1], negatives=given, workers=1)
-    assert len({whole["fingerprint"], swapped["fingerprint"], others["fingerprint"]}) == 3
+    assert len({whole.fingerprint, swapped.fingerprint, others.fingerprint}) == 3
 
 
 def test_record_batches_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.tsv", [b"%d\t%s" % (k, b"x" * 1000) for k in range(600)])
-    text = build_shards(tmp_path / "rows", text=[path], workers=1)["families"]["text"]
-    assert text["shards"][0]["batch_rows"] == [256, 256, 88]
-    monkeypatch.setattr(shards_build, "MAX_BATCH_BYTES", 100_500)
-    text = build_shards(tmp_path / "bytes", text=[path], workers=1)["families"]["text"]
-    assert text["shards"][0]["batch_rows"] == [100] * 6
+    text = build_shards(tmp_path / "rows", text=[path], workers=1).families["text"]
+    assert text.shards[0].batch_rows == (256, 256, 88)
+    monkeypatch.setattr(shard_writer, "MAX_BATCH_BYTES", 100_500)
+    text = build_shards(tmp_path / "bytes", text=[path], workers=1).families["text"]
+    assert text.shards[0].batch_rows == (100,) * 6
     shards = Shards(tmp_path / "bytes")
     assert [shards.row("text", i)["id"] for i in (0, 99, 100, 101, 599)] == ["0", "99", "100", "101", "599"]
 
@@ -195,7 +198,7 @@ def test_any_text_comes_back(
     per_shard: int,
     batch: int,
 ) -> None:
-    monkeypatch.setattr(shards_build, "MAX_BATCH_ROWS", batch)
+    monkeypatch.setattr(shard_writer, "MAX_BATCH_ROWS", batch)
     folder = tmp_path_factory.mktemp("texts")
     path = write(folder / "a.tsv", [f"{k}\t{text}".encode() for k, text in enumerate(texts)])
     build_shards(folder / "out", text=[path], rows_per_shard=per_shard, workers=1)
@@ -317,8 +320,8 @@ def test_real_photographs_build_and_verify(tmp_path: Path) -> None:
     given = {family: [REAL / f"{family}_examples.tsv"] for family in SCHEMAS}
     manifest = build_shards(tmp_path / "out", **given, negatives=REAL / "negative_sample", rows_per_shard=1000)
     assert Shards(tmp_path / "out").families == {"vision_language": 1709, "text": 3655, "image": 332, "detection": 246}
-    assert manifest["families"]["vision_language"]["types"] == {"caption": 678, "qa": 526, "visual_grounding": 505}
-    assert manifest["families"]["detection"]["quarantined"] == 0
+    assert manifest.families["vision_language"].types == {"caption": 678, "qa": 526, "visual_grounding": 505}
+    assert manifest.families["detection"].quarantined == 0
     assert verify_shards(tmp_path / "out") == []
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.arrow"))
     assert size < 0.78 * sum(path.stat().st_size for (path,) in given.values())

@@ -11,10 +11,13 @@ import pytest
 from test_shards import files, negatives, sources, write
 from test_tsv import BAD, caption, detection, image, picture
 
-from ofa_ds.data.shards import Shards, build_shards, verify_shards
+from ofa_ds.data.manifest import Manifest
+from ofa_ds.data.shards import Shards
+from ofa_ds.data.shards_build import build_shards
+from ofa_ds.data.shards_verify import verify_shards
 
 
-def attempt(tmp_path: Path, family: str, lines: list[bytes], **options: Any) -> Callable[[], dict]:
+def attempt(tmp_path: Path, family: str, lines: list[bytes], **options: Any) -> Callable[[], Manifest]:
     path = write(tmp_path / "bad.tsv", lines)
     return lambda: build_shards(tmp_path / "out", **{family: [path]}, workers=1, **options)
 
@@ -33,9 +36,9 @@ def test_a_bad_line_stops_the_build_and_leaves_nothing(family: str, line: bytes,
 @pytest.mark.parametrize("family, line, message", BAD.values(), ids=BAD)
 def test_a_bad_line_goes_to_quarantine_as_it_came(family: str, line: bytes, message: str, tmp_path: Path) -> None:
     manifest = attempt(tmp_path, family, [GOOD[family], line, GOOD[family]], on_error="quarantine")()
-    part = manifest["families"][family]
-    assert (part["rows"], part["quarantined"]) == (2, 1)
-    assert part["sources"] == [{"file": "bad.tsv", "rows": 2, "quarantined": 1}]
+    part = manifest.families[family]
+    assert (part.rows, part.quarantined) == (2, 1)
+    assert [(source.file, source.rows, source.quarantined) for source in part.sources] == [("bad.tsv", 2, 1)]
     assert (tmp_path / "out" / "quarantine" / "bad.tsv").read_bytes() == line + b"\n"
     assert "bad.tsv:2: " in (tmp_path / "out" / "quarantine" / "bad.log").read_text()
     assert verify_shards(tmp_path / "out", workers=1) == [] and Shards(tmp_path / "out").families == {family: 2}
@@ -58,7 +61,7 @@ def test_quarantine_gathers_the_lines_of_a_file_from_all_its_shards(tmp_path: Pa
         write(tmp_path / name / "x.tsv", lines)
     given = [tmp_path / name / "x.tsv" for name in ("a", "b")]
     manifest = build_shards(tmp_path / "out", text=given, rows_per_shard=3, workers=2, on_error="quarantine")
-    assert manifest["families"]["text"]["quarantined"] == 8
+    assert manifest.families["text"].quarantined == 8
     bad = b"".join(b"%d\t\n" % k for k in range(0, 20, 5))
     found = files(tmp_path / "out" / "quarantine")
     assert (found["x.tsv"], found["x-1.tsv"]) == (bad, bad) and len(found) == 4

@@ -1,0 +1,137 @@
+"""`manifest.json` of a directory of shards: typed, frozen, checked once when it is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import xxhash
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from ofa_ds.terms import FAMILIES
+
+MANIFEST = "manifest.json"
+NEGATIVES = "negative_sample"
+FORMAT = {"format": "ofa-ds shards", "version": 1}
+
+_STRICT = ConfigDict(strict=True)
+_Count = Annotated[int, Field(ge=0)]
+_Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+"""Of a file in the directory: no way leads out of it."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Source:
+    file: str
+    rows: _Count
+    quarantined: _Count
+    warnings: _Count = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Shard:
+    """One Arrow file."""
+
+    file: _Name
+    rows: Annotated[int, Field(ge=1)]
+    digest: _Count
+    """Of the rows alone."""
+    batch_rows: tuple[Annotated[int, Field(ge=1)], ...]
+    byte_ends: tuple[Annotated[int, Field(ge=1)], ...]
+    """One past the last byte of each record batch, then of the file."""
+    xxh3: tuple[_Checksum, ...]
+    """Of the bytes up to each of `byte_ends`."""
+
+    def problem(self) -> str | None:
+        """What in it contradicts the rest of it, after the name of the key."""
+        if sum(self.batch_rows) != self.rows:
+            return f"batch_rows: their sum is {sum(self.batch_rows)}, rows is {self.rows}"
+        for name, found in (("byte_ends", self.byte_ends), ("xxh3", self.xxh3)):
+            if len(found) != len(self.batch_rows) + 1:
+                return f"{name}: want one for each of {len(self.batch_rows)} record batches and one, got {len(found)}"
+        if any(a >= b for a, b in zip(self.byte_ends, self.byte_ends[1:], strict=False)):
+            return "byte_ends: want each larger than the one before"
+        return None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Family:
+    rows: Annotated[int, Field(ge=1)]
+    types: dict[str, _Count]
+    """Rows of each type, of vision-language rows."""
+    quarantined: _Count
+    digest: _Count
+    sources: tuple[Source, ...]
+    shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
+    warnings: _Count = 0
+    """Lines that are well formed and look like a mistake."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Manifest:
+    families: Annotated[dict[str, Family], Field(min_length=1)]
+    negatives: dict[_Name, _Checksum]
+    """Checksum of each file of the negatives."""
+    fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    """Of the rows and the negatives in order, not of how they are cut into files."""
+
+    def write(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(json.dumps(FORMAT | asdict(self), indent=1) + "\n")
+
+    def problem(self) -> str | None:
+        """What in it contradicts the rest of it, after the name of the key."""
+        for family, part in self.families.items():
+            if family not in FAMILIES:
+                return f"families.{family}: want {', '.join(FAMILIES)}"
+            for number, shard in enumerate(part.shards):
+                if found := shard.problem():
+                    return f"families.{family}.shards.{number}.{found}"
+            if len({shard.file for shard in part.shards}) < len(part.shards):
+                return f"families.{family}.shards: one file is there twice"
+        return None
+
+
+def fingerprint(families: Mapping[str, Family], negatives: Mapping[str, str]) -> str:
+    """See `Manifest.fingerprint`."""
+    content = {family: [part.rows, part.digest] for family, part in families.items()}
+    return xxhash.xxh3_128_hexdigest(json.dumps([content, negatives], sort_keys=True).encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ValueError of one line, with file and key, where `folder` is no directory of shards of this version."""
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+        head = json.loads(data)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        build = f"ofa-ds shards build --out {folder} --vision-language TSV ..."
+        raise ValueError(f"{folder}: no shards there (no {MANIFEST}); build them with: {build}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); build the shards again") from error
+    if not isinstance(head, dict) or {key: head.get(key) for key in FORMAT} != FORMAT:
+        raise ValueError(f"{path}: want {FORMAT}; build the shards with this version of ofa-ds")
+    try:
+        manifest = _ADAPTER.validate_json(data)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_first(error)}; copy or build the shards again") from error
+    if found := manifest.problem():
+        raise ValueError(f"{path}: {found}; copy or build the shards again")
+    return manifest
+
+
+_ADAPTER = TypeAdapter(Manifest)
+
+
+def _first(error: ValidationError) -> str:
+    """The first of its problems: key, what was wanted, what came."""
+    found: Mapping[str, Any] = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in found["loc"])
+    if found["type"] == "missing":
+        return f"{key}: is missing"
+    came = repr(found["input"])
+    return f"{key}: {found['msg'][:1].lower()}{found['msg'][1:]}, got {came if len(came) <= 60 else came[:57] + '...'}"

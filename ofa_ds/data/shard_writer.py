@@ -1,0 +1,100 @@
+"""Rows -> record batches -> one Arrow file, and what the manifest says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from ofa_ds.data.columns import SCHEMAS, to_columns
+from ofa_ds.data.manifest import Shard
+
+MAX_BATCH_ROWS = 256
+MAX_BATCH_BYTES = 16 << 20
+
+_PRIME = (1 << 61) - 1
+_BASE = 0x1F3D5B79A2C4E68B % _PRIME
+
+
+class ShardWriter:
+    """`add` every row, then `close`."""
+
+    def __init__(self, path: Path, family: str) -> None:
+        self._path, self._family = path, family
+        self._sink = pa.OSFile(str(path), "wb")
+        self._file = pa.ipc.new_file(self._sink, SCHEMAS[family])
+        self._rows: list[dict[str, Any]] = []
+        self._bytes = self._digest = 0
+        self._batch_rows: list[int] = []
+        self._byte_ends: list[int] = []
+
+    def add(self, row: dict[str, Any], size: int) -> None:
+        """size: of the TSV line, which is never less than what is written of it."""
+        if self._rows and (len(self._rows) == MAX_BATCH_ROWS or self._bytes + size > MAX_BATCH_BYTES):
+            self._flush()
+        self._rows.append(to_columns(self._family, row))
+        self._bytes += size
+        self._digest = chain(self._digest, row_digest(row), 1)
+
+    def _flush(self) -> None:
+        schema = SCHEMAS[self._family]
+        columns = [_array([row[part.name] for row in self._rows], part.type) for part in schema]
+        self._file.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+        self._batch_rows.append(len(self._rows))
+        self._byte_ends.append(self._sink.tell())
+        self._rows, self._bytes = [], 0
+
+    def close(self) -> Shard | None:
+        """None, and no file, where there were no rows."""
+        if self._rows:
+            self._flush()
+        self._file.close()
+        self._byte_ends.append(self._sink.tell())
+        self._sink.close()
+        if not self._batch_rows:
+            self._path.unlink()
+            return None
+        data = np.memmap(self._path, np.uint8, "r")
+        spans = zip([0, *self._byte_ends[:-1]], self._byte_ends, strict=True)
+        return Shard(
+            file=self._path.name,
+            rows=sum(self._batch_rows),
+            digest=self._digest,
+            batch_rows=tuple(self._batch_rows),
+            byte_ends=tuple(self._byte_ends),
+            xxh3=tuple(xxhash.xxh3_64_hexdigest(data[start:stop]) for start, stop in spans),
+        )
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    if kind != pa.binary():
+        return pa.array(values, kind)
+    # Joining is several times faster than letting Arrow's builder grow.
+    offsets = np.zeros(len(values) + 1, np.int32)
+    np.cumsum([len(value) for value in values], out=offsets[1:])
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))]
+    return pa.Array.from_buffers(kind, len(values), buffers)
+
+
+def row_digest(row: Mapping[str, Any]) -> int:
+    """Of a row's content, the same whether it comes from a TSV line or from a shard."""
+    digest = xxhash.xxh3_64()
+    rest = []
+    for name in sorted(row):
+        value = row[name]
+        if isinstance(value, bytes | np.ndarray):
+            rest.append((name, len(value)))
+            digest.update(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value)
+        else:
+            rest.append((name, value))
+    digest.update(repr(rest).encode("utf-8", "surrogatepass"))
+    return digest.intdigest()
+
+
+def chain(before: int, digest: int, rows: int) -> int:
+    """Digest of some rows followed by `rows` more whose digest is `digest`; the same however the rows are cut."""
+    return (before * pow(_BASE, rows, _PRIME) + digest) % _PRIME
