@@ -25,7 +25,7 @@ MAX_DERIVED = 1_000_000
 
 @dataclass(frozen=True)
 class Negatives:
-    """Material for wrong captions and answers (docs/ofa.md, Data: negatives)."""
+    """Material for wrong captions and answers (docs/ofa.md, Tasks: negatives)."""
 
     captions: Sequence[str]
     objects: Sequence[str]
