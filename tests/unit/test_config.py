@@ -1,20 +1,14 @@
-"""Recipes: strict, one-line errors, overrides; whatever is saved is read back, by later versions too."""
+"""Recipes: strict, one-line errors, overrides."""
 
 from __future__ import annotations
-
-import dataclasses
-import pickle
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recipes import PATHS, TEXT, leaves, problem
 
 from ofa_ds.config import (
     BatchConfig,
-    Recipe,
     load_recipe,
     recipe_from_dict,
     recipe_to_dict,
@@ -22,36 +16,9 @@ from ofa_ds.config import (
     saved,
     shipped_recipes,
 )
-from ofa_ds.config.architecture import OWNED_BY_RECIPE, PRESETS, ModelChange, ModelConfig, ViTConfig, preset
-from ofa_ds.config.recipe import tomllib
-from ofa_ds.config.sections import is_text, keys_of
+from ofa_ds.config.sections import is_text
 from ofa_ds.config.values import LARGEST_SEED
 from ofa_ds.terms import FAMILIES
-
-OLD_RECIPE = Path(__file__).parents[1] / "fixtures" / "checkpoint_0f884a0" / "run" / "recipe.toml"
-
-
-def leaves(kind: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, type) of every single value of a recipe."""
-    for name, each in keys_of(kind).items():
-        if keys_of(each) is None:
-            yield f"{prefix}{name}", each
-        else:
-            yield from leaves(each, f"{prefix}{name}.")
-
-
-PATHS = ["run_dir", "deepspeed", "data.shards", "data.vocab", "train.init_from"]
-"""Keys whose value is any text."""
-TEXT = st.text(min_size=1, max_size=30).filter(lambda text: text.strip() and "\0" not in text)
-
-
-def problem(*overrides: str, recipe: str | Path = "pretrain-nano") -> str:
-    """The one line that refuses them."""
-    with pytest.raises(ValueError, match=".") as caught:
-        load_recipe(recipe, overrides)
-    text = str(caught.value)
-    assert "\n" not in text and len(text) < 600
-    return text
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -148,37 +115,6 @@ def test_a_global_batch_that_does_not_divide_names_the_nearest_that_does():
         BatchConfig(global_rows=2048, micro_rows=16).accumulation_steps(24)
 
 
-def test_every_key_of_text_is_known_to_these_tests() -> None:
-    listed = {key for key, kind in leaves() if is_text(kind)}
-    choices = {"model.preset", "model.batch_norm", "data.augment", "kernels.attention", "kernels.layer_norm"}
-    assert listed == {*PATHS, *choices, "kernels.cross_entropy"}
-
-
-@pytest.mark.parametrize("key", PATHS)
-@given(text=TEXT)
-def test_any_text_is_written_and_read_back_as_it_was(key, text, tmp_path_factory) -> None:
-    file = tmp_path_factory.getbasetemp() / "saved.toml"
-    values = recipe_to_dict(load_recipe("pretrain-nano"))
-    *sections, name = key.split(".")
-    inner = values
-    for section in sections:
-        inner = inner[section]
-    inner[name] = text
-    recipe = recipe_from_dict(values)
-    file.write_text(recipe_to_toml(recipe), encoding="utf-8")
-    assert load_recipe(file) == recipe
-    assert inner[name] == text and recipe_to_dict(recipe) == values
-
-
-@given(lr=st.floats(0, allow_infinity=False), seed=st.integers(0, LARGEST_SEED), std=st.floats(0, 10, exclude_min=True))
-def test_any_number_is_written_and_read_back_as_it_was(lr, seed, std, tmp_path_factory) -> None:
-    recipe = load_recipe("pretrain-nano", [f"optim.peak_lr={lr}", f"train.seed={seed}", f"model.change.init_std={std}"])
-    assert (recipe.optim.peak_lr, recipe.train.seed, recipe.model.change["init_std"]) == (lr, seed, std)
-    file = tmp_path_factory.getbasetemp() / "numbers.toml"
-    file.write_text(recipe_to_toml(recipe))
-    assert load_recipe(file) == recipe
-
-
 @pytest.mark.parametrize("key", PATHS)
 @pytest.mark.parametrize(
     "text",
@@ -246,80 +182,6 @@ def test_a_seed_is_of_64_bits_and_the_refusal_says_so(seed) -> None:
     assert "from 0 to 18446744073709551615 (64 bits)" in message or seed in ("1.5", "true")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("encoder_layers=-1", "model.change.encoder_layers: Input should be greater than or equal to 1, got -1"),
-        ("num_heads=0", "model.change.num_heads: Input should be greater than or equal to 1, got 0"),
-        ("num_heads=3", "model.change: dim 128 is not a multiple of num_heads 3, in preset nano"),
-        ("encoder_layrs=2", "unknown key model.change.encoder_layrs; did you mean encoder_layers?"),
-        ("dropout=0.1", "unknown key model.change.dropout; the recipe sets it as model.dropout"),
-        ("init_std=0", "model.change.init_std: Input should be greater than 0, got 0"),
-        ("token_bucket_size=1", "model.change.token_bucket_size: Input should be greater than or equal to 2, got 1"),
-        ("token_bucket_size=2046", "model.change.token_bucket_size: Input should be less than or equal to 2045"),
-        ("gamma=0.5", "model.change: share_attn_bias, entangle_position_embedding and gamma need use_ofasys = true"),
-        ("backbone=3", "model.change.backbone is a section, got 3; want model.change.backbone.NAME=VALUE"),
-        ("backbone={channels=8}", "model.change.backbone.patch_size: is missing"),
-        ("backbone={chanels=8}", "unknown key model.change.backbone.chanels; did you mean channels?"),
-        ("backbone={patch_size=12,channels=8}", "convolutional stem: patch_size 12 is not a power of 2"),
-        ("backbone={patch_size=16,channels=7}", "convolutional stem: channels 7 is less than half of patch_size 16"),
-        ("backbone={depths=[1,1,1],patch_size=14}", "model.change.backbone.patch_size: Input should be 16, got 14"),
-        ("backbone={depths=[1,0,1]}", "model.change.backbone.depths.1: Input should be greater than or equal to 1"),
-        (
-            "backbone={resolution=28,patch_size=14,channels=30,layers=1,heads=4}",
-            "model.change.backbone: ViT: channels 30 is not a multiple of heads 4",
-        ),
-    ],
-)
-def test_a_change_of_the_model_is_typed_like_the_rest_of_the_recipe(change, message) -> None:
-    assert message in problem(f"model.change.{change}")
-
-
-def test_a_backbone_is_known_by_what_it_has_and_may_be_set_key_by_key() -> None:
-    keys = ("resolution=28", "patch_size=14", "channels=32", "layers=1", "heads=4")
-    recipe = load_recipe("pretrain-nano", [f"model.change.backbone.{key}" for key in keys])
-    wanted = ViTConfig(resolution=28, patch_size=14, channels=32, layers=1, heads=4)
-    assert recipe.model.change == {"backbone": wanted}
-    assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
-
-
-WRONG = [-1, 2**40, float("inf"), float("nan"), "many", [], {}]
-
-
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ModelConfig)])
-def test_no_model_is_made_with_a_wrong_size_whoever_makes_it(field) -> None:
-    for value in WRONG:
-        if value == 2**40 and field in ("attn_scale_factor", "gamma") or (field, value) == ("kernels", {}):
-            continue  # right
-        with pytest.raises(ValueError, match=f"^model: {field}") as caught:
-            preset("6b", **{field: value})
-        assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("backbone", [PRESETS["tiny"].backbone, PRESETS["nano"].backbone, PRESETS["6b"].backbone])
-def test_no_backbone_is_made_with_a_wrong_size_either(backbone) -> None:
-    values = dataclasses.asdict(backbone)
-    for field in values:
-        for value in WRONG:
-            with pytest.raises(ValueError, match=field):
-                type(backbone)(**values | {field: value})
-            if isinstance(value, int):
-                text = ", ".join(f"{key} = {saved._toml(each)}" for key, each in (values | {field: value}).items())
-                assert f"model.change.backbone.{field}: " in problem(f"model.change.backbone={{{text}}}")
-
-
-def test_a_model_s_configuration_survives_pickling_and_asdict() -> None:
-    for config in PRESETS.values():
-        assert pickle.loads(pickle.dumps(config)) == config
-        assert ModelConfig(**dataclasses.asdict(config)) == config
-
-
-def test_what_the_recipe_owns_are_fields_of_the_model() -> None:
-    fields = {field.name for field in dataclasses.fields(ModelConfig)}
-    assert OWNED_BY_RECIPE.keys() <= fields
-    assert fields - OWNED_BY_RECIPE.keys() == keys_of(ModelChange).keys()
-
-
 @pytest.mark.parametrize("extends", ["3", "[1]", "true", '""', '" "', "2026-11-28", "{}"])
 def test_what_extends_must_name_is_a_recipe(extends, tmp_path) -> None:
     (tmp_path / "r.toml").write_text(f"extends = {extends}\n")
@@ -372,50 +234,6 @@ def test_an_override_of_a_section_keeps_what_it_does_not_name() -> None:
 def test_a_run_directory_in_the_place_of_a_recipe_is_told_where_its_recipe_is(tmp_path) -> None:
     (tmp_path / "recipe.toml").write_text("")
     assert f"is a run directory; its recipe is {tmp_path / 'recipe.toml'}" in problem(recipe=tmp_path)
-
-
-def test_a_saved_recipe_says_its_version_and_one_without_is_of_version_1() -> None:
-    recipe = load_recipe("pretrain-nano")
-    assert recipe_to_dict(recipe)["version"] == saved.VERSION == tomllib.loads(recipe_to_toml(recipe))["version"]
-    values = recipe_to_dict(recipe) | {"version": 1}
-    values["model"]["change"] = {"batch_norm_eps": 1e-5, "dim": 64}  # version 1 had it, and it did nothing
-    before = repr(values)
-    assert recipe_from_dict(values).model.change == {"dim": 64}
-    assert repr(values) == before
-    del values["version"]
-    assert recipe_from_dict(values).model.change == {"dim": 64}
-    with pytest.raises(ValueError, match="unknown key model.change.batch_norm_eps"):
-        recipe_from_dict(values | {"version": 2})
-
-
-def test_each_file_of_a_chain_is_read_by_its_own_version(tmp_path) -> None:
-    (tmp_path / "old.toml").write_text("[model.change]\nbatch_norm_eps = 1e-5\ndim = 64\n")
-    (tmp_path / "new.toml").write_text('version = 2\nextends = "old.toml"\n[model]\npreset = "nano"\n')
-    assert load_recipe(tmp_path / "new.toml").model.change == {"dim": 64}
-
-
-def test_a_recipe_of_a_version_to_come_is_refused_with_both_versions(tmp_path) -> None:
-    newer = saved.VERSION + 1
-    message = f"a recipe of version {newer}, this ofa-ds reads up to version {saved.VERSION}"
-    with pytest.raises(ValueError, match=f"^saved recipe: {message}"):
-        recipe_from_dict({"version": newer, "key_to_come": 1})
-    (tmp_path / "r.toml").write_text(f"version = {newer}\nkey_to_come = 1\n")
-    assert f"r.toml: {message}" in problem(recipe=tmp_path / "r.toml")
-
-
-@pytest.mark.parametrize("version", [0, -1, True, "1", 1.0, None])
-def test_a_version_is_a_whole_number(version) -> None:
-    with pytest.raises(ValueError, match="saved recipe: version: want a whole number from 1 on"):
-        recipe_from_dict({"version": version})
-
-
-def test_the_recipe_of_a_run_of_version_1_is_read_as_it_was_meant() -> None:
-    then = tomllib.loads(OLD_RECIPE.read_text())
-    now = recipe_to_dict(load_recipe(OLD_RECIPE))
-    assert "version" not in then
-    assert now | {"version": None} == then | {"version": None} | {
-        key: now[key] | then[key] for key in then if isinstance(then[key], dict)
-    }
 
 
 def test_families_keep_their_places_which_seed_generators() -> None:
