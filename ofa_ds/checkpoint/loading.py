@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ofa_ds.checkpoint.format import KINDS, NO_STEPS
-from ofa_ds.checkpoint.manifest import Manifest, read_manifest
+from ofa_ds.checkpoint.manifest import FormatVersionError, Manifest, read_manifest
 from ofa_ds.checkpoint.runs import find, report, step_directories
 from ofa_ds.checkpoint.state import Reader, StreamReader
 from ofa_ds.checkpoint.stream import MAX_FILES, THREADS, CheckedStream
@@ -95,23 +95,31 @@ def _is_count(name: str) -> bool:
 
 
 def _open(engine: Engine, directory: Path) -> Reader:
-    """A checkpoint whose every byte is right. Raises DamagedError on all ranks where any found it wrong."""
+    """A checkpoint whose every byte is right. Where one rank found it wrong, all raise the same.
+
+    Raises DamagedError; FormatVersionError; OSError: a rank cannot read it.
+    """
     manifest, problem = _checked(engine, directory)
-    found = [text for text in engine.gather(problem) if text]
+    found = [each for each in engine.gather(problem) if each]
+    unread = [text for kind, text in found if kind != DamagedError.__name__]
+    if unread:  # says nothing about the bytes: no reason to take another checkpoint
+        version = [text for kind, text in found if kind == FormatVersionError.__name__]
+        raise FormatVersionError(version[0]) if version else OSError(unread[0])
     if manifest is None or found:
-        raise DamagedError(found[0])
+        raise DamagedError(found[0][1])
     return Reader(directory, manifest)
 
 
-def _checked(engine: Engine, directory: Path) -> tuple[Manifest | None, str | None]:
-    """The manifest, and what is wrong with this rank's share of the files."""
+def _checked(engine: Engine, directory: Path) -> tuple[Manifest | None, tuple[str, str] | None]:
+    """The manifest, and what is wrong with this rank's share of the files: (name of the error, text)."""
     rank, world_size = engine.ranks.rank, engine.ranks.world_size
     try:
         manifest = read_manifest(directory)
-        problems = check_files(directory, manifest.files[rank::world_size], progress=False)
-    except (DamagedError, OSError) as error:
-        return None, str(error)
-    return manifest, problems[0] if problems else None
+        problems = check_files(directory, manifest, range(rank, manifest.world_size, world_size), progress=False)
+    except (DamagedError, FormatVersionError, OSError) as error:
+        return None, (type(error).__name__, str(error))
+    problems.sort(key=lambda problem: isinstance(problem, DamagedError))  # what could not be read first
+    return manifest, (type(problems[0]).__name__, str(problems[0])) if problems else None
 
 
 def _compare_parameters(reader: Reader, shapes: Shapes, buffers: set[str]) -> None:
@@ -138,8 +146,8 @@ def open_checked(path: str | Path, left_out: tuple[str, ...] = ()) -> Reader:
     """
     directory = find(path)
     manifest = read_manifest(directory)
-    if problems := check_files(directory, manifest.files, left_out=left_out):
-        raise DamagedError(problems[0])
+    if problems := check_files(directory, manifest, left_out=left_out):
+        raise problems[0]
     return Reader(directory, manifest)
 
 

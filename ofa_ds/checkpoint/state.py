@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ofa_ds.checkpoint.format import Facts, TensorInfo, rng_prefix
 from ofa_ds.checkpoint.manifest import Manifest
+from ofa_ds.checkpoint.rank_file import open_rank
 from ofa_ds.checkpoint.stream import CheckedStream
 from ofa_ds.checkpoint.tensor_file import TensorFile, bytes_of
 from ofa_ds.engine.partition import AVERAGE
@@ -130,10 +131,7 @@ class Reader:
     def file(self, rank: int) -> TensorFile:
         """A rank's file with its header read and checked."""
         if rank not in self._headers:
-            entry = self.manifest.files[rank]
-            self._headers[rank] = TensorFile(
-                self._path(rank), num_bytes=entry.bytes, header_xxh3_128=entry.header_xxh3_128
-            )
+            self._headers[rank] = open_rank(self.directory, self.manifest, rank, TensorFile)
             if len(self._headers) > _OPEN_HEADERS:
                 self._headers.popitem(last=False)
         return self._headers[rank]

@@ -11,6 +11,7 @@ import xxhash
 
 from ofa_ds.checkpoint.format import KINDS, TensorInfo
 from ofa_ds.checkpoint.manifest import Manifest
+from ofa_ds.checkpoint.rank_file import open_rank
 from ofa_ds.storage.direct_file import BLOCK_BYTES
 from ofa_ds.storage.direct_reader import NUM_BUFFERS, DirectReader
 from ofa_ds.storage.safetensors_file import DamagedError, SafetensorsFile, wrong_sum
@@ -53,9 +54,8 @@ class CheckedStream:
         self._sums: list[dict[str, str]] = []
         self.small: list[dict[str, Small]] = []
         """Of each rank's file, by name."""
-        for entry in manifest.files:
-            path = directory / entry.name
-            file = SafetensorsFile(path, num_bytes=entry.bytes, header_xxh3_128=entry.header_xxh3_128)
+        for rank in range(manifest.world_size):
+            file = open_rank(directory, manifest, rank, SafetensorsFile)
             self.small.append(_small(file))
             self._sums.append(file.metadata)
         share = BUFFER_BYTES // (NUM_BUFFERS * manifest.world_size)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ofa_ds.checkpoint.format import KINDS
-from ofa_ds.checkpoint.manifest import read_manifest
+from ofa_ds.checkpoint.manifest import Manifest, read_manifest
+from ofa_ds.checkpoint.rank_file import open_rank
 from ofa_ds.checkpoint.runs import find
 from ofa_ds.progress import Progress
 from ofa_ds.storage.safetensors_file import DamagedError, SafetensorsFile
-from ofa_ds.storage.tensor_writer import FileEntry
 
 _BYTES_A_TASK = 1 << 27
 _MIB = 1 << 20
@@ -26,7 +27,7 @@ def verify(path: str | Path) -> list[str]:
         manifest = read_manifest(directory)
     except DamagedError as error:
         return [str(error)]
-    return check_files(directory, manifest.files, direct=True)
+    return [str(problem) for problem in check_files(directory, manifest, direct=True)]
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -52,43 +53,49 @@ def describe(path: str | Path) -> dict[str, Any]:
     }
 
 
+Problem = DamagedError | OSError
+
+
 def check_files(
     directory: Path,
-    entries: Sequence[FileEntry],
+    manifest: Manifest,
+    ranks: Sequence[int] | None = None,
     *,
     progress: bool = True,
     left_out: tuple[str, ...] = (),
     direct: bool = False,
-) -> list[str]:
-    """What is wrong with the files of these manifest entries. Reads and hashes without Python's lock, in threads.
+) -> list[Problem]:
+    """What is wrong with the files of these ranks, or of all. Reads and hashes without Python's lock, in threads.
 
+    An OSError among it says that bytes could not be read, and nothing about what they are.
     left_out: beginnings of names (`exp_avg|`, ...) of tensors that nobody is going to read. direct: ask the disk and
     not the page cache, which then holds nothing of it for a second reading.
     """
-    meter = Progress(sum(entry.bytes for entry in entries) // _MIB, "checking", "MiB") if progress else None
+    ranks = range(manifest.world_size) if ranks is None else ranks
+    meter = Progress(sum(manifest.files[k].bytes for k in ranks) // _MIB, "checking", "MiB") if progress else None
     try:
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            problems: list[str] = []
-            for entry in entries:
-                problems += _check_file(pool, directory, entry, left_out, direct)
+            problems: list[Problem] = []
+            for rank in ranks:
+                try:
+                    file = open_rank(directory, manifest, rank, SafetensorsFile, direct=direct)
+                    for found in pool.map(partial(_check, file), _tasks(file, left_out)):
+                        problems += found
+                except (DamagedError, OSError) as error:
+                    problems.append(error)
                 if meter is not None:
-                    meter.add(entry.bytes / _MIB)
+                    meter.add(manifest.files[rank].bytes / _MIB)
             return problems
     finally:
         if meter is not None:
             meter.close()
 
 
-def _check_file(
-    pool: ThreadPoolExecutor, directory: Path, entry: FileEntry, left_out: tuple[str, ...], direct: bool
-) -> list[str]:
+def _check(file: SafetensorsFile, names: list[str]) -> list[Problem]:
     try:
-        file = SafetensorsFile(
-            directory / entry.name, num_bytes=entry.bytes, header_xxh3_128=entry.header_xxh3_128, direct=direct
-        )
+        return [DamagedError(text) for text in file.check(names)]
     except (DamagedError, OSError) as error:
-        return [str(error)]
-    return [problem for found in pool.map(file.check, _tasks(file, left_out)) for problem in found]
+        return [error]
 
 
 def _tasks(file: SafetensorsFile, left_out: tuple[str, ...]) -> list[list[str]]:

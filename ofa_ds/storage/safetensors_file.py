@@ -60,7 +60,8 @@ class SafetensorsFile:
         length = int.from_bytes(os.pread(self._file, 8, 0), "little")
         if not 2 <= length <= min(MAX_HEADER_BYTES, num_bytes - 8):
             raise DamagedError(f"{path}: a header of {length} bytes in a file of {num_bytes}")
-        header = os.pread(self._file, length, 8)
+        header = bytearray(length)
+        read_into(self._file, memoryview(header), 8, path)
         if header_xxh3_128 is not None and xxhash.xxh3_128_hexdigest(header) != header_xxh3_128:
             raise DamagedError(f"{path}: its header has another checksum than the manifest says")
         self.begin = 8 + length
@@ -75,7 +76,7 @@ class SafetensorsFile:
         if direct:
             set_direct(self._file, True)
 
-    def _parse(self, header: bytes) -> None:
+    def _parse(self, header: bytearray) -> None:
         try:
             fields = strict_json.loads(header)
             self.metadata: dict[str, str] = fields.pop("__metadata__", {})
@@ -139,9 +140,12 @@ def wrong_sum(path: Path, name: str, found: str, want: str | None) -> str:
 
 
 def read_into(descriptor: int, buffer: memoryview, at: int, path: Path) -> None:
-    """Fill the buffer from byte `at` of a file. Raises DamagedError where it ends before that."""
+    """Fill the buffer from byte `at` of a file. Raises DamagedError where it ends before that, OSError naming it."""
     while buffer:
-        count = os.preadv(descriptor, [buffer[: 1 << 30]], at)
+        try:
+            count = os.preadv(descriptor, [buffer[: 1 << 30]], at)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         if not count:
             raise DamagedError(f"{path}: ends at byte {at}")
         buffer, at = buffer[count:], at + count
@@ -159,7 +163,7 @@ def read_block(descriptor: int, buffer: memoryview, count: int, at: int, path: P
             got = os.preadv(descriptor, [buffer[done:whole]], at + done)
         except OSError as error:
             if error.errno != errno.EINVAL:
-                raise
+                raise OSError(error.errno, error.strerror, str(path)) from error
             set_direct(descriptor, False)  # another alignment is wanted, or a read ended within a block
             read_into(descriptor, buffer[done:count], at + done, path)
             return
