@@ -14,6 +14,7 @@ import shutil
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -28,7 +29,7 @@ from ofa_ds.config import BatchConfig, DataConfig
 from ofa_ds.data.order import Mixture
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import Vocab
-from ofa_ds.tasks.pretraining import Context, examples, row_generator
+from ofa_ds.tasks.pretraining import Context, Row, examples, row_generator
 
 PREFETCH = 2
 """Micro-batches that each worker keeps ready."""
@@ -54,18 +55,33 @@ class MicroBatches(Dataset):
     image_bucket_size: int
 
     def build(self, step: int, number: int) -> Batch:
-        """Micro-batch `number` of optimizer step `step`. Raises ValueError that names the row that is at fault."""
+        """Micro-batch `number` of optimizer step `step`.
+
+        Raises ValueError or RuntimeError that names the row that is at fault: family, number, file, row in it, id.
+        """
         config = self.ctx.config
         found = []
         start = step * self.batch.global_rows + number * self.batch.micro_rows
         for family, epoch, index in self.mixture.rows(start, start + self.batch.micro_rows):
+            row = None
             try:
                 rng = row_generator(self.seed, family, epoch, index)
-                found += examples(family, self.shards.row(family, index), rng, self.ctx)
-            except (ValueError, OSError) as error:
-                raise ValueError(f"{self.shards.path}: {family} row {index}: {error}") from error
+                row = self.shards.row(family, index)
+                found += examples(family, row, rng, self.ctx)
+            except Exception as error:
+                raise self._at_row(family, index, row, error) from error
         sizes = [(side, side) for side in (config.image_size, config.infill_image_size)]
         return pack(found, sizes, self.ctx.patch_size, self.image_bucket_size)
+
+    def _at_row(self, family: str, index: int, row: Row | None, error: Exception) -> ValueError | RuntimeError:
+        """The error with the row's place; all but ValueErrors (memory, files, damage, unforeseen) as RuntimeError."""
+        what = str(error)
+        if not isinstance(error, (ValueError, RuntimeError, OSError)) or not what:
+            frame = traceback.extract_tb(error.__traceback__)[-1]  # a worker's traceback does not reach the trainer
+            what = f"{type(error).__name__} {error} at {Path(frame.filename).name}:{frame.lineno}"
+        name = "" if row is None else f", id {row['id']!r}"
+        place = f"{self.shards.path}: {family} row {index} ({self.shards.where(family, index)}{name})"
+        return (ValueError if isinstance(error, ValueError) else RuntimeError)(f"{place}: {what}")
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Layout] | ValueError | RuntimeError:
         """For the workers: one tensor travels faster than twenty, and an error as it is better than two tracebacks."""
@@ -75,6 +91,8 @@ class MicroBatches(Dataset):
             return buffer, layout
         except (ValueError, RuntimeError) as error:
             return error
+        except MemoryError:
+            return RuntimeError(f"step {key[0]}, micro-batch {key[1]}: no memory left; use smaller micro_rows")
 
 
 @dataclass(kw_only=True)

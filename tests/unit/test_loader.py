@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def make(shards):
     vocab = load_vocab(shards.path.parent / "vocab")
 
     def build(data: DataConfig = DATA, batch: BatchConfig = BATCH, **options) -> Loader:
-        return Loader(shards=shards, vocab=vocab, config=data, batch=batch, **{"seed": 1, **options})
+        return Loader(vocab=vocab, config=data, batch=batch, **{"seed": 1, "shards": shards, **options})
 
     return build
 
@@ -142,10 +143,45 @@ def test_one_buffer_carries_a_whole_batch(make):
 def test_a_bad_row_is_named_in_one_line(make, workers):
     loader = make(replace(DATA, infill_image_size=48, workers=workers))
     with pytest.raises(
-        ValueError, match=r"shards: image row \d+: image row i\d: the picture is 32 x 32, want 48"
+        ValueError, match=r"shards: image row (\d) \(image-00000.arrow row \1, id 'i\1'\): image row i\1: the pict"
     ) as error:
         take(loader, 4)
     assert "\n" not in str(error.value)
+
+
+FAILURES = [
+    (ValueError("no such bin"), ValueError, "no such bin"),
+    (OSError(5, "Input/output error"), RuntimeError, r"\[Errno 5\] Input/output error"),
+    (RuntimeError("can't allocate memory"), RuntimeError, "can't allocate memory"),
+    (MemoryError(), RuntimeError, r"MemoryError  at test_loader.py:\d+"),
+    (KeyError("width"), RuntimeError, r"KeyError 'width' at test_loader.py:\d+"),
+    (ZeroDivisionError("division by zero"), RuntimeError, r"ZeroDivisionError division by zero at test_loader.py:\d+"),
+]
+
+
+@pytest.mark.parametrize("error, kind, message", FAILURES, ids=lambda value: type(value).__name__)
+def test_whatever_fails_at_a_row_names_family_number_file_and_id(make, monkeypatch, error, kind, message):
+    def fail(*_args):
+        raise error
+
+    monkeypatch.setattr("ofa_ds.train.loader.examples", fail)
+    place = r"shards: vision_language row (\d+) \(vision_language-00000.arrow row \1, id 'vl\1'\): "
+    with pytest.raises(kind, match=f"{place}{message}$") as raised:
+        make().micro_batches.build(0, 0)
+    assert "\n" not in str(raised.value) and raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_that_are_cut_under_a_run_end_it_with_the_row_and_the_file(make, shards, tmp_path, workers):
+    copied = Shards(shutil.copytree(shards.path, tmp_path / "cut"))
+    steps = make(replace(DATA, workers=workers), shards=copied).steps()
+    next(steps)
+    for file in copied.path.glob("*.arrow"):
+        os.truncate(file, 100)
+    with pytest.raises(RuntimeError, match=r"cut: \w+ row \d+ \(\w+-00000.arrow row \d+\): .*: want \d+ bytes"):
+        for _ in range(20):
+            next(steps)
+    steps.close()
 
 
 def test_full_shared_memory_is_an_error_and_not_a_killed_worker(make, monkeypatch):
