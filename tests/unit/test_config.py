@@ -47,6 +47,11 @@ def test_the_promised_recipes_are_shipped():
         ("model.dropout=1.0", "model.dropout: Input should be less than 1, got 1.0"),
         ("model.batch_norm=none", "Input should be 'frozen', 'batch' or 'sync', got 'none'"),
         ("peak_lr", "override 'peak_lr': want KEY=VALUE"),
+        (
+            "train.accept_changed=data",
+            "train.accept_changed: want a list such as [0.9, 0.98] or [\"data\"], got 'data'",
+        ),
+        ("train.accept_changed=['dta']", "train.accept_changed.0: Input should be "),
         ("data.code_image_size=30", "Input should be a multiple of 8, got 30"),
     ],
 )
