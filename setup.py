@@ -42,6 +42,7 @@ setup(
     extras_require={
         "dev": [
             "hypothesis>=6.100",
+            "mpi4py>=4",
             "opencv-python-headless>=4.9",  # the original's image operations, to compare with
             "psutil>=5.9",
             "pycocoevalcap>=1.2",
@@ -52,6 +53,6 @@ setup(
         ],
         "eval": ["pycocoevalcap>=1.2"],  # CIDEr in `ofa-ds evaluate`
         "gpu": ["triton>=3.2"],  # comes with torch's CUDA builds
-        "mpi": ["mpi4py>=4"],  # `ofa-ds shards build` over many hosts
+        "mpi": ["mpi4py>=4"],  # `ofa-ds shards build` over many hosts; finds rank 0 under mpirun
     },
 )

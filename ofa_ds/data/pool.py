@@ -12,8 +12,8 @@ from typing import TypeVar
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
-"""Set by Open MPI's, MPICH's (and Slurm's PMI-2), Intel's starters."""
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE")
+"""Set by Open MPI's, MPICH's (and Slurm's PMI-2), Intel's, MVAPICH's, IBM's starters."""
 
 
 def mpi_size() -> int:

@@ -23,7 +23,8 @@ from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
 from ofa_ds.engine import state as engine_state
 from ofa_ds.engine.config import derive_config, load_deepspeed_config
 from ofa_ds.engine.moving_average import MovingAverage
-from ofa_ds.engine.ranks import Ranks, choose_device, rendezvous
+from ofa_ds.engine.ranks import Ranks, choose_device
+from ofa_ds.engine.rendezvous import rendezvous
 from ofa_ds.engine.schedule import polynomial_lr
 
 if not torch.cuda.is_available():

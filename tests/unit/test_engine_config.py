@@ -9,7 +9,7 @@ import torch
 
 from ofa_ds.config import BatchConfig, OptimConfig
 from ofa_ds.engine.config import derive_config, load_deepspeed_config
-from ofa_ds.engine.ranks import choose_device, first_host, rendezvous
+from ofa_ds.engine.ranks import choose_device
 
 SHIPPED = ("zero1", "zero2", "zero3", "zero3_fp16", "zero3_offload")
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -90,53 +90,6 @@ def test_an_unknown_name_lists_the_shipped_ones_and_the_nearest():
 def test_stage_0_in_low_precision_is_refused():
     with pytest.raises(ValueError, match="stage 1-3"):
         derive({"bf16": {"enabled": True}})
-
-
-def test_alone_it_is_rank_0_of_1():
-    found = rendezvous({})
-    assert (found["RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
-    assert 1024 < int(found["MASTER_PORT"]) < 65536
-
-
-def test_torchrun_and_deepspeed_are_taken_as_they_are():
-    env = dict(RANK="3", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="a", MASTER_PORT="29501")
-    assert rendezvous({**env, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}) == env
-
-
-def test_half_an_environment_names_what_is_missing():
-    with pytest.raises(ValueError, match="not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
-        rendezvous({"RANK": "0", "WORLD_SIZE": "2"})
-
-
-def test_srun():
-    env = dict(SLURM_PROCID="5", SLURM_STEP_NUM_TASKS="16", SLURM_LOCALID="1", SLURM_STEP_NODELIST="gpu[007-010,12],x1",
-               SLURM_JOB_ID="4711", SLURM_STEP_ID="0")  # fmt: skip
-    found = rendezvous(env)
-    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("5", "16", "1")
-    assert found["MASTER_ADDR"] == "gpu007"
-    assert found["MASTER_PORT"] == rendezvous({**env, "SLURM_PROCID": "0"})["MASTER_PORT"], "the same on every rank"
-
-
-def test_a_batch_script_without_srun_is_one_process():
-    assert rendezvous({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})["WORLD_SIZE"] == "1"
-
-
-@pytest.mark.parametrize(
-    "nodes, host",
-    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[007-009,12]", "gpu007"), ("a-b[3,5]-ib,c", "a-b3-ib"), ("x.y,z", "x.y")],
-)
-def test_first_host_of_a_slurm_list(nodes, host):
-    assert first_host(nodes) == host
-
-
-def test_mpirun_on_one_host_and_on_several():
-    env = dict(OMPI_COMM_WORLD_RANK="1", OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_LOCAL_RANK="1",
-               OMPI_COMM_WORLD_LOCAL_SIZE="2")  # fmt: skip
-    found = rendezvous(env)
-    assert (found["RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("1", "2", "127.0.0.1")
-    with pytest.raises(ValueError, match="-x MASTER_ADDR"):
-        rendezvous({**env, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
-    assert rendezvous({**env, "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "MASTER_ADDR": "h1"})["MASTER_ADDR"] == "h1"
 
 
 def test_device_is_told_to_deepspeed():

@@ -1,4 +1,4 @@
-"""What a process sets up for itself, beside its rank (tests of `rendezvous` are with the engine's)."""
+"""What a process sets up for itself, beside its rank."""
 
 from __future__ import annotations
 
