@@ -42,7 +42,7 @@ def _pretrain(options: argparse.Namespace) -> int:
 def _checked(recipe: Recipe) -> Recipe:
     """Raises UsageError for what every rank would refuse, before any of them imports torch."""
     from ofa_ds.cluster.check_recipe import check_run
-    from ofa_ds.engine.ranks import rendezvous
+    from ofa_ds.engine.rendezvous import rendezvous
 
     try:
         check_run(recipe, int(rendezvous(os.environ)["WORLD_SIZE"]))

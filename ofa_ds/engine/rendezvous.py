@@ -6,6 +6,7 @@ processes and not which one this is, that is an error: many ranks that each trai
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import socket
@@ -160,6 +161,7 @@ def _ask_mpi(env: Mapping[str, str], claim: _Claim) -> dict[str, str]:
     return _found(rank, size, local_rank, env.get("MASTER_ADDR") or address, env.get("MASTER_PORT") or str(port))
 
 
+@functools.cache  # MPI starts once in a process
 def _discover() -> tuple[int, int, int, str, int]:
     """(rank, size, rank on this host, an address of rank 0, a port that is free there).
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import string
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hosts
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-
-from ofa_ds.config import load_recipe
 
 pytestmark = pytest.mark.usefixtures("two_hosts")
 
@@ -53,52 +53,74 @@ TYPED = [
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=12)
 
 
-def accepted(text: str) -> bool:
-    """Whether launchers/pretrain.sh starts anything at all: a wrong recipe is refused here, by its own tests."""
-    try:
-        load_recipe("pretrain-nano", [f"run_dir={text}"])
-    except ValueError:
-        return False
-    return True
+@pytest.fixture
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes a directory of that name, with a hostfile in it and a recorder of ranks beside it."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("carry") / name
+        folder.mkdir()
+        (folder / "hosts").write_text("root@10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
+        (folder.parent / "sitecustomize.py").write_text(RECORDER)
+        return folder
+
+    return make
+
+
+def rank_env(two_hosts: hosts.Cluster, folder: Path) -> dict[str, str]:
+    env = {**hosts.launch_env(two_hosts), "OFA_RECORD": f"{folder.parent}/rank"}
+    env["PYTHONPATH"] += f":{folder.parent}:{folder}"
+    return env
+
+
+def assert_arrived(folder: Path, arguments: list[str], environment: dict[str, str]) -> None:
+    for rank in range(2):
+        record = json.loads((folder.parent / f"rank{rank}").read_text())
+        assert record["cwd"] == str(folder)
+        assert record["arguments"] == arguments
+        assert environment.items() <= record["env"].items()
+        assert record["env"]["RANK"] == str(rank) and record["env"]["WORLD_SIZE"] == "2"
+    assert {file.name for file in folder.iterdir()} == {"hosts"}, "something ran"
+    assert not [place for place in (hosts.ROOT, Path.home()) if (place / "P").exists()]
 
 
 # The long value makes a command of nearly the size that is refused.
 @settings(max_examples=1, deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=HealthCheck)
-@given(typed=st.lists(texts, min_size=40, max_size=80), folder=texts, values=st.lists(texts, min_size=20, max_size=20))
-@example(typed=TYPED, folder="a b;>P $(>P) `>P` '\"\n\udcff", values=[*TYPED[-20:], "y" * 66_000])
+@given(arguments=st.lists(texts, min_size=40), name=texts, values=st.lists(texts, min_size=20, max_size=20))
+@example(arguments=TYPED, name="a b;>P $(>P) `>P` '\"\n\udcff", values=[*TYPED[-20:], "y" * 70_000])
 def test_every_byte_arrives_as_typed_and_nothing_is_executed(
-    two_hosts: hosts.Cluster, tmp_path_factory: pytest.TempPathFactory, typed: list[str], folder: str, values: list[str]
+    two_hosts: hosts.Cluster,
+    desk: Callable[[str], Path],
+    arguments: list[str],
+    name: str,
+    values: list[str],
 ) -> None:
-    desk = tmp_path_factory.mktemp("carry")
-    directory = desk / f"d{folder.replace('/', '_')}"
-    directory.mkdir()
-    (directory / "hosts").write_text("root@10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
-    (desk / "sitecustomize.py").write_text(RECORDER)
-    overrides = [f"run_dir={text}" for text in typed if accepted(text)]
-    overrides += [f"run_dir=x{text}" for text in typed if accepted(f"x{text}")]
-    assert len(overrides) > len(typed) / 2
+    folder = desk(f"d{name.replace('/', '_')}")
     prefixes = ("UCX_", "MV2_", "MLFLOW_", "PYTHON_", "NCCL_")
-    given_env = {f"{prefixes[i % len(prefixes)]}{i}": value for i, value in enumerate(values)}
-    env = {**hosts.launch_env(two_hosts), **given_env, "OFA_RECORD": f"{desk}/rank"}
-    env["PYTHONPATH"] = f"{env['PYTHONPATH']}:{desk}:{directory}"
-    env["MV2;touch P;"] = env["PYTHON$(touch P)"] = "1"
-    script = ["bash", str(hosts.ROOT / "launchers" / "pretrain.sh"), "hosts", "pretrain-nano"]
-    result = two_hosts.run([*script, *overrides], timeout=300, cwd=directory, env=env)
+    environment = {f"{prefixes[i % len(prefixes)]}{i}": value for i, value in enumerate(values)}
+    env = {**rank_env(two_hosts, folder), **environment, "MV2;touch P;": "1", "PYTHON$(touch P)": "1"}
+    launch = [sys.executable, "-m", "ofa_ds.cluster.launch"]
+    plan = two_hosts.run([*launch, "prepare", "hosts", "", *arguments], timeout=60, cwd=folder, env=env)
+    assert plan.returncode == 0, plan.stdout[-3000:]
+    result = two_hosts.run([*launch, "start", "hosts", *plan.stdout.split()], timeout=300, cwd=folder, env=env)
     assert result.returncode == 0, result.stdout[-3000:]
-    for rank in range(2):
-        record = json.loads((desk / f"rank{rank}").read_text())
-        assert record["cwd"] == str(directory)
-        assert record["arguments"] == ["pretrain-nano", *overrides]
-        assert given_env.items() <= record["env"].items()
-        assert record["env"]["RANK"] == str(rank) and record["env"]["WORLD_SIZE"] == "2"
-    assert {file.name for file in directory.iterdir()} == {"hosts"}, "something ran"
-    assert not [place for place in (hosts.ROOT, Path.home()) if (place / "P").exists()]
+    assert_arrived(folder, arguments, environment)
+
+
+def test_the_command_carries_overrides_and_directory(two_hosts: hosts.Cluster, desk: Callable[[str], Path]) -> None:
+    folder = desk("my runs; >P")
+    arguments = ["pretrain-nano", "run_dir=/x;>P", "data.shards=it's `>P` $(>P)", 'data.vocab=v["data"]{a=1,b=2}']
+    command = ["bash", str(hosts.ROOT / "launchers" / "pretrain.sh"), "hosts", *arguments]
+    result = two_hosts.run(command, timeout=300, cwd=folder, env=rank_env(two_hosts, folder))
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert result.stdout.splitlines()[-1] == "pretrain.sh: done on 2 hosts, 2 ranks"
+    assert_arrived(folder, arguments, {})
 
 
 def test_the_user_of_the_hostfile_is_who_logs_in(two_hosts: hosts.Cluster, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("nobody-here@10.77.0.2 slots=1\n")
-    command = ["bash", str(hosts.ROOT / "launchers" / "pretrain.sh"), "hosts", "pretrain-nano"]
-    result = two_hosts.run(command, timeout=60, cwd=tmp_path, env=hosts.launch_env(two_hosts))
+    command = ["bash", str(hosts.ROOT / "launchers" / "pretrain.sh"), "hosts", "pretrain-nano", "data.shards=s"]
+    result = two_hosts.run([*command, "data.vocab=v"], timeout=60, cwd=tmp_path, env=hosts.launch_env(two_hosts))
     assert result.returncode == 1
     assert result.stdout.startswith(
         "nobody-here@10.77.0.2: ssh does not get there by key: nobody-here@10.77.0.2: Permis"

@@ -69,15 +69,9 @@ def test_two_hosts_give_the_losses_of_one_process(desk: Path, two_hosts: hosts.C
 
 
 def test_a_failure_on_one_host_fails_the_command(desk: Path, two_hosts: hosts.Cluster) -> None:
-    command = [
-        "bash",
-        str(hosts.ROOT / "launchers" / "pretrain.sh"),
-        "hosts",
-        "pretrain-nano",
-        "run_dir=no",
-        *OVERRIDES,
-    ]
-    command += ["data.vocab=nowhere"]
+    script = ["bash", str(hosts.ROOT / "launchers" / "pretrain.sh")]
+    overrides = [override for override in OVERRIDES if not override.startswith("data.vocab=")]
+    command = [*script, "hosts", "pretrain-nano", "run_dir=no", *overrides, "data.vocab=nowhere"]
     result = two_hosts.run(command, timeout=120, cwd=desk, env=hosts.launch_env(two_hosts))
     assert result.returncode == 1, result.stdout
     assert "nowhere" in result.stdout

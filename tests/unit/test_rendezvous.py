@@ -261,9 +261,12 @@ import json, os, sys
 from ofa_ds.engine.rendezvous import rendezvous
 hidden = tuple(sys.argv[1:])
 try:
-    print(json.dumps(rendezvous({k: v for k, v in os.environ.items() if not (hidden and k.startswith(hidden))})))
+    env = {k: v for k, v in os.environ.items() if not (hidden and k.startswith(hidden))}
+    assert rendezvous(env)["WORLD_SIZE"]  # `ofa-ds pretrain` asks twice
+    told = rendezvous(env)
 except ValueError as error:
-    print(json.dumps(str(error)))
+    told = str(error)
+sys.stdout.write(json.dumps(told) + "\\n")  # at once: two ranks share the pipe
 """
 
 
