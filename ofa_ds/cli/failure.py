@@ -23,11 +23,14 @@ _FORESEEN = (ValueError, RuntimeError, OSError)
 _PACKAGES = ("ofa-ds", "torch", "deepspeed", "numpy", "pyarrow", "pydantic", "tokenizers", "triton")
 """Whose versions are told."""
 _RANK_VARIABLES = (
-    "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK",
+    "RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK", "FLUX_TASK_RANK",
+    "PMIX_RANK", "SLURM_PROCID",
 )  # fmt: skip
 _SIZE_VARIABLES = (
-    "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE",
+    "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "JSM_NAMESPACE_SIZE", "FLUX_JOB_SIZE",
+    "SLURM_STEP_NUM_TASKS",
 )  # fmt: skip
+"""Of launchers, in the order in which `ofa_ds.engine.rendezvous` believes them."""
 
 
 def tell(message: object) -> None:

@@ -76,9 +76,13 @@ def test_shipped_recipes_pass_in_silence(recipe, ranks, capsys) -> None:
     assert capsys.readouterr() == ("", "")
 
 
-def test_nothing_heavy_is_imported_for_it() -> None:
+@pytest.mark.parametrize(
+    "call", ["ofa_ds.cluster.check_recipe import main; main(['2',", "ofa_ds.cli import main; main(['pretrain',"]
+)
+def test_a_refusal_needs_nothing_heavy(call) -> None:
     code = (
-        "import sys; from ofa_ds.cluster.check_recipe import main; main(['2', 'pretrain-nano']); "
+        f"import sys; from {call} 'pretrain-nano', 'batch.micro_rows=5']); "
         "sys.exit(bool({'torch', 'deepspeed', 'numpy', 'pyarrow'} & sys.modules.keys()))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "batch.global_rows 24 is not a multiple of batch.micro_rows 5" in result.stderr
