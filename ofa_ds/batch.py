@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ofa_ds.data.example import Example
-from ofa_ds.terms import GROUPS, TASKS
+from ofa_ds.terms import GROUP_OF, GROUPS, TASKS
 
-VISION_LANGUAGE_TASKS = frozenset({"caption", "vqa", "itm", "visual_grounding", "grounded_caption"})
 STAND_IN_VALUE = 128
 """Mid-grey, close to 0 after normalisation."""
 
@@ -203,7 +202,7 @@ def _encoder_axis(
 def _decoder_axis(examples: Sequence[Example]) -> dict[str, Tensor]:
     lengths = np.array([len(example.target) for example in examples], np.int64)
     weights = np.array([example.conf for example in examples], np.float32)
-    groups = ["vision_language" if example.task in VISION_LANGUAGE_TASKS else "other" for example in examples]
+    groups = [GROUP_OF[example.task] for example in examples]
     return {
         "decoder_tokens": _join([example.prev for example in examples]),
         "decoder_position": _join([np.arange(length) for length in lengths]),

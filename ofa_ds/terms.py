@@ -1,9 +1,14 @@
 """The words everything else is said in: tasks, families of rows, loss groups, special ids. Plain names, no imports."""
 
-TASKS = (
-    "caption", "vqa", "itm", "visual_grounding", "grounded_caption", "detection", "image_infilling", "text_infilling",
-)  # fmt: skip
-"""The eight pretraining tasks, in the order in which tables and logs show them."""
+GROUP_OF = {
+    "caption": "vision_language", "vqa": "vision_language", "itm": "vision_language",
+    "visual_grounding": "vision_language", "grounded_caption": "vision_language", "detection": "other",
+    "image_infilling": "other", "text_infilling": "other",
+}  # fmt: skip
+"""The tasks, in the order in which tables and logs show them, and the loss group of each."""
+
+TASKS = tuple(GROUP_OF)
+"""Their names. What each is stands in `ofa_ds.tasks.task`."""
 
 FAMILIES = ("vision_language", "text", "image", "detection")
 """Kinds of source rows, one Arrow schema each. A family's place seeds its generators: only append."""

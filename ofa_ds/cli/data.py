@@ -7,7 +7,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from ofa_ds.cli.parser import Commands, command, group, natural, positive, recipe_of
+from ofa_ds.cli.parser import Commands, UsageError, command, group, natural, positive, recipe_of
 from ofa_ds.terms import TASKS
 
 WARNINGS_SHOWN = 5
@@ -71,7 +71,12 @@ def add_shards(commands: Commands) -> None:
         example="ofa-ds shards show data/scenes/train --recipe pretrain-nano --task vqa --row 3 --png vqa.png",
     )  # fmt: skip
     show.add_argument("dir", type=Path, metavar="DIR", help="shards")
-    show.add_argument("--task", choices=TASKS, metavar="TASK", help=f"one of {', '.join(TASKS)}; all where not given")
+    show.add_argument(
+        "--task",
+        choices=TASKS,
+        metavar="TASK",
+        help=f"one of {', '.join(TASKS)}; all that the recipe trains where not given",
+    )
     show.add_argument("--row", type=natural, default=0, metavar="N", help="row number within the task's source rows")
     show.add_argument("--png", type=Path, metavar="FILE", help="write the picture here")
     show.add_argument("--recipe", default="pretrain-tiny", help="a recipe, whose settings to apply")
@@ -126,12 +131,23 @@ def _shards_verify(options: argparse.Namespace) -> int:
 def _shards_show(options: argparse.Namespace) -> None:
     import dataclasses
 
+    from ofa_ds.data.shards import Shards
+    from ofa_ds.data.vocab import load_vocab
+    from ofa_ds.model.config import model_config
+    from ofa_ds.tasks.context import Context
     from ofa_ds.tasks.preview import show_shards
 
     recipe = recipe_of(options.recipe, options.set)
-    vocab = options.vocab or recipe.data.vocab
-    data = dataclasses.replace(recipe.data, shards=str(options.dir), vocab=vocab)
-    show_shards(options.dir, data, task=options.task, row=options.row, png=options.png)
+    directory = options.vocab or recipe.data.vocab
+    if not directory:
+        raise UsageError("no vocabulary: give --vocab DIR, or a recipe whose data.vocab names one")
+    shards, vocab = Shards(options.dir), load_vocab(directory)
+    model = model_config(recipe, vocab.size)
+    ctx = Context(
+        vocab=vocab, negatives=shards.negatives, config=dataclasses.replace(recipe.data, shards=str(options.dir)),
+        patch_size=model.patch_size, max_positions=model.max_positions,
+    )  # fmt: skip
+    show_shards(shards, ctx, task=options.task, row=options.row, png=options.png)
 
 
 def add_vocab(commands: Commands) -> None:

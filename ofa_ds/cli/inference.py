@@ -23,7 +23,7 @@ def add_evaluate(commands: Commands) -> None:
         choices=TASKS,
         action="append",
         metavar="TASK",
-        help=f"only this one of {', '.join(TASKS)}; may be repeated",
+        help=f"only this one of {', '.join(TASKS)}; may be repeated; all that were trained where not given",
     )
     parser.add_argument("--rows", type=positive, default=1000, metavar="N", help="examples per task at most")
     parser.add_argument(

@@ -42,3 +42,7 @@ class Example:
     row_id: str = ""
     dataset: str = ""
     """The row's dataset column; scenes keep the question type there."""
+    row_type: str = ""
+    """The row's type column."""
+    cut: bool = False
+    """Source or target was longer than the model's position table, and its end is left out."""

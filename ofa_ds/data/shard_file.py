@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -77,6 +77,23 @@ class ShardFile:
             return from_columns(self.family, {name: read(file, positions[at], j) for name, read, at in self._columns})
         except UnicodeDecodeError as error:
             raise RuntimeError(f"{self.path}: row {i}: damaged: its text is not UTF-8; build it again") from error
+
+    def rows_of_types(self, types: Collection[str], start: int) -> Iterator[int]:
+        """Numbers of the rows from `start` on whose type column has one of these. Raises as `row` does."""
+        wanted = {kind.encode() for kind in types}
+        at = next(at for name, _, at in self._columns if name == "type")
+        for batch in range(bisect_right(self.batch_ends, start), len(self.batch_ends)):
+            positions = self._positions[batch].tolist()
+            if not positions[0]:
+                positions = self._touch(batch, verify=False)
+            ends, text = positions[at]
+            first, file = self.batch_ends[batch - 1] if batch else 0, self._open()
+            num_rows = self.batch_ends[batch] - first
+            ends = np.frombuffer(file.read(ends, 4 * (num_rows + 1)), np.int32).tolist()
+            text = bytes(file.read(text + ends[0], ends[-1] - ends[0]))
+            for i in range(max(start - first, 0), num_rows):
+                if text[ends[i] - ends[0] : ends[i + 1] - ends[0]] in wanted:
+                    yield first + i
 
     def _touch(self, batch: int, verify: bool) -> list[int]:
         """Find where the buffers of a batch are. Nothing in here is shared by threads."""

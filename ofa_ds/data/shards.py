@@ -7,9 +7,10 @@ lines were bad or doubtful. `shards_build` writes it, `shards_verify` checks it.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
+from collections.abc import Collection, Iterator
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Shards:
             for family in self.families
         }
         self._ends = {
-            family: list(accumulate(file.num_rows for file in files)) for family, files in self._files.items()
+            family: list(itertools.accumulate(file.num_rows for file in files)) for family, files in self._files.items()
         }
 
     def __reduce__(self) -> tuple:
@@ -78,6 +79,25 @@ class Shards:
             raise IndexError(f"{family} row {i} is outside {self.path}, which has {ends[-1]}")
         k = bisect_right(ends, i)
         return self._files[family][k], i - (ends[k - 1] if k else 0)
+
+    def rows_of_types(
+        self, family: str, types: Collection[str], *, start: int = 0, max_rows: int | None = None
+    ) -> Iterator[int]:
+        """Numbers of the rows of these types, in order, from row `start` on; of all rows where `types` is empty.
+
+        Nothing but the type column is read, and nothing at all where the manifest counts no such row. max_rows: look at
+        that many rows only.
+        """
+        count = self.families.get(family, 0)
+        end = count if max_rows is None else min(count, start + max_rows)
+        if not types:
+            yield from range(start, end)
+        elif any(self.types.get(kind) for kind in types):
+            for file, last in zip(self._files[family], self._ends[family], strict=True):
+                first = last - file.num_rows
+                if last > start and first < end:
+                    found = (first + i for i in file.rows_of_types(types, max(start - first, 0)))
+                    yield from itertools.takewhile(lambda i: i < end, found)
 
     @cached_property
     def negatives(self) -> Negatives:

@@ -29,6 +29,9 @@ _CLOSE_UP = [(f" {mark}", mark) for mark in ".?!,"] + [(" ' ", "'")]
 """What word pieces lose of the original text: no space before these marks, none around an apostrophe."""
 _SPACE = chr(256 + _OTHERS.index(32))
 
+CHARACTERS_A_TOKEN = 8
+"""More than the average of any text that a vocabulary was made for."""
+
 
 class Vocab:
     """Encodes text to ids and back. Picklable; never changes after it is made."""
@@ -45,8 +48,26 @@ class Vocab:
         self.size = self.bin_start + self.num_bins
         self._tokenizer = tokenizer_of(files)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text` as given, a leading space included; no bos, no eos. No symbol in it is special."""
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
+        """Ids of `text` as given, a leading space included; no bos, no eos. No symbol in it is special.
+
+        limit: only so many of them, from the start. Of a long text no more is then encoded than they need; the ids are
+        the same, but where a single word has more than `limit` of the longest pieces.
+        """
+        if limit is None:
+            return self._encode(text)
+        end = CHARACTERS_A_TOKEN * limit
+        while end < len(text):
+            place = _word_end(text, end)
+            ids = self._encode(text[:place]) if place else []
+            if len(ids) >= limit:
+                return ids[:limit]
+            if end >= limit * self._longest_piece:  # as many tokens, or nothing but one word
+                return self._encode(text[:end])[:limit]
+            end *= 2
+        return self._encode(text)[:limit]
+
+    def _encode(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         # A piece that the tokenizer knows and the dictionary does not has an id past the end of the vocabulary.
         return [token if token < self.size else UNK_ID for token in ids]
@@ -135,6 +156,11 @@ class Vocab:
         return xxhash.xxh3_128_hexdigest(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"))
 
     @cached_property
+    def _longest_piece(self) -> int:
+        """Characters that one token stands for at most, an unknown word aside."""
+        return max(map(len, self._files.pieces), default=1)
+
+    @cached_property
     def _id_of_symbol(self) -> dict[str, int]:
         return {self.symbol(token): token for token in range(self.size)}
 
@@ -154,6 +180,14 @@ class Vocab:
             os.replace(partial, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _word_end(text: str, end: int) -> int:
+    """The last place up to `end` where a word ends in any tokenizer: before a space between others; 0 for none."""
+    place = text.rfind(" ", 1, end)
+    while place > 0 and (text[place - 1].isspace() or text[place + 1].isspace()):
+        place = text.rfind(" ", 1, place)
+    return max(place, 0)
 
 
 def load_vocab(path: Path | str) -> Vocab:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ofa_ds.data.vocab import Vocab
 from ofa_ds.inference.generate import GenerationConfig, generate
 from ofa_ds.model.config import model_config
 from ofa_ds.model.ofa import OFA
-from ofa_ds.tasks.pretraining import PIXELS_PER_CODE, Context
+from ofa_ds.tasks.context import PIXELS_PER_CODE, Context
 from ofa_ds.terms import PAD_ID
 
 EMBEDDING = "encoder.embed_tokens.weight"
@@ -31,12 +31,9 @@ EMBEDDING = "encoder.embed_tokens.weight"
 MAX_TOKENS_A_BATCH = 8192
 """Encoder and decoder tokens of the examples that go through the model together, about."""
 
-PATCH_TOKENS = 16
-"""Pixels a side of the patches that are counted for that."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class LoadedModel:
     """A model in evaluation mode and all it needs to be asked something."""
 
     model: OFA
@@ -53,12 +50,9 @@ class Subject:
         """No augmentation, no patch sampling: what is asked is the same every time."""
         config = self.model.config
         return Context(
-            vocab=self.vocab,
-            negatives=negatives,
-            config=self.recipe.data,
-            patch_size=config.patch_size,
-            split="heldout",
-        )
+            vocab=self.vocab, negatives=negatives, config=self.recipe.data, patch_size=config.patch_size,
+            max_positions=config.max_positions, split="heldout",
+        )  # fmt: skip
 
     def pack(self, examples: Sequence[Example]) -> Batch:
         """One batch; pictures of any size, as many groups as there are sizes."""
@@ -68,13 +62,13 @@ class Subject:
         return pack(examples, sizes or [(side, side)], config.patch_size, config.image_bucket_size).to(self.device)
 
 
-def load_subject(
+def load_model(
     checkpoint: str | Path,
     device: str | torch.device | None = None,
     *,
     average: bool = False,
     vocab: Path | None = None,
-) -> Subject:
+) -> LoadedModel:
     """The model of a checkpoint, or of the newest one of a run directory, with the recipe that was saved with it.
 
     device: the first GPU where there is one, unless given. average: take the moving average of its weights. vocab: the
@@ -91,7 +85,9 @@ def load_subject(
     model = OFA(settings)
     model.load_state_dict(load_model_weights(directory, average=average))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Subject(model=model.to(device).eval(), vocab=words, recipe=recipe, path=str(directory), step=manifest.step)
+    return LoadedModel(
+        model=model.to(device).eval(), vocab=words, recipe=recipe, path=str(directory), step=manifest.step
+    )
 
 
 def _vocabulary(directory: Path, manifest: Manifest, recipe: Recipe, given: Path | None) -> Vocab:
@@ -107,14 +103,14 @@ def _vocabulary(directory: Path, manifest: Manifest, recipe: Recipe, given: Path
     return vocab
 
 
-def batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
+def batches(examples: Sequence[Example], patch_size: int) -> Iterator[list[Example]]:
     """The examples in order, cut so that each part has about MAX_TOKENS_A_BATCH tokens; none is empty."""
     part: list[Example] = []
     tokens = 0
     for example in examples:
         size = len(example.source) + len(example.target)
         if example.image is not None:
-            size += (example.image.shape[0] // PATCH_TOKENS) * (example.image.shape[1] // PATCH_TOKENS)
+            size += (example.image.shape[0] // patch_size) * (example.image.shape[1] // patch_size)
         if part and tokens + size > MAX_TOKENS_A_BATCH:
             yield part
             part, tokens = [], 0
@@ -124,36 +120,47 @@ def batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
         yield part
 
 
+Told = Callable[[int], object]
+"""Called with the number of examples that are done."""
+
+
+def _untold(count: int) -> None:
+    """Nobody waits for it."""
+
+
 @torch.no_grad()
-def token_scores(subject: Subject, examples: Sequence[Example]) -> tuple[float, float]:
+def token_scores(loaded: LoadedModel, examples: Sequence[Example], told: Told = _untold) -> tuple[float, float]:
     """Mean negative log-likelihood (nats) and accuracy per target token, the expected tokens before it being given."""
     sums = torch.zeros(3, dtype=torch.float64)
-    for part in batches(examples):
-        batch = subject.pack(part)
-        _, nll_M, correct_M = subject.model(batch)
+    for part in batches(examples, loaded.model.config.patch_size):
+        batch = loaded.pack(part)
+        _, nll_M, correct_M = loaded.model(batch)
         counted_M = batch.targets != PAD_ID
         parts: list[Tensor] = [nll_M[counted_M].sum(), correct_M[counted_M].sum(), counted_M.sum()]
         sums += torch.tensor([float(value) for value in parts], dtype=torch.float64)
+        told(len(part))
     count = max(float(sums[2]), 1.0)
     return float(sums[0]) / count, float(sums[1]) / count
 
 
 def generated(
-    subject: Subject, examples: Sequence[Example], *, beam: int = 1, max_tokens: int | None = None
-) -> list[list[int]]:
+    loaded: LoadedModel, examples: Sequence[Example], *, beam: int = 1, max_tokens: int | None = None,
+    told: Told = _untold,
+) -> list[list[int]]:  # fmt: skip
     """Token ids that the model gives for each example, without bos and eos; all examples of one task.
 
     max_tokens: where generation is cut off; half as much again as the longest expected answer, where not given. Image
     codes come in exactly the number that the picture has room for.
     """
-    vocab, num_codes = subject.vocab, (subject.recipe.data.code_image_size // PIXELS_PER_CODE) ** 2
+    vocab, num_codes = loaded.vocab, (loaded.recipe.data.code_image_size // PIXELS_PER_CODE) ** 2
     limit = max_tokens or max((len(example.target) for example in examples), default=1) * 3 // 2 + 8
-    config = GenerationConfig(beams=beam, max_len_b=min(limit, subject.model.config.max_positions))
+    config = GenerationConfig(beams=beam, max_len_b=min(limit, loaded.model.config.max_positions))
     if examples and examples[0].code:
         codes = (vocab.code_start, vocab.bin_start)
         config = GenerationConfig(beams=beam, max_len_b=num_codes, gen_code=True, constraint_range=codes)
     answers: list[list[int]] = []
-    for part in batches(examples):
-        found = generate(subject.model, subject.pack(part), config)
+    for part in batches(examples, loaded.model.config.patch_size):
+        found = generate(loaded.model, loaded.pack(part), config)
         answers += [hypotheses[0].tokens[:-1] if hypotheses else [] for hypotheses in found]
+        told(len(part))
     return answers

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ofa_ds.tasks.judges import NOT_SHARES, TOKEN_ACCURACY
+
 COLUMNS = ("own", "blind", "gain", "grey", "shuffled", "constant")
 _WIDTH = 34
 
@@ -20,9 +22,9 @@ def format_table(result: dict[str, Any]) -> str:
         lines.append(f"{task} ({judged['examples']})")
         lines.append(_line("loss", judged["loss"], share=False))
         for name, values in judged["scores"].items():
-            lines.append(_line(name, values, share=name != "CIDEr"))
+            lines.append(_line(name, values, share=name not in NOT_SHARES))
         if not judged["scores"]:
-            lines.append(_line("token accuracy", judged["token_accuracy"]))
+            lines.append(_line(TOKEN_ACCURACY, judged["token_accuracy"]))
         for kind, values in judged.get("by_type", {}).items():
             lines.append(_line(f"  {kind} ... ({values['examples']})", values))
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""What a task is: from a source row to examples, pictures of them, and what an answer is worth."""
+"""Tasks: from a source row to examples, pictures of them, and what an answer is worth. The table is in `task`."""

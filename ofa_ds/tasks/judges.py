@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from ofa_ds.data.example import Example
+    from ofa_ds.tasks.context import Context
 
 IOU_THRESHOLD = 0.5
 """A box that covers this much of the union with the expected one counts as found."""
@@ -16,6 +21,16 @@ RARE_TYPE = 10
 
 Box = tuple[float, float, float, float]
 Objects = list[tuple[Box, str]]
+Answers = Sequence[Sequence[int]]
+"""Generated ids, without bos and eos."""
+Scores = dict[str, float | None]
+
+TOKEN_ACCURACY = "token accuracy"
+"""The score of every task; the only one of those without a judge."""
+
+CIDER = "CIDEr"
+NOT_SHARES = frozenset({CIDER})
+"""Scores that are not 0 ... 1."""
 
 
 def plain(text: str) -> str:
@@ -26,6 +41,29 @@ def plain(text: str) -> str:
 def exact(expected: Sequence[str], generated: Sequence[str]) -> list[float]:
     """1 where the texts read the same, else 0."""
     return [float(plain(e) == plain(g)) for e, g in zip(expected, generated, strict=True)]
+
+
+def texts_of(ctx: Context, answers: Answers) -> list[str]:
+    return [ctx.vocab.decode(ids) for ids in answers]
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def judge_text(ctx: Context, asked: Sequence[Example], answers: Answers) -> Scores:
+    """Exact match and CIDEr of descriptions."""
+    return _text_scores([example.target_text for example in asked], texts_of(ctx, answers))
+
+
+def constant_text(asked: Sequence[Example]) -> Scores:
+    """The most frequent description."""
+    expected = [plain(example.target_text) for example in asked]
+    return _text_scores(expected, [max(expected, key=expected.count)] * len(expected))
+
+
+def _text_scores(expected: Sequence[str], texts: Sequence[str]) -> Scores:
+    return {"exact match": mean(exact(expected, texts)), CIDER: cider(expected, texts)}
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import colorsys
+import itertools
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ofa_ds.config import DataConfig
 from ofa_ds.data.example import Example
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.vocab import load_vocab
-from ofa_ds.tasks.pretraining import Context, examples, row_generator
-from ofa_ds.terms import TASKS
-
-ROW_TYPES = {
-    "caption": ("caption",), "vqa": ("qa",), "itm": ("caption", "qa"),
-    "visual_grounding": ("visual_grounding",), "grounded_caption": ("visual_grounding",),
-}  # fmt: skip
-"""Types of the vision-language rows that give each task."""
-
-OTHER_FAMILIES = {"detection": "detection", "image_infilling": "image", "text_infilling": "text"}
+from ofa_ds.tasks.context import Context, row_generator
+from ofa_ds.tasks.task import TABLE, Task, asked_for, examples, held_out_examples
+from ofa_ds.terms import PAD_ID
 
 SEED = 1
 """The draw that is shown: that of epoch 0 under the default seed."""
 
-PATCH_SIZE = 16
 PICTURE_PIXELS = 384
 TEXT_PIXELS = 460
 FONT_PIXELS = 19
@@ -37,61 +28,73 @@ MARGIN_PIXELS = 14
 DIMMED = 0.5
 """Brightness of patches that were not sampled."""
 
+MAX_CHARACTERS = 4000
+"""Of a text that is shown; more than fits its lines."""
+
 COLOURS = ((230, 25, 75), (0, 130, 200), (245, 130, 48), (60, 180, 75), (145, 30, 180), (0, 160, 160))
 
 
-def show_shards(directory: Path, config: DataConfig, *, task: str | None, row: int, png: Path | None) -> None:
-    """Print one example per task (or of one task), and draw them where `png` names a file.
+def show_shards(shards: Shards, ctx: Context, *, task: str | None, row: int, png: Path | None) -> None:
+    """Print one example per task that the recipe trains (or of one task), and draw them where `png` names a file.
 
-    row: number among the rows that give the task. Raises ValueError: no such row, or no vocabulary.
+    row: number among the rows that give the task. Raises ValueError: no such row.
     """
-    if not config.vocab:
-        raise ValueError("no vocabulary: give --vocab DIR, or a recipe whose data.vocab names one")
-    shards = Shards(directory)
-    ctx = Context(vocab=load_vocab(config.vocab), negatives=shards.negatives, config=config, patch_size=PATCH_SIZE)
     shown = []
-    for name in [task] if task else TASKS:
+    trained = asked_for(ctx.config)
+    for name in [task] if task else TABLE:
+        if not task and name not in trained:
+            print(f"{name}: not trained, as data.mix.{TABLE[name].family} is 0; --task {name} shows it all the same")
+            continue
         try:
             shown.append(find_example(shards, name, row, ctx))
         except LookupError as error:
             if task:
-                raise ValueError(f"{directory}: {error}") from error
+                raise ValueError(f"{shards.path}: {error}") from error
             print(f"{name}: {error}")
     for example in shown:
-        print(describe(example))
+        print(describe(example, ctx))
     if png is not None and shown:
-        draw_sheet([draw_card(example, facts(example)) for example in shown]).save(png)
+        draw_sheet([draw_card(example, facts(example, ctx), ctx) for example in shown]).save(png)
         print(f"{png}: {len(shown)} example{'s' * (len(shown) != 1)}")
 
 
-def find_example(shards: Shards, task: str, row: int, ctx: Context) -> Example:
-    """The task's example of the row-th of its source rows. Raises LookupError where there are fewer."""
-    count = 0
-    for family, index in _source_rows(shards, task):
-        if count == row:
-            found = examples(family, shards.row(family, index), row_generator(SEED, family, 0, index), ctx)
-            return next(example for example in found if example.task == task)
-        count += 1
-    raise LookupError(f"no row {row}: the shards have {count} rows for it")
+def find_example(shards: Shards, name: str, row: int, ctx: Context, *, max_rows: int | None = None) -> Example:
+    """The task's example of the row-th of its source rows. Raises LookupError where there are fewer.
+
+    max_rows: look for it among that many rows of the family only.
+    """
+    task = TABLE[name]
+    count = count_rows(shards, task)
+    if not 0 <= row < count:
+        raise LookupError(f"no row {row}: the shards have {count} rows for it")
+    rows = shards.rows_of_types(task.family, task.row_types, max_rows=max_rows)
+    index = next(itertools.islice(rows, row, None), None)
+    if index is None:
+        raise LookupError(f"row {row} is not among the first {max_rows} of {task.family}")
+    values = shards.row(task.family, index)
+    if not ctx.train:
+        found = held_out_examples([name], values, index, ctx)
+        return found[index % len(found)]  # of the statements of matching, true and false ones in turn
+    found = examples(task.family, values, row_generator(SEED, task.family, 0, index), ctx)
+    return next(example for example in found if example.task == name)
 
 
-def _source_rows(shards: Shards, task: str) -> Iterator[tuple[str, int]]:
-    if task in OTHER_FAMILIES:
-        family = OTHER_FAMILIES[task]
-        yield from ((family, index) for index in range(shards.families.get(family, 0)))
-        return
-    for index in range(shards.families.get("vision_language", 0)):
-        if shards.row("vision_language", index)["type"] in ROW_TYPES[task]:
-            yield "vision_language", index
+def count_rows(shards: Shards, task: Task) -> int:
+    """Rows that give the task, as the manifest counts them."""
+    if not task.row_types:
+        return shards.families.get(task.family, 0)
+    return sum(shards.types.get(kind, 0) for kind in task.row_types)
 
 
-def facts(example: Example) -> list[tuple[str, str]]:
+def facts(example: Example, ctx: Context) -> list[tuple[str, str]]:
     """(heading, text) of what is written beside the picture."""
-    unpenalised = f", {(example.target == 1).sum()} without loss" if (example.target == 1).any() else ""
+    unpenalised = (example.target == PAD_ID).sum()
+    unpenalised = f", {unpenalised} without loss" if unpenalised else ""
+    cut = f", cut to the model's {ctx.max_positions} positions" if example.cut else ""
     picture = "no picture" if example.image is None else f"{example.image.shape[1]} x {example.image.shape[0]} pixels"
     patches = "" if example.patches is None else f", {len(example.patches)} patches sampled"
     origin = f"{example.row_id}  {example.dataset}".strip()
-    size = f"{len(example.source)} source and {len(example.target)} target tokens{unpenalised}"
+    size = f"{len(example.source)} source and {len(example.target)} target tokens{unpenalised}{cut}"
     target = textwrap.shorten(example.target_text, 160, placeholder=" ...") if example.code else example.target_text
     return [
         ("source", example.source_text),
@@ -100,13 +103,13 @@ def facts(example: Example) -> list[tuple[str, str]]:
     ]
 
 
-def describe(example: Example) -> str:
+def describe(example: Example, ctx: Context) -> str:
     """Lines for a terminal."""
     lines = [example.task]
-    for heading, text in facts(example):
+    for heading, text in facts(example, ctx):
         first, rest = f"  {heading:7}|", " " * 9 + "|"
         lines += textwrap.wrap(
-            text,
+            text[:MAX_CHARACTERS],
             110,
             initial_indent=first,
             subsequent_indent=rest,
@@ -117,10 +120,10 @@ def describe(example: Example) -> str:
     return "\n".join(lines)
 
 
-def draw_card(example: Example, texts: Sequence[tuple[str, str]]) -> Image.Image:
+def draw_card(example: Example, texts: Sequence[tuple[str, str]], ctx: Context) -> Image.Image:
     """The picture with boxes on the left, headed texts on the right."""
     font, bold = ImageFont.load_default(FONT_PIXELS), ImageFont.load_default(FONT_PIXELS + 4)
-    columns = [_draw_picture(example)] if example.image is not None else []
+    columns = [_draw_picture(example, ctx.patch_size)] if example.image is not None else []
     if example.code:
         columns.append(draw_codes(example.target[:-1].tolist()))
     left = sum(column.width + MARGIN_PIXELS for column in columns) + MARGIN_PIXELS
@@ -155,13 +158,13 @@ def draw_sheet(cards: Sequence[Image.Image], columns: int = 2) -> Image.Image:
     return sheet
 
 
-def _draw_picture(example: Example) -> Image.Image:
+def _draw_picture(example: Example, patch_size: int) -> Image.Image:
     pixels = example.image.astype(np.float32)
     height, width = pixels.shape[:2]
     if example.patches is not None:
-        dim = np.full((height // PATCH_SIZE, width // PATCH_SIZE), DIMMED, np.float32)
+        dim = np.full((height // patch_size, width // patch_size), DIMMED, np.float32)
         dim.ravel()[example.patches] = 1
-        dim = dim.repeat(PATCH_SIZE, 0).repeat(PATCH_SIZE, 1)
+        dim = dim.repeat(patch_size, 0).repeat(patch_size, 1)
         pixels = pixels[: dim.shape[0], : dim.shape[1]] * dim[..., None]
     if example.hole is not None:
         y0, x0, y1, x1 = example.hole
@@ -196,7 +199,7 @@ def draw_codes(codes: Sequence[int]) -> Image.Image:
 def _wrap(text: str, font: ImageFont.FreeTypeFont, max_lines: int = 12) -> list[str]:
     """Lines that fit TEXT_PIXELS."""
     lines, line = [], ""
-    for word in text.split(" "):
+    for word in text[:MAX_CHARACTERS].split(" "):
         longer = f"{line} {word}" if line else word
         if line and font.getlength(longer) > TEXT_PIXELS:
             lines.append(line)

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -29,7 +30,9 @@ from ofa_ds.config import BatchConfig, DataConfig
 from ofa_ds.data.order import Mixture
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import Vocab
-from ofa_ds.tasks.pretraining import Context, Row, examples, row_generator
+from ofa_ds.model.config import ModelConfig
+from ofa_ds.tasks.context import Context, Row, row_generator
+from ofa_ds.tasks.task import examples
 
 PREFETCH = 2
 """Micro-batches that each worker keeps ready."""
@@ -59,6 +62,10 @@ class MicroBatches(Dataset):
 
         Raises ValueError or RuntimeError that names the row that is at fault: family, number, file, row in it, id.
         """
+        return self.prepare(step, number)[0]
+
+    def prepare(self, step: int, number: int) -> tuple[Batch, list[str]]:
+        """The same, and which examples were cut to the model's positions."""
         config = self.ctx.config
         found = []
         start = step * self.batch.global_rows + number * self.batch.micro_rows
@@ -71,7 +78,8 @@ class MicroBatches(Dataset):
             except Exception as error:
                 raise self._at_row(family, index, row, error) from error
         sizes = [(side, side) for side in (config.image_size, config.infill_image_size)]
-        return pack(found, sizes, self.ctx.patch_size, self.image_bucket_size)
+        cut = [f"{example.task} of row {example.row_id}" for example in found if example.cut]
+        return pack(found, sizes, self.ctx.patch_size, self.image_bucket_size), cut
 
     def _at_row(self, family: str, index: int, row: Row | None, error: Exception) -> ValueError | RuntimeError:
         """The error with the row's place; all but ValueErrors (memory, files, damage, unforeseen) as RuntimeError."""
@@ -83,12 +91,13 @@ class MicroBatches(Dataset):
         place = f"{self.shards.path}: {family} row {index} ({self.shards.where(family, index)}{name})"
         return (ValueError if isinstance(error, ValueError) else RuntimeError)(f"{place}: {what}")
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Layout] | ValueError | RuntimeError:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Layout, list[str]] | ValueError | RuntimeError:
         """For the workers: one tensor travels faster than twenty, and an error as it is better than two tracebacks."""
         try:
-            buffer, layout = to_buffer(self.build(*key))
+            batch, cut = self.prepare(*key)
+            buffer, layout = to_buffer(batch)
             _need_shared_memory(buffer.numel())
-            return buffer, layout
+            return buffer, layout, cut
         except (ValueError, RuntimeError) as error:
             return error
         except MemoryError:
@@ -103,13 +112,15 @@ class Loader:
     vocab: Vocab
     config: DataConfig
     batch: BatchConfig
+    model: ModelConfig
+    """Says the size of patches and how many positions there are."""
     seed: int
     rank: int = 0
     world_size: int = 1
-    patch_size: int = 16
-    image_bucket_size: int = 42
     wait_seconds: float = field(default=0.0, init=False)
     """Time that the consumer has spent waiting, from the start on."""
+    num_cut: int = field(default=0, init=False)
+    """Examples whose text was longer than the model's positions, from the start on."""
 
     def __post_init__(self) -> None:
         self.batch.accumulation_steps(self.world_size)  # raises where the numbers do not divide
@@ -117,27 +128,39 @@ class Loader:
             vocab=self.vocab,
             negatives=self.shards.negatives,
             config=self.config,
-            patch_size=self.patch_size,
+            patch_size=self.model.patch_size,
+            max_positions=self.model.max_positions,
             readable=False,
         )
         mixture = Mixture(self.shards.families, self.config.mix.weights(), self.seed)
         self.micro_batches = MicroBatches(
             shards=self.shards, ctx=ctx, mixture=mixture, batch=self.batch, seed=self.seed,
-            image_bucket_size=self.image_bucket_size,
+            image_bucket_size=self.model.image_bucket_size,
         )  # fmt: skip
-
-    def __iter__(self) -> Iterator[list[Batch]]:
-        return self.steps()
 
     def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
         """Closing the generator ends the workers."""
         accumulation = self.batch.accumulation_steps(self.world_size)
         source = self._prepared(start_step) if self.config.workers else self._in_process(start_step)
-        while True:
-            began = time.perf_counter()
-            batches = [next(source) for _ in range(accumulation)]
-            self.wait_seconds += time.perf_counter() - began
-            yield batches
+        try:
+            while True:
+                began = time.perf_counter()
+                batches = [next(source) for _ in range(accumulation)]
+                self.wait_seconds += time.perf_counter() - began
+                yield batches
+        finally:
+            if self.num_cut > 1 and self.rank == 0:
+                print(f"{self.shards.path}: cut {self.num_cut} examples in all, on the first rank", file=sys.stderr)
+
+    def _count_cut(self, cut: list[str]) -> None:
+        """The first is told at once, by one rank."""
+        if cut and not self.num_cut and self.rank == 0:
+            print(
+                f"{self.shards.path}: {cut[0]} is cut to the model's {self.model.max_positions} positions; further "
+                "examples are counted",
+                file=sys.stderr,
+            )
+        self.num_cut += len(cut)
 
     def _keys(self, step: int) -> Iterator[tuple[int, int]]:
         """(step, micro-batch number) for this rank, in order, without end: number j of a step is rank j % world's."""
@@ -148,7 +171,9 @@ class Loader:
 
     def _in_process(self, start_step: int) -> Iterator[Batch]:
         for key in self._keys(start_step):
-            yield self.micro_batches.build(*key)
+            batch, cut = self.micro_batches.prepare(*key)
+            self._count_cut(cut)
+            yield batch
 
     def _prepared(self, start_step: int) -> Iterator[Batch]:
         context = multiprocessing.get_context("forkserver")
@@ -167,7 +192,9 @@ class Loader:
         for item in loader:
             if isinstance(item, Exception):
                 raise item
-            yield from_buffer(*item)
+            buffer, layout, cut = item
+            self._count_cut(cut)
+            yield from_buffer(buffer, layout)
 
 
 def _need_shared_memory(size: int) -> None:

@@ -27,11 +27,10 @@ from ofa_ds.engine.config import load_deepspeed_config
 from ofa_ds.engine.engine import Engine, build, init_distributed, leave_distributed
 from ofa_ds.engine.host_memory import release_freed_memory
 from ofa_ds.engine.ranks import Ranks
-from ofa_ds.inference.answers import sample_sheet
-from ofa_ds.inference.loaded_model import Subject
+from ofa_ds.inference.answers import sample_cards
+from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.model.config import ModelConfig, model_config
 from ofa_ds.model.ofa import OFA
-from ofa_ds.terms import TASKS
 from ofa_ds.train.loader import Loader
 from ofa_ds.train.loss import group_counts, group_sums, task_sums
 from ofa_ds.train.metrics import MetricsWriter, Window, peak_memory_MiB
@@ -41,6 +40,8 @@ RELEASE_EVERY = 10
 """Steps between two returns of freed memory on a CPU."""
 MAX_WHOLE_PARAMETERS = 500_000_000
 """A larger model is built in pieces under ZeRO-3: 2 GB of fp32 weights a rank, many ranks on a host."""
+SEARCHED_ROWS = 200_000
+"""Of each family, among which a row is looked for to show: training waits meanwhile."""
 
 STOPPED = 130
 """Exit code after a signal: the state is saved, the run is not finished."""
@@ -97,8 +98,7 @@ def run(recipe: Recipe) -> int:
         seed=recipe.train.seed,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        patch_size=config.patch_size,
-        image_bucket_size=config.image_bucket_size,
+        model=config,
     )
     with StopSignal().listening() as stop:
         code = _train(engine, loader, recipe, ranks, first_step=first_step, identity=identity, stop=stop)
@@ -187,13 +187,12 @@ def _show_samples(engine: Engine, recipe: Recipe, loader: Loader, writer: Metric
     config = dataclasses.replace(model_config(recipe, loader.vocab.size), activation_checkpointing=False)
     model = OFA(config)
     model.load_state_dict(weights)
-    subject = Subject(model=model.to(engine.device).eval(), vocab=loader.vocab, recipe=recipe, step=step)
-    for task in TASKS:
-        try:
-            sheet = sample_sheet(subject, loader.shards, tasks=[task])
-        except ValueError:  # the shards have no row of this task
-            continue
-        writer.picture(step, f"sample/{task}", np.asarray(sheet.convert("RGB")))
+    loaded = LoadedModel(model=model.to(engine.device).eval(), vocab=loader.vocab, recipe=recipe, step=step)
+    try:
+        for task, card in sample_cards(loaded, loader.shards, max_rows=SEARCHED_ROWS).items():
+            writer.picture(step, f"sample/{task}", np.asarray(card.convert("RGB")))
+    except (ValueError, OSError) as error:  # a row that cannot be shown is no reason to stop
+        print(f"no pictures of step {step}: {error}", file=sys.stderr)
 
 
 def _resume(engine: Engine, recipe: Recipe, identity: dict[str, str]) -> int:

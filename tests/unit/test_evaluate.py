@@ -14,13 +14,15 @@ from ofa_ds.data.example import Example
 from ofa_ds.data.scenes import write_scenes
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_build import build_shards
-from ofa_ds.inference.answers import ask, boxes_of, objects_of, readable, sample_sheet
+from ofa_ds.inference.answers import readable, sample_sheet
 from ofa_ds.inference.evaluate import beside_blind, blinded, collect, judge_tasks
-from ofa_ds.inference.loaded_model import Subject, batches, generated, token_scores
+from ofa_ds.inference.loaded_model import LoadedModel, batches, generated, token_scores
 from ofa_ds.inference.table import format_table
 from ofa_ds.model.config import model_config
 from ofa_ds.model.ofa import OFA
-from ofa_ds.tasks.pretraining import Context
+from ofa_ds.tasks.boxes import boxes_of, objects_of
+from ofa_ds.tasks.context import Context
+from ofa_ds.tasks.task import ask
 from ofa_ds.tasks.texts import train_from_shards
 from ofa_ds.terms import TASKS
 
@@ -39,7 +41,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 
 @pytest.fixture(scope="module")
-def untrained(shards: Shards) -> Subject:
+def untrained(shards: Shards) -> LoadedModel:
     from ofa_ds.data.vocab import load_vocab
 
     torch.manual_seed(0)
@@ -54,11 +56,11 @@ def untrained(shards: Shards) -> Subject:
     data = DataConfig(shards=str(shards.path), vocab=str(shards.path.parent / "vocab"), augment="none", **sizes)
     recipe = Recipe(model=ModelOptions(preset="nano"), data=data, batch=BatchConfig(global_rows=12, micro_rows=12))
     config = dataclasses.replace(model_config(recipe, vocab.size), dim=64, ffn_dim=128, init_std=64**-0.5)
-    return Subject(model=OFA(config).eval(), vocab=vocab, recipe=recipe)
+    return LoadedModel(model=OFA(config).eval(), vocab=vocab, recipe=recipe)
 
 
 @pytest.fixture(scope="module")
-def ctx(untrained: Subject, shards: Shards) -> Context:
+def ctx(untrained: LoadedModel, shards: Shards) -> Context:
     return untrained.context(shards.negatives)
 
 
@@ -68,7 +70,7 @@ def asked(shards: Shards, ctx: Context) -> dict[str, list[Example]]:
 
 
 @pytest.fixture(scope="module")
-def learned(untrained: Subject, asked: dict[str, list[Example]]) -> Subject:
+def learned(untrained: LoadedModel, asked: dict[str, list[Example]]) -> LoadedModel:
     """The model after it has learned all rows by heart."""
     model = OFA(untrained.model.config)
     model.load_state_dict(untrained.model.state_dict())
@@ -83,7 +85,7 @@ def learned(untrained: Subject, asked: dict[str, list[Example]]) -> Subject:
 
 
 @pytest.fixture(scope="module")
-def judged(learned: Subject, shards: Shards) -> dict:
+def judged(learned: LoadedModel, shards: Shards) -> dict:
     return judge_tasks(learned, shards)
 
 
@@ -145,7 +147,7 @@ def test_a_model_that_knows_the_rows_scores_high_and_blinded_does_not(judged: di
     assert judged["text_infilling"]["loss"]["blind"] is None
 
 
-def test_an_untrained_model_gains_nothing(untrained: Subject, shards: Shards) -> None:
+def test_an_untrained_model_gains_nothing(untrained: LoadedModel, shards: Shards) -> None:
     scores = judge_tasks(untrained, shards, tasks=["vqa"])["vqa"]["scores"]["exact match"]
     assert scores["own"] < scores["blind"] and scores["gain"] < 0
 
@@ -158,11 +160,11 @@ def test_question_types_add_up_to_all_questions(judged: dict) -> None:
 
 
 def test_loss_and_accuracy_do_not_depend_on_how_examples_are_batched(
-    learned: Subject, asked: dict[str, list[Example]], monkeypatch: pytest.MonkeyPatch
+    learned: LoadedModel, asked: dict[str, list[Example]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = token_scores(learned, asked["caption"])
     monkeypatch.setattr("ofa_ds.inference.loaded_model.MAX_TOKENS_A_BATCH", 1)
-    assert len(list(batches(asked["caption"]))) == len(asked["caption"])
+    assert len(list(batches(asked["caption"], 16))) == len(asked["caption"])
     assert token_scores(learned, asked["caption"]) == pytest.approx(whole, rel=1e-5)
 
 
@@ -174,14 +176,14 @@ def test_the_result_is_json_and_the_table_has_a_line_per_score(judged: dict) -> 
     assert table.count("  loss ") == len(TASKS) and table.count("token accuracy") == 2
 
 
-def test_a_task_that_the_shards_lack_is_an_error(untrained: Subject, shards: Shards) -> None:
+def test_a_task_that_the_shards_lack_is_an_error(untrained: LoadedModel, shards: Shards) -> None:
     shards = Shards(shards.path)
     del shards.families["detection"]
     with pytest.raises(ValueError, match="has no row for detection"):
         judge_tasks(untrained, shards, tasks=["detection"])
 
 
-def test_the_sheet_has_a_card_per_task(learned: Subject, shards: Shards, tmp_path: Path) -> None:
+def test_the_sheet_has_a_card_per_task(learned: LoadedModel, shards: Shards, tmp_path: Path) -> None:
     one = sample_sheet(learned, shards, tasks=["visual_grounding"])
     every = sample_sheet(learned, shards)
     assert every.height >= 3.5 * one.height and every.width > 2 * one.width
@@ -190,7 +192,7 @@ def test_the_sheet_has_a_card_per_task(learned: Subject, shards: Shards, tmp_pat
 
 
 def test_generated_codes_are_as_many_as_the_picture_has_room_for(
-    learned: Subject, asked: dict[str, list[Example]]
+    learned: LoadedModel, asked: dict[str, list[Example]]
 ) -> None:
     for ids in generated(learned, asked["image_infilling"]):
         assert len(ids) == 16 and all(learned.vocab.is_code(token) for token in ids)

@@ -14,7 +14,7 @@ from ofa_ds.cli import main
 from ofa_ds.data import kept_vocabulary
 from ofa_ds.data.vocab import Vocab, load_vocab, train_vocab
 from ofa_ds.data.vocab_files import KNOWN_FILES
-from ofa_ds.inference.loaded_model import load_subject
+from ofa_ds.inference.loaded_model import load_model
 from ofa_ds.model.config import preset
 
 
@@ -40,20 +40,20 @@ def run_dir(words, tmp_path) -> Path:
 def test_a_checkpoint_is_asked_and_exported_from_another_directory(run_dir, words, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert load_subject("../run").vocab.fingerprint == words[1].fingerprint
+    assert load_model("../run").vocab.fingerprint == words[1].fingerprint
     assert main(["checkpoint", "export", "../run", "out", "--format", "huggingface"]) == 0
     assert load_vocab("out").fingerprint == words[1].fingerprint
 
 
 def test_a_run_that_is_moved_as_a_whole_still_works(run_dir, words, tmp_path):
     run_dir.rename(tmp_path / "moved")
-    assert load_subject(tmp_path / "moved").vocab.fingerprint == words[1].fingerprint
+    assert load_model(tmp_path / "moved").vocab.fingerprint == words[1].fingerprint
 
 
 def test_a_resharded_checkpoint_has_the_vocabulary_beside_it(run_dir, words, tmp_path):
     staged = tmp_path / "staged" / "step_00000000"
     assert main(["checkpoint", "reshard", str(run_dir), str(staged), "--ranks", "2"]) == 0
-    assert load_subject(staged).vocab.fingerprint == words[1].fingerprint
+    assert load_model(staged).vocab.fingerprint == words[1].fingerprint
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate", "huggingface", "modelscope"])
@@ -83,13 +83,13 @@ def test_without_its_vocabulary_a_checkpoint_says_so_and_nothing_half_is_left(
 def test_another_vocabulary_is_refused_wherever_it_comes_from(run_dir, tmp_path, words):
     other = train_vocab(["the dog ran"] * 3, 260, tmp_path / "other", num_codes=16, num_bins=12)
     with pytest.raises(ValueError, match=f"holds vocabulary {other.fingerprint}, want {words[1].fingerprint}"):
-        load_subject(run_dir, vocab=tmp_path / "other")
+        load_model(run_dir, vocab=tmp_path / "other")
     kept = kept_vocabulary.folder(run_dir, words[1].fingerprint)
     shutil.rmtree(kept)
     (tmp_path / "other").rename(kept)
     with pytest.raises(ValueError, match=r"holds vocabulary .*--vocab DIR"):
-        load_subject(run_dir)
-    assert load_subject(run_dir, vocab=words[0]).vocab.fingerprint == words[1].fingerprint
+        load_model(run_dir)
+    assert load_model(run_dir, vocab=words[0]).vocab.fingerprint == words[1].fingerprint
 
 
 def test_a_model_that_came_without_a_vocabulary_exports_without_one_and_says_so(tmp_path, capsys, words):
@@ -98,14 +98,14 @@ def test_a_model_that_came_without_a_vocabulary_exports_without_one_and_says_so(
     assert main(export) == 0
     assert "without a tokenizer" in capsys.readouterr().out
     with pytest.raises(ValueError, match="came without a vocabulary; give the model's: --vocab DIR"):
-        load_subject(tmp_path / "bare")
-    assert load_subject(tmp_path / "bare", vocab=words[0]).vocab.size == words[1].size
+        load_model(tmp_path / "bare")
+    assert load_model(tmp_path / "bare", vocab=words[0]).vocab.size == words[1].size
 
 
 def test_a_vocabulary_of_another_size_is_refused(tmp_path, words):
     ofa_checkpoint(tmp_path / "bare", preset("nano", vocab_size=words[1].size + 1))
     with pytest.raises(ValueError, match=f"of {words[1].size} entries, the model of .* has {words[1].size + 1}"):
-        load_subject(tmp_path / "bare", vocab=words[0])
+        load_model(tmp_path / "bare", vocab=words[0])
 
 
 def test_many_that_keep_the_same_vocabulary_at_once_leave_one_whole_copy(words, tmp_path):

@@ -23,6 +23,7 @@ from ofa_ds.config import BatchConfig, DataConfig
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.vocab import load_vocab, train_vocab
+from ofa_ds.model.config import preset
 from ofa_ds.train.loader import Loader, from_buffer, to_buffer
 
 DATA = DataConfig(image_size=64, infill_image_size=32, code_image_size=16, sample_patches=8, workers=0)
@@ -43,7 +44,9 @@ def make(shards):
     vocab = load_vocab(shards.path.parent / "vocab")
 
     def build(data: DataConfig = DATA, batch: BatchConfig = BATCH, **options) -> Loader:
-        return Loader(vocab=vocab, config=data, batch=batch, **{"seed": 1, "shards": shards, **options})
+        return Loader(
+            vocab=vocab, config=data, batch=batch, model=preset("nano"), **{"seed": 1, "shards": shards, **options}
+        )
 
     return build
 
@@ -198,6 +201,7 @@ def test_batch_sizes_that_do_not_divide_are_refused_at_once(make):
 PROGRAM = """
 import json, multiprocessing, signal, sys, time
 from ofa_ds.config import BatchConfig, DataConfig
+from ofa_ds.model.config import preset
 from ofa_ds.train.loader import Loader
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
@@ -206,7 +210,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     data = DataConfig(image_size=64, infill_image_size=32, code_image_size=16, sample_patches=8, workers=2)
     shards, vocab = Shards(sys.argv[1]), load_vocab(sys.argv[2])
-    loader = Loader(shards=shards, vocab=vocab, config=data, batch=BatchConfig(global_rows=24, micro_rows=4), seed=1)
+    loader = Loader(shards=shards, vocab=vocab, config=data, batch=BatchConfig(global_rows=24, micro_rows=4), seed=1,
+                    model=preset("nano"))
     source = loader.steps()
     next(source)
     try:

@@ -14,10 +14,13 @@ import pytest
 from PIL import Image
 
 from ofa_ds.config import DataConfig
+from ofa_ds.data.example import Example
 from ofa_ds.data.vocab import load_vocab, train_vocab
-from ofa_ds.tasks import pretraining as tasks
+from ofa_ds.tasks import caption, detection, grounding, image_infilling, matching
+from ofa_ds.tasks.boxes import bin_ids
+from ofa_ds.tasks.context import Context, row_generator
 from ofa_ds.tasks.negatives import negative_answer, negative_caption
-from ofa_ds.tasks.pretraining import Context, examples, matching_pair, row_generator
+from ofa_ds.tasks.task import examples, held_out_examples
 
 REPOSITORY = Path(__file__).parents[2]
 OFA_VOCAB = next(
@@ -50,6 +53,7 @@ def vl_row(kind: str, **fields) -> dict:
 CAPTION_ROW = vl_row("caption", caption="A cat")
 QA_ROW = vl_row("qa", question="What color?", answers=[("red", 1.0)])
 GROUNDING_ROW = vl_row("visual_grounding", caption="a cat", box=(20.0, 30.0, 100.0, 110.0))
+SIZES = {"patch_size": 16, "max_positions": 1024}
 CONFIG = DataConfig(image_size=96, infill_image_size=64, code_image_size=32, sample_patches=16, max_image_size=512)
 
 
@@ -68,18 +72,18 @@ def vocab(tmp_path_factory):
 
 @pytest.fixture
 def ctx(vocab):
-    return Context(vocab=vocab, negatives=NEGATIVES, config=CONFIG)
+    return Context(vocab=vocab, negatives=NEGATIVES, config=CONFIG, **SIZES)
 
 
-def make(family: str, row: dict, ctx: Context, seed: int = 0) -> list[tasks.Example]:
+def make(family: str, row: dict, ctx: Context, seed: int = 0) -> list[Example]:
     return examples(family, row, row_generator(seed, family, 0, 0), ctx)
 
 
-def vl(row: dict, ctx: Context, seed: int = 0) -> list[tasks.Example]:
+def vl(row: dict, ctx: Context, seed: int = 0) -> list[Example]:
     return make("vision_language", row, ctx, seed)
 
 
-def itm_of(row: dict, ctx: Context, seed: int) -> tasks.Example:
+def itm_of(row: dict, ctx: Context, seed: int) -> Example:
     return vl(row, ctx, seed)[1]
 
 
@@ -89,16 +93,16 @@ def itm_of(row: dict, ctx: Context, seed: int) -> tasks.Example:
 @pytest.mark.parametrize(
     "text, ids",
     [
-        (tasks.CAPTION_PROMPT, "99 473 5 2274 6190 116"),
-        (tasks.CAPTION_MATCH_PROMPT.format("a cat"), "473 5 2274 6190 22 10 4758 22 116"),
-        (tasks.GROUNDING_PROMPT.format("a cat"), "61 976 473 5 2788 22 10 4758 22 6190 116"),
-        (tasks.REGION_PROMPT, "1437 99 473 5 976 6190 116 976 35"),
-        (tasks.INFILL_IMAGE_PROMPT, "99 16 5 2274 11 5 1692 233 116"),
-        (tasks.DETECTION_PROMPT, "99 32 5 8720 11 5 2274 116"),
-        (tasks.ANSWER_MATCH_PROMPT.format("what color?", "red"),
+        (caption.PROMPT, "99 473 5 2274 6190 116"),
+        (matching.CAPTION_PROMPT.format("a cat"), "473 5 2274 6190 22 10 4758 22 116"),
+        (grounding.PHRASE_PROMPT.format("a cat"), "61 976 473 5 2788 22 10 4758 22 6190 116"),
+        (grounding.REGION_PROMPT, "1437 99 473 5 976 6190 116 976 35"),
+        (image_infilling.PROMPT, "99 16 5 2274 11 5 1692 233 116"),
+        (detection.PROMPT, "99 32 5 8720 11 5 2274 116"),
+        (matching.ANSWER_PROMPT.format("what color?", "red"),
          "99 16 5 1948 7 864 22 99 3195 116 43809 16 22 1275 22 116"),
-        (tasks.YES, "4420"),
-        (tasks.NO, "117"),
+        (matching.YES, "4420"),
+        (matching.NO, "117"),
     ],
 )  # fmt: skip
 def test_prompts_have_the_ids_of_the_original(ofa_vocab, text, ids):
@@ -106,7 +110,7 @@ def test_prompts_have_the_ids_of_the_original(ofa_vocab, text, ids):
 
 
 def test_each_example_is_framed_like_the_original(ofa_vocab):
-    ctx = Context(vocab=ofa_vocab, negatives=NEGATIVES, config=CONFIG)
+    ctx = Context(vocab=ofa_vocab, negatives=NEGATIVES, config=CONFIG, **SIZES)
     caption, itm = vl(CAPTION_ROW, ctx)
     assert caption.source.tolist() == [0, 99, 473, 5, 2274, 6190, 116, 2]
     assert caption.prev.tolist() == [0, 10, 4758] and caption.target.tolist() == [10, 4758, 2]
@@ -121,7 +125,7 @@ def test_each_example_is_framed_like_the_original(ofa_vocab):
 
 
 def test_text_infilling_keeps_the_original_instruction_around_the_text(ofa_vocab):
-    ctx = Context(vocab=ofa_vocab, negatives=NEGATIVES, config=CONFIG)
+    ctx = Context(vocab=ofa_vocab, negatives=NEGATIVES, config=CONFIG, **SIZES)
     (example,) = make("text", {"id": "t", "text": " The cat sat on a Mat \n"}, ctx)
     assert example.source[:8].tolist() == [0, 99, 16, 5, 1498, 2788, 9, 22]
     assert example.source[-3:].tolist() == [22, 116, 2]
@@ -154,10 +158,10 @@ def test_heldout_rows_give_the_main_examples_of_the_whole_unaugmented_picture(ct
 
 def test_evaluation_gets_both_matching_examples_of_a_row(ctx):
     ctx = replace(ctx, split="heldout")
-    yes, no = matching_pair(CAPTION_ROW, row_generator(0, "vision_language", 0, 5), ctx)
+    yes, no = held_out_examples(["itm"], CAPTION_ROW, 5, ctx)
     assert (yes.target_text, no.target_text) == (" yes", " no")
     assert yes.source_text == ' does the image describe " a cat "?' != no.source_text
-    again = matching_pair(CAPTION_ROW, row_generator(0, "vision_language", 0, 5), ctx)
+    again = held_out_examples(["itm"], CAPTION_ROW, 5, ctx)
     assert again[1].source_text == no.source_text
 
 
@@ -170,7 +174,7 @@ def test_captions_are_cut_to_30_words_and_matching_captions_to_80(ctx):
     words = [f"w{i}" for i in range(100)]
     row = vl_row("caption", caption=" ".join(words))
     assert vl(row, ctx)[0].target_text == " " + " ".join(words[:30])
-    yes, _ = matching_pair(row, np.random.default_rng(0), ctx)
+    yes, _ = held_out_examples(["itm"], row, 0, replace(ctx, split="heldout"))
     assert yes.source_text == ' does the image describe " ' + " ".join(words[:80]) + ' "?'
 
 
@@ -191,7 +195,7 @@ def test_the_surest_answer_is_taken_the_first_of_equals_and_weighs_both_examples
 
 def test_bins_divide_by_max_image_size_and_round_half_to_even_in_float32(ctx):
     boxes = np.array([[0, 384, 0.5 * 512 / 999, 1.5 * 512 / 999], [128, 256, 300.3, 512]], np.float32)
-    bins = np.array(tasks.bin_ids(boxes, ctx)) - ctx.vocab.bin_start
+    bins = np.array(bin_ids(boxes, ctx)) - ctx.vocab.bin_start
     assert bins.tolist() == [[0, 749, 0, 2], [250, 500, 586, 999]]
 
 
@@ -239,7 +243,7 @@ def test_image_infilling_hides_the_middle_and_asks_for_its_codes(ctx):
 
 
 def test_the_hole_is_that_of_the_original_at_256_pixels(vocab):
-    ctx = Context(vocab=vocab, negatives=NEGATIVES, config=DataConfig())
+    ctx = Context(vocab=vocab, negatives=NEGATIVES, config=DataConfig(), **SIZES)
     row = {"id": "i", "image": jpeg(256, 256), "codes": np.zeros(256, np.int16)}
     assert make("image", row, ctx)[0].hole == (64, 64, 192, 192)
 
@@ -383,4 +387,4 @@ def test_an_example_depends_on_row_and_generator_alone(ctx):
 
 def test_pictures_beyond_the_last_bin_are_refused(vocab):
     with pytest.raises(ValueError, match="max_image_size 256 is less than the pictures' side 384"):
-        Context(vocab=vocab, negatives=NEGATIVES, config=DataConfig(max_image_size=256))
+        Context(vocab=vocab, negatives=NEGATIVES, config=DataConfig(max_image_size=256), **SIZES)
