@@ -31,7 +31,7 @@ PIXELS_PER_CODE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What every row needs besides itself. Raises ValueError where coordinates would have no bin."""
+    """What every row needs besides itself. Raises ValueError where sizes of pictures say against each other."""
 
     vocab: Vocab
     negatives: Negatives
@@ -46,18 +46,7 @@ class Context:
     """Write out the texts of text infilling too, which takes longer than the rest of it; training does without."""
 
     def __post_init__(self) -> None:
-        config = self.config
-        side = max(config.image_size, config.infill_image_size)
-        if side > config.max_image_size:
-            raise ValueError(
-                f"data.max_image_size {config.max_image_size} is less than the pictures' side {side}; coordinates up "
-                f"to {side} would have no bin; raise max_image_size to {side}"
-            )
-        if config.code_image_size > config.infill_image_size:
-            raise ValueError(
-                f"data.code_image_size {config.code_image_size} is more than data.infill_image_size "
-                f"{config.infill_image_size}, whose centre it is"
-            )
+        self.config.check_sizes()
 
     @property
     def train(self) -> bool:
