@@ -49,7 +49,7 @@ def _check_pictures(data: DataConfig, model: ModelConfig) -> None:
 
 def main(arguments: list[str]) -> int:
     """0 where nothing is wrong with the recipe on so many ranks, else 2 and one line on stderr."""
-    if len(arguments) < 2 or not arguments[0].isdecimal():
+    if len(arguments) < 2 or not arguments[0].isdecimal() or int(arguments[0]) < 1:
         print("want RANKS RECIPE [KEY=VALUE ...]", file=sys.stderr)
         return 2
     num_ranks, recipe, *overrides = arguments

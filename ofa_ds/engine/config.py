@@ -25,6 +25,8 @@ _OWNED_BY_RECIPE = {
     "scheduler": "optim.peak_lr, optim.warmup_steps and train.num_steps",
 }
 
+_LOW_PRECISION_AT_STAGE_0 = "ZeRO stage 0 keeps no fp32 master weights here; use stage 1-3 with bf16 or fp16"
+
 
 def load_deepspeed_config(name_or_path: str | Path) -> dict[str, Any]:
     """The JSON of a shipped name (`zero3`) or of a path: memory layout and precision.
@@ -41,13 +43,22 @@ def load_deepspeed_config(name_or_path: str | Path) -> dict[str, Any]:
     for key, recipe_key in _OWNED_BY_RECIPE.items():
         if key in config:
             raise ValueError(f"{path} sets {key}, which the recipe sets as {recipe_key}; remove it from {path.name}")
-    zero = config.get("zero_optimization", {})
+    zero = _section(config, "zero_optimization", path)
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage {zero['stage']!r}: want 0, 1, 2 or 3")
     for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device") == "nvme":
+        if _section(zero, key, path).get("device") == "nvme":
             raise ValueError(f"{path}: {key} on nvme cannot go into checkpoints; use device cpu, as zero3_offload does")
+    if not zero.get("stage", 0) and any(_section(config, key, path).get("enabled") is True for key in ("bf16", "fp16")):
+        raise ValueError(f"{path}: {_LOW_PRECISION_AT_STAGE_0}")
     return config
+
+
+def _section(values: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
+    section = values.get(key, {})
+    if not isinstance(section, dict):
+        raise ValueError(f"{path}: {key}: want a JSON object, got {section!r}")
+    return section
 
 
 def _find_config(name_or_path: str | Path) -> Path:
@@ -83,7 +94,7 @@ def derive_config(
         zero["overlap_comm"] = on_gpu  # gloo has no streams to overlap with
     if bf16["enabled"] or derived.get("fp16", {}).get("enabled"):
         if not zero.get("stage"):
-            raise ValueError("ZeRO stage 0 keeps no fp32 master weights here; use stage 1-3 with bf16 or fp16")
+            raise ValueError(_LOW_PRECISION_AT_STAGE_0)
         # DeepSpeed casts BatchNorm buffers of a model built under zero.Init, fp32 statistics must stay.
         derived.setdefault("data_types", {})["keep_in_fp32_modules"] = ["running_mean", "running_var"]
     derived["train_micro_batch_size_per_gpu"] = batch.micro_rows

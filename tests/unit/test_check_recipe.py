@@ -20,6 +20,10 @@ WRONG = {
     "deepspeed no/such.json: no such file": "deepspeed=no/such.json",
     "broken.json: not valid JSON": "deepspeed=broken.json",
     "owner.json sets train_batch_size, which the recipe sets as batch.global_rows": "deepspeed=owner.json",
+    "number.json: zero_optimization: want a JSON object, got 3": "deepspeed=number.json",
+    "offload.json: offload_param: want a JSON object, got 'cpu'": "deepspeed=offload.json",
+    "list.json: bf16: want a JSON object, got [True]": "deepspeed=list.json",
+    "stage0.json: ZeRO stage 0 keeps no fp32 master weights here; use stage 1-3": "deepspeed=stage0.json",
     "batch.global_rows 24 is not a multiple of batch.micro_rows 5 x 2 ranks = 10": "batch.micro_rows=5",
     "data.shards: want a directory, got none; add data.shards=DIR": "data.shards=",
     "data.vocab: want a directory, got none; add data.vocab=DIR": "data.vocab=",
@@ -35,6 +39,10 @@ WRONG = {
 def here(tmp_path, monkeypatch):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "owner.json").write_text(json.dumps({"train_batch_size": 3}))
+    (tmp_path / "number.json").write_text(json.dumps({"zero_optimization": 3}))
+    (tmp_path / "offload.json").write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}))
+    (tmp_path / "list.json").write_text(json.dumps({"bf16": [True]}))
+    (tmp_path / "stage0.json").write_text(json.dumps({"bf16": {"enabled": True}}))
     monkeypatch.chdir(tmp_path)
 
 
@@ -64,7 +72,9 @@ def test_a_picture_of_more_codes_than_the_model_has_places_is_refused_where_any_
     assert main(["2", *few, "data.mix.image=0"]) == 0
 
 
-@pytest.mark.parametrize("arguments", [[], ["2"], ["x", "pretrain-nano"], ["-1", "pretrain-nano"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["2"], ["x", "pretrain-nano"], ["0", "pretrain-nano"], ["-1", "pretrain-nano"]]
+)
 def test_what_it_wants_is_said(arguments, capsys) -> None:
     assert main(arguments) == 2
     assert capsys.readouterr().err == "want RANKS RECIPE [KEY=VALUE ...]\n"
