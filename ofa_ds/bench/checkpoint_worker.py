@@ -25,7 +25,8 @@ from ofa_ds.batch import pack
 from ofa_ds.bench.step import example
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig, load_recipe, recipe_to_dict
 from ofa_ds.engine.config import load_deepspeed_config
-from ofa_ds.engine.engine import Engine, build, init_distributed, leave_distributed
+from ofa_ds.engine.engine import Engine, build
+from ofa_ds.engine.process_group import init_distributed, leave_distributed
 from ofa_ds.model.config import ModelConfig, preset
 from ofa_ds.model.ofa import OFA
 

@@ -168,6 +168,8 @@ class TrainConfig:
     """A checkpoint, or a run directory, whose weights a new run starts from; without moments, at step 0."""
     accept_changed: tuple[Literal["data", "vocab"], ...] = ()
     """What may differ from the run that is gone on with, whose order of data or meaning of ids then changes midway."""
+    max_bad_steps: Count = Field(10, ge=1)
+    """Steps in a row whose loss or gradient may be not finite (they are skipped); then the run stops."""
     log_every: Count = Field(10, ge=1)
     save_every: Count = Field(1000, ge=1)
     keep: Count = Field(3, ge=1)

@@ -1,4 +1,4 @@
-"""The one module that touches DeepSpeed: ZeRO stages 0-3, precision, AdamW, clipping and the learning rate.
+"""The model under DeepSpeed: ZeRO stages 0-3, precision, AdamW, clipping and the learning rate.
 
 The loss handed to `Engine.backward` is a share of a sum over all ranks and micro-batches that is already divided by
 *global* counts. DeepSpeed averages over ranks and over accumulation; this module undoes that, so the gradient equals
@@ -7,11 +7,9 @@ that of one process on the whole global batch, whatever the ranks, the accumulat
 
 from __future__ import annotations
 
-import os
-import warnings
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,51 +20,12 @@ from torch import Tensor, nn
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
 from ofa_ds.engine import state as engine_state
 from ofa_ds.engine.config import derive_config, load_deepspeed_config
+from ofa_ds.engine.deepspeed_import import deepspeed as _deepspeed
 from ofa_ds.engine.moving_average import MovingAverage
-from ofa_ds.engine.ranks import Ranks, choose_device
-from ofa_ds.engine.rendezvous import rendezvous
-from ofa_ds.engine.schedule import polynomial_lr
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by the import below, which warns when it has to find out
-import deepspeed as _deepspeed  # noqa: E402
-from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam  # noqa: E402
-
-# DeepSpeed 0.19 calls two functions that torch 2.13 renamed; torch would say so in every step.
-warnings.filterwarnings("ignore", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor`", FutureWarning)
-
-_TIMEOUT_MINUTES = 10
-"""How long a rank waits for the others in one collective; DEEPSPEED_TIMEOUT (minutes) overrides it."""
-
-
-def init_distributed(device: str | None = None) -> Ranks:
-    """Join the other processes of this job; alone where no launcher is. Safe to call twice.
-
-    device: "cpu", "cuda", or None for a GPU where there is one.
-    """
-    os.environ.update(rendezvous(os.environ))
-    local_rank = int(os.environ["LOCAL_RANK"])
-    place = choose_device(local_rank, os.environ, device)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    else:  # a shared-memory all-reduce that only DeepSpeed's inference calls: compiling it takes a minute and g++
-        _deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _deepspeed.utils.nvtx.enable_nvtx = False  # marks for a GPU profiler, two calls around each hook
-    minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", _TIMEOUT_MINUTES))
-    _deepspeed.init_distributed(
-        dist_backend="nccl" if place.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(minutes=minutes),
-    )
-    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=local_rank, device=place)
-
-
-def leave_distributed() -> None:
-    """Wait for the other processes of this job and end the connections; a rank that just exits may abort another."""
-    if dist.is_initialized():
-        dist.barrier()
-        _deepspeed.comm.destroy_process_group()
+from ofa_ds.engine.optimizer import SkippingAdamW, kernel_name, optimizer_factory
+from ofa_ds.engine.process_group import gather
+from ofa_ds.engine.ranks import Ranks
+from ofa_ds.engine.schedule import generator_seed, polynomial_lr
 
 
 def build(
@@ -91,7 +50,7 @@ def build(
     torch.manual_seed(train.seed)
     with _deepspeed.zero.Init(config_dict_or_path=config) if zero_init else nullcontext():
         model = make_model()
-    make_optimizer = _optimizer_factory(config, optim, ranks)
+    make_optimizer = optimizer_factory(config, optim, ranks)
     wrapped, *_ = _deepspeed.initialize(
         model=model,
         optimizer=make_optimizer,
@@ -99,50 +58,30 @@ def build(
         config=config,
         dist_init_required=False,
     )
-    return Engine(wrapped, ranks=ranks, optim=optim, train=train)
-
-
-def _optimizer_factory(
-    config: Mapping[str, Any], optim: OptimConfig, ranks: Ranks
-) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    """AdamW on all parameters alike: DeepSpeed's fused kernels where they build, else torch's.
-
-        docs/ofa.md, Training: optimiser and schedule.
-        """
-    options = {"lr": optim.peak_lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
-    zero = config["zero_optimization"]
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        return lambda parameters: DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
-    if ranks.device.type == "cuda" and zero.get("stage"):  # at stage 0 FusedAdam counts steps on its last tensor only
-        usable = torch.tensor(_fused_adam_builds(), dtype=torch.int32, device=ranks.device)
-        dist.all_reduce(usable, op=dist.ReduceOp.MIN)  # one kernel on all ranks
-        if usable.item():
-            return lambda parameters: FusedAdam(parameters, adam_w_mode=True, **options)
-    return lambda parameters: torch.optim.AdamW(parameters, fused=True, **options)
-
-
-def _fused_adam_builds() -> bool:
-    try:
-        FusedAdam([nn.Parameter(torch.zeros(1, device="cuda"))])
-    except (ImportError, RuntimeError, OSError):  # no nvcc, a compiler it refuses, or another CUDA than torch's
-        return False
-    return True
+    return Engine(wrapped, config, ranks=ranks, optim=optim, train=train)
 
 
 class Engine:
     """A model that trains: call it, `backward` the loss, `step`; weights change at the last micro-batch of a step."""
 
-    def __init__(self, wrapped: Any, *, ranks: Ranks, optim: OptimConfig, train: TrainConfig) -> None:
+    def __init__(
+        self, wrapped: Any, config: Mapping[str, Any], *, ranks: Ranks, optim: OptimConfig, train: TrainConfig
+    ) -> None:
+        """wrapped: DeepSpeed's engine, made from `config`."""
         self._wrapped = wrapped
+        self._config = config
         self._ranks = ranks
         self._optim = optim
         self._train = train
         self._stage0_norm: float | None = None
+        self._live_buffers = list(self.buffers().values())
+        self._buffers_before = [buffer.clone() for buffer in self._live_buffers]
+        self._skipped = self._rescaled = False
         self._average: MovingAverage | None = None
         if optim.ema_decay:
             self._average = MovingAverage(engine_state.masters(wrapped), self.buffers(), optim.ema_decay)
-        self.rng_state: Tensor | None = None
-        """Torch CPU generator as loaded from a checkpoint of the same world size."""
+        if hasattr(self._scaler, "raise_error_at_min_scale"):
+            self._scaler.raise_error_at_min_scale = False  # what is skipped there is told, counted and bounded by us
 
     @property
     def module(self) -> nn.Module:
@@ -161,9 +100,27 @@ class Engine:
         """ZeRO stage, 0-3."""
         return int(self._wrapped.zero_optimization_stage())
 
+    def describe(self) -> str:
+        """How this engine trains, in one line: stage, offload, precision, optimiser kernel, batch, ranks, device."""
+        config, zero = self._config, self._config["zero_optimization"]
+        offloaded = [
+            f"{what} on {zero[key]['device']}"
+            for what, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_param"))
+            if zero.get(key, {}).get("device", "none") != "none"
+        ]
+        precision = next((kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")), "fp32")
+        micro, steps = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
+        world_size, device = self._ranks.world_size, self.device
+        place = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        return (
+            f"ZeRO stage {self.stage}; offload: {', '.join(offloaded) or 'none'}; {precision}; "
+            f"{kernel_name(engine_state.base(self._wrapped))}; {micro * steps * world_size} rows a step = {micro} x "
+            f"{steps} micro-batches x {world_size} {'rank' if world_size == 1 else 'ranks'} on {place}"
+        )
+
     @property
     def num_updates(self) -> int:
-        """Optimizer steps taken; those that fp16 skipped for an overflow do not count."""
+        """Optimizer steps taken; those that were skipped do not count."""
         return self._wrapped.global_steps - self._wrapped.skipped_steps
 
     @property
@@ -191,29 +148,70 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. At the start of a step the generators are seeded from (seed, step, rank)."""
         if self.module.training and self._wrapped.micro_steps % self._wrapped.gradient_accumulation_steps() == 0:
-            torch.manual_seed(_mixed(self._train.seed, self._wrapped.global_steps, self._ranks.rank))
+            torch.manual_seed(generator_seed(self._train.seed, self._wrapped.global_steps, self._ranks.rank))
+            self._copy_buffers(back=False)
         return self._wrapped(*args, **kwargs)
 
-    forward = __call__
-
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`: this micro-batch's sums, divided by the counts of the whole global batch."""
-        self._wrapped.backward(loss * self._ranks.world_size, scale_wrt_gas=False)
+        """Add the gradient of `loss`: this micro-batch's sums, divided by the counts of the whole global batch.
 
-    def step(self) -> bool:
-        """End a micro-batch. At the last one of a step: clip, set the learning rate, update. Returns whether it was."""
-        last = self._wrapped.is_gradient_accumulation_boundary()
-        if last:
-            for group in self._wrapped.optimizer.param_groups:
-                group["lr"] = self._next_lr()
-            if self.stage == 0:
-                gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-                self._stage0_norm = torch.nn.utils.get_total_norm(gradients).item()
-        before = self.num_updates
+        A loss that is not finite makes all of the gradient so, and with it the norm, on which all ranks agree anyway:
+        that is how one rank's loss stops the step of all without a message of its own.
+        """
+        factor = self._ranks.world_size + 0 * loss.detach()  # nan where the loss is infinite or nan
+        self._wrapped.backward(loss * factor, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """End a micro-batch. At the last one of a step: clip, set the learning rate, update.
+
+        Where the loss of any rank or the norm of the gradient is not finite, nothing is updated: weights, moments,
+        moving average, buffers and the count of updates stay as they were, on all ranks; `skipped` then says so.
+        """
+        if not self._wrapped.is_gradient_accumulation_boundary():
+            self._wrapped.step()
+            return
+        for group in self._wrapped.optimizer.param_groups:
+            group["lr"] = self._next_lr()
+        if self.stage == 0:
+            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            self._stage0_norm = torch.nn.utils.get_total_norm(gradients).item()
+            assert isinstance(self._wrapped.optimizer, SkippingAdamW)
+            self._wrapped.optimizer.overflow = not math.isfinite(self._stage0_norm)
+        before, scale = self.num_updates, self.loss_scale
         self._wrapped.step()
-        if self._average is not None and self.num_updates > before:
+        self._skipped = self.num_updates == before
+        self._rescaled = self._skipped and self.loss_scale < scale
+        if self._skipped:
+            self._copy_buffers(back=True)
+        elif self._average is not None:
             self._average.update()
-        return last
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step changed nothing, because a loss or the gradient was not finite; equal on all ranks."""
+        return self._skipped
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether it was skipped with a loss scale of fp16 that could be lowered and was: that may be all."""
+        return self._rescaled
+
+    @property
+    def _scaler(self) -> Any:
+        """DeepSpeed's loss scaler; None where there is none."""
+        return getattr(self._wrapped.optimizer, "loss_scaler", None)
+
+    @property
+    def loss_scale(self) -> float:
+        """By which fp16 multiplies the loss; 1 in other precisions."""
+        return float(getattr(self._scaler, "cur_scale", 1.0))
+
+    @torch.no_grad()
+    def _copy_buffers(self, *, back: bool) -> None:
+        """Running statistics move in the forward, before anyone knows whether the step is to count."""
+        if self._live_buffers:
+            pair = (self._live_buffers, self._buffers_before)
+            torch._foreach_copy_(*(pair if back else reversed(pair)))
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -223,11 +221,7 @@ class Engine:
 
     def gather(self, value: Any) -> list[Any]:
         """A picklable value of every rank, by rank; all ranks must call it together."""
-        if self._ranks.world_size == 1:
-            return [value]
-        values = [None] * self._ranks.world_size
-        dist.all_gather_object(values, value)
-        return values
+        return gather(self._ranks, value)
 
     def full_weights(self) -> dict[str, Tensor] | None:
         """Every parameter and buffer, whole, on the CPU of rank 0 (None elsewhere). All ranks must call it together."""
@@ -288,7 +282,6 @@ class Engine:
 
     def set_rng_states(self, states: dict[str, Tensor]) -> None:
         engine_state.set_rng_states(self.device, states)
-        self.rng_state = states.get("torch")
 
     def restore(
         self,
@@ -311,14 +304,3 @@ class Engine:
                     buffer.copy_(read_average_buffer(name))
         if self._average is not None and read_average_buffer is None:
             self._average.restart()
-
-
-def _mixed(seed: int, step: int, rank: int) -> int:
-    """A 63-bit number that differs for any two (seed, step, rank): splitmix64 over the three."""
-    value = 0
-    for part in (seed, step, rank):
-        value = (value + part + 0x9E3779B97F4A7C15) & (2**64 - 1)
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        value ^= value >> 31
-    return value >> 1

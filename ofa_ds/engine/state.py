@@ -82,7 +82,7 @@ class _Local:
 
     def __init__(self, wrapped: Any, averages: Averages | None) -> None:
         self._optimizer = wrapped.optimizer
-        self._state = _base(wrapped).state
+        self._state = base(wrapped).state
         self._averages = averages
         self._masters = masters(wrapped)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
@@ -133,7 +133,7 @@ class _Local:
         return self._known[master]
 
 
-def _base(wrapped: Any) -> torch.optim.Optimizer:
+def base(wrapped: Any) -> torch.optim.Optimizer:
     """The AdamW inside the ZeRO optimizer."""
     return getattr(wrapped.optimizer, "optimizer", wrapped.optimizer)
 
@@ -143,7 +143,7 @@ def masters(wrapped: Any) -> list[Tensor]:
     for name in _FLAT_BUFFERS:
         if hasattr(wrapped.optimizer, name):
             return getattr(wrapped.optimizer, name)
-    return [parameter for group in _base(wrapped).param_groups for parameter in group["params"]]
+    return [parameter for group in base(wrapped).param_groups for parameter in group["params"]]
 
 
 def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -191,9 +191,9 @@ def counters(wrapped: Any) -> dict[str, Any]:
 
 
 def _adam_step(wrapped: Any) -> int:
-    base = _base(wrapped)
-    found = {int(state["step"]) for state in base.state.values() if "step" in state}
-    found |= {int(group["step"]) for group in base.param_groups if "step" in group and not base.state}
+    adam = base(wrapped)
+    found = {int(state["step"]) for state in adam.state.values() if "step" in state}
+    found |= {int(group["step"]) for group in adam.param_groups if "step" in group and not adam.state}
     if len(found) > 1:
         raise RuntimeError(f"the optimizer counts different steps for its parameters: {sorted(found)}; cannot be saved")
     return found.pop() if found else 0
@@ -248,23 +248,23 @@ def _restore_parameter(local: _Local, name: str, parameter: nn.Parameter, read: 
 
 def _make_state(wrapped: Any, step: int) -> None:
     """Give a fresh optimizer the moments it lacks, in the form its class wants, learnt from a one-element probe."""
-    base = _base(wrapped)
+    adam = base(wrapped)
     flats = masters(wrapped)
-    known = inspect.signature(type(base).__init__).parameters  # AdamW.defaults holds a key that AdamW() refuses
+    known = inspect.signature(type(adam).__init__).parameters  # AdamW.defaults holds a key that AdamW() refuses
     probe_weight = nn.Parameter(torch.zeros(1, device=flats[0].device))
     probe_weight.grad = torch.zeros_like(probe_weight)
-    probe = type(base)([probe_weight], **{key: value for key, value in base.defaults.items() if key in known})
+    probe = type(adam)([probe_weight], **{key: value for key, value in adam.defaults.items() if key in known})
     probe.step()
     for flat in flats:
-        base.state[flat].clear()
+        adam.state[flat].clear()
         if not step:
             continue
         for key, value in probe.state[probe_weight].items():
             if key == "step":
-                base.state[flat][key] = torch.full_like(value, step) if torch.is_tensor(value) else type(value)(step)
+                adam.state[flat][key] = torch.full_like(value, step) if torch.is_tensor(value) else type(value)(step)
             else:
-                base.state[flat][key] = torch.zeros_like(flat, dtype=value.dtype)
-    for group in base.param_groups:
+                adam.state[flat][key] = torch.zeros_like(flat, dtype=value.dtype)
+    for group in adam.param_groups:
         if "step" in probe.param_groups[0]:
             group["step"] = type(probe.param_groups[0]["step"])(step)
 

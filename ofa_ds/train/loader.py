@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -90,6 +90,13 @@ class MicroBatches(Dataset):
         name = "" if row is None else f", id {row['id']!r}"
         place = f"{self.shards.path}: {family} row {index} ({self.shards.where(family, index)}{name})"
         return (ValueError if isinstance(error, ValueError) else RuntimeError)(f"{place}: {what}")
+
+    def rows(self, step: int, numbers: Collection[int] | None = None) -> list[tuple[str, int]]:
+        """(family, row of the family) of these micro-batches of a step; None: of all of them."""
+        start, size = step * self.batch.global_rows, self.batch.micro_rows
+        wanted = range(self.batch.global_rows // size) if numbers is None else sorted(numbers)
+        rows = [row for k in wanted for row in self.mixture.rows(start + k * size, start + (k + 1) * size)]
+        return [(family, index) for family, _, index in rows]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Layout, list[str]] | ValueError | RuntimeError:
         """For the workers: one tensor travels faster than twenty, and an error as it is better than two tracebacks."""

@@ -30,35 +30,47 @@ class Window:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._waited_s = 0.0
         self.reset()
 
     def reset(self) -> None:
         self.start = time.perf_counter()
-        self.data_wait_s = 0.0
         self.num_steps = 0
-        self.loss = torch.zeros((), device=self.device, dtype=torch.float64)
-        self.tasks = torch.zeros(len(TASKS), 2, device=self.device, dtype=torch.float64)
-        self.counts = torch.zeros(2, device=self.device, dtype=torch.float64)
+        self.num_counted = 0
+        size = 1 + 2 + 2 * len(TASKS)  # loss; tokens, examples; nll and tokens of each task
+        self._sums = torch.zeros(size, device=self.device, dtype=torch.float64)
+        self._step = torch.zeros_like(self._sums)
 
     def add_micro_batch(self, task_sums: Tensor, loss: Tensor, *, num_tokens: int, num_examples: int) -> None:
         """task_sums: [8, 4] of `loss.task_sums`; loss: this micro-batch's share of the step's loss."""
-        self.tasks += task_sums[:, [1, 3]].double()  # nll, tokens
-        self.loss += loss.double()
-        self.counts += torch.tensor([num_tokens, num_examples], device=self.device, dtype=torch.float64)
+        self._step[0] += loss.double()
+        self._step[1:3] += torch.tensor([num_tokens, num_examples], device=self.device, dtype=torch.float64)
+        self._step[3:] += task_sums[:, [1, 3]].double().flatten()  # nll, tokens
 
-    def close(self, sum_over_ranks: Any) -> dict[str, float]:
-        """Means over the window and all ranks, then a new window. `sum_over_ranks` reduces one flat tensor in place."""
-        flat = torch.cat([self.loss.view(1), self.counts, self.tasks.flatten()])
-        sum_over_ranks(flat)
-        loss, num_tokens, num_examples, *tasks = flat.tolist()
+    def end_step(self, *, counted: bool = True) -> None:
+        """counted: false for a step that was skipped; its sums, which may not be finite, are left out."""
+        self.num_steps += 1
+        if counted:
+            self.num_counted += 1
+            self._sums += self._step
+        self._step.zero_()
+
+    def close(self, sum_over_ranks: Any, *, waited_s: float = 0.0) -> dict[str, float]:
+        """Means over the window and all ranks, then a new window. `sum_over_ranks` reduces one flat tensor in place.
+
+        waited_s: what this rank has waited for data from the start on.
+        """
+        sum_over_ranks(self._sums)
+        loss, num_tokens, num_examples, *tasks = self._sums.tolist()
         seconds = time.perf_counter() - self.start
-        values = {"loss": loss / max(self.num_steps, 1)}
+        values = {"loss": loss / self.num_counted if self.num_counted else math.nan}
         for task, nll, count in zip(TASKS, tasks[::2], tasks[1::2], strict=True):
             values[f"loss/{task}"] = nll / count if count else math.nan
         values["tokens_per_s"] = num_tokens / seconds
         values["examples_per_s"] = num_examples / seconds
-        values["data_wait_fraction"] = self.data_wait_s / seconds
+        values["data_wait_fraction"] = (waited_s - self._waited_s) / seconds
         values["step_ms"] = 1000 * seconds / max(self.num_steps, 1)
+        self._waited_s = waited_s
         self.reset()
         return values
 

@@ -1,22 +1,15 @@
-"""Pretraining: recipe in, checkpoints and metrics out. One visible loop; each optimizer step is `train_step`.
-
-The loss of a step is, per group g (vision-language; everything else), sum(confidence * token loss) / global token count
-of g, summed over groups: the original's L1/n1 + L2/n2 made independent of ranks and accumulation (docs/ofa.md,
-Training: loss).
-"""
+"""Pretraining: recipe in, checkpoints and metrics out. One visible loop; each optimizer step is `train_step`."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ofa_ds import checkpoint
-from ofa_ds.batch import Batch
 from ofa_ds.checkpoint.manifest import Manifest
 from ofa_ds.checkpoint.saver import Saver
 from ofa_ds.config import Recipe, recipe_to_dict, recipe_to_toml
@@ -24,16 +17,18 @@ from ofa_ds.data import kept_vocabulary
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
 from ofa_ds.engine.config import load_deepspeed_config
-from ofa_ds.engine.engine import Engine, build, init_distributed, leave_distributed
+from ofa_ds.engine.engine import Engine, build
 from ofa_ds.engine.host_memory import release_freed_memory
+from ofa_ds.engine.process_group import init_distributed, leave_distributed, together
 from ofa_ds.engine.ranks import Ranks
 from ofa_ds.inference.answers import sample_cards
 from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.model.config import ModelConfig, model_config
 from ofa_ds.model.ofa import OFA
+from ofa_ds.train.bad_steps import BadSteps
 from ofa_ds.train.loader import Loader
-from ofa_ds.train.loss import group_counts, group_sums, task_sums
 from ofa_ds.train.metrics import MetricsWriter, Window, peak_memory_MiB
+from ofa_ds.train.step import train_step
 from ofa_ds.train.stop_signal import StopSignal
 
 RELEASE_EVERY = 10
@@ -47,38 +42,17 @@ STOPPED = 130
 """Exit code after a signal: the state is saved, the run is not finished."""
 
 
-def train_step(
-    engine: Engine, micro_batches: list[Batch], window: Window, *, label_smoothing: float, votes: Sequence[bool] = ()
-) -> list[bool]:
-    """One optimizer step, equal to one process on all ranks' micro-batches.
-
-    votes: what this rank wants all to know, in the same order on each. Returns whether any rank voted so, for each.
-    """
-    device = engine.device
-    shared = torch.stack([group_counts(batch) for batch in micro_batches]).sum(0).double()
-    num_groups = len(shared)
-    shared = torch.cat([shared, torch.tensor([float(vote) for vote in votes], dtype=torch.float64)]).to(device)
-    engine.all_reduce(shared)
-    global_counts = shared[:num_groups].clamp(min=1)  # a group without tokens has sum 0: it adds nothing
-    for batch in micro_batches:
-        batch = batch.to(device)
-        loss_M, nll_M, correct_M = engine(batch, label_smoothing=label_smoothing)
-        loss = (group_sums(loss_M, batch) / global_counts.to(loss_M.dtype)).sum()
-        engine.backward(loss)
-        engine.step()  # updates the weights at the last micro-batch of the step
-        with torch.no_grad():
-            sums = task_sums(loss_M, nll_M, correct_M, batch)
-            window.add_micro_batch(sums, loss.detach(), num_tokens=batch.num_tokens, num_examples=batch.num_examples)
-    window.num_steps += 1
-    return [count > 0 for count in shared[num_groups:].tolist()]
-
-
 def run(recipe: Recipe) -> int:
-    """Train to `train.num_steps`, from the newest checkpoint of `run_dir` where there is one. Returns the exit code."""
+    """Train to `train.num_steps`, from the newest checkpoint of `run_dir` where there is one. Returns the exit code.
+
+    What one rank raises before the first step, all raise. Later a rank that fails just ends: its connections break, and
+    the launcher ends the others.
+    """
     ranks = init_distributed()
     recipe.batch.accumulation_steps(ranks.world_size)  # a wrong batch shape is told before anything heavy starts
-    shards, vocab = Shards(recipe.data.shards), load_vocab(recipe.data.vocab)
-    config = model_config(recipe, vocab.size)
+    with together(ranks):
+        shards, vocab = Shards(recipe.data.shards), load_vocab(recipe.data.vocab)
+        config = model_config(recipe, vocab.size)
     engine = build(
         lambda: OFA(config),
         deepspeed=recipe.deepspeed,
@@ -88,6 +62,7 @@ def run(recipe: Recipe) -> int:
         ranks=ranks,
         zero_init=_needs_pieces(recipe, config),
     )
+    _say(ranks, engine.describe())
     identity = {"data": shards.fingerprint, "vocab": vocab.fingerprint}
     first_step = _resume(engine, recipe, identity)
     loader = Loader(
@@ -100,10 +75,17 @@ def run(recipe: Recipe) -> int:
         world_size=ranks.world_size,
         model=config,
     )
+    with together(ranks):
+        writer = _open_writer(recipe, first_step, vocab.fingerprint) if ranks.rank == 0 else None
     with StopSignal().listening() as stop:
-        code = _train(engine, loader, recipe, ranks, first_step=first_step, identity=identity, stop=stop)
+        code = _train(engine, loader, recipe, writer, first_step=first_step, identity=identity, stop=stop)
     leave_distributed()
     return code
+
+
+def _say(ranks: Ranks, text: str) -> None:
+    if ranks.rank == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _needs_pieces(recipe: Recipe, config: ModelConfig) -> bool:
@@ -118,48 +100,49 @@ def _train(
     engine: Engine,
     loader: Loader,
     recipe: Recipe,
-    ranks: Ranks,
+    writer: MetricsWriter | None,
     *,
     first_step: int,
     identity: dict[str, str],
     stop: StopSignal,
 ) -> int:
-    train = recipe.train
-    writer = _open_writer(recipe, first_step, identity["vocab"]) if ranks.rank == 0 else None
+    train, smoothing = recipe.train, recipe.optim.label_smoothing
     window = Window(engine.device)
     saver = Saver(engine, recipe, extra={"recipe": recipe_to_dict(recipe), "identity": identity})
-    step, waited_s = first_step, 0.0
+    bad = BadSteps(engine, loader.micro_batches, limit=train.max_bad_steps, run_dir=Path(recipe.run_dir))
     source = loader.steps(first_step)
+    step, stopping = first_step, False
     try:
-        while step < train.num_steps:
+        while step < train.num_steps and not stopping:
             micro_batches = next(source)
-            stopping, writing = train_step(
-                engine, micro_batches, window, label_smoothing=recipe.optim.label_smoothing,
-                votes=(stop.asked, saver.is_writing),
-            )  # fmt: skip
+            votes = (stop.asked, saver.is_writing)
+            voted, losses = train_step(engine, micro_batches, window, label_smoothing=smoothing, votes=votes)
+            stopping, writing = voted
             step += 1
-            window.data_wait_s += loader.wait_seconds - waited_s
-            waited_s = loader.wait_seconds
+            bad.judge(step, losses)
+            if bad.too_many:
+                saver.commit()
+                raise bad.error(step, checkpoint.latest(recipe.run_dir))
+            last = stopping or step == train.num_steps
             if step % train.log_every == 0 or step == train.num_steps:
-                _log(engine, window, writer, step)
+                _log(engine, window, writer, step, loader.wait_seconds)
             if engine.device.type == "cpu" and step % RELEASE_EVERY == 0:
                 release_freed_memory()
             if train.sample_every and step % train.sample_every == 0:
                 _show_samples(engine, recipe, loader, writer, step)
             if not writing:
                 saver.commit()
-            if step % train.save_every == 0 or step == train.num_steps or stopping:
-                saver.save(step, wait=step == train.num_steps or stopping)
-            if stopping and step < train.num_steps:
-                if ranks.rank == 0:
-                    print(f"stopped at step {step}; the same command goes on from there", file=sys.stderr)
-                return STOPPED
+            if last or (step % train.save_every == 0 and not bad.in_a_row):
+                saver.save(step, wait=last)
     finally:
         source.close()  # ends the workers
         saver.close()
         if writer is not None:
             writer.close()
-    if ranks.rank == 0:
+    if step < train.num_steps:
+        _say(engine.ranks, f"stopped at step {step}; the same command goes on from there")
+        return STOPPED
+    if engine.ranks.rank == 0:
         print(f"done: {step} steps; checkpoint {checkpoint.latest(recipe.run_dir)}")
     return 0
 
@@ -172,9 +155,10 @@ def _open_writer(recipe: Recipe, first_step: int, vocab: str) -> MetricsWriter:
     return MetricsWriter(run_dir, num_steps=recipe.train.num_steps, first_step=first_step)
 
 
-def _log(engine: Engine, window: Window, writer: MetricsWriter | None, step: int) -> None:
+def _log(engine: Engine, window: Window, writer: MetricsWriter | None, step: int, waited_s: float) -> None:
+    """waited_s: for data, from the start on."""
     values = {"lr": engine.lr, "grad_norm": engine.grad_norm, "peak_memory_MiB": peak_memory_MiB(engine.device)}
-    values = {**window.close(engine.all_reduce), **values}
+    values = {**window.close(engine.all_reduce, waited_s=waited_s), **values}
     if writer is not None:
         writer.write(step, values)
 

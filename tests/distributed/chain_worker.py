@@ -10,7 +10,7 @@ from chain_cases import ACCUMULATION, FIRST_STEPS, HOPS, STEPS_A_HOP
 from engine_worker import build_engine, ds_config, make_ofa, train_ofa
 
 from ofa_ds import checkpoint
-from ofa_ds.engine.engine import init_distributed, leave_distributed
+from ofa_ds.engine.process_group import init_distributed, leave_distributed
 
 
 def main(folder: Path, hop: int) -> None:

@@ -31,7 +31,12 @@ RESHARD = {
 }
 """World size -> (what two ranks saved, ZeRO stage that loads it)."""
 
-JOBS = {2: ("parity", "precision", "resume"), 3: ("parity", "reshard"), 1: ("parity", "reshard", "average")}
+SKIP = (
+    "fp32_0", "fp32_1", "fp32_2", "fp32_3", "bf16_1", "bf16_2", "bf16_3", "fp16_3", "fp32_2_offload", "bf16_3_offload",
+)  # fmt: skip
+"""Precision, ZeRO stage and whether the optimizer is on the CPU, of engines that skip steps."""
+
+JOBS = {2: ("parity", "precision", "resume", "skip"), 3: ("parity", "reshard"), 1: ("parity", "reshard", "average")}
 """World size -> jobs of its launch; the launch of 2 ranks saves what the others load."""
 
 

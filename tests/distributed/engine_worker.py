@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from batches import random_batch
 from deepspeed.accelerator import get_accelerator
-from engine_cases import KINDS, PARITY, RESHARD, STEPS, VOCAB, result_file
+from engine_cases import KINDS, PARITY, RESHARD, SKIP, STEPS, VOCAB, result_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.cpp_extension import get_default_build_root
 from toy import Toy, toy_batch
 
 from ofa_ds import checkpoint
@@ -26,12 +28,15 @@ from ofa_ds.checkpoint.manifest import read_manifest
 from ofa_ds.checkpoint.state import Reader
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
 from ofa_ds.engine.config import load_deepspeed_config
-from ofa_ds.engine.engine import Engine, build, init_distributed, leave_distributed
+from ofa_ds.engine.engine import Engine, build
+from ofa_ds.engine.process_group import init_distributed, leave_distributed
 from ofa_ds.engine.schedule import polynomial_lr
 from ofa_ds.model import products
 from ofa_ds.model.config import preset
 from ofa_ds.model.ofa import OFA
 from ofa_ds.train.loss import group_counts, group_sums
+from ofa_ds.train.metrics import Window
+from ofa_ds.train.step import train_step
 
 OPTIM = OptimConfig(peak_lr=1e-3, warmup_steps=3, eps=1e-6, clip_norm=0.5, ema_decay=0.8)
 TRAIN = TrainConfig(num_steps=30, seed=3)
@@ -94,17 +99,12 @@ def train_ofa(
     """(loss, gradient norm) of each step from `begin` on."""
     size = len(KINDS) // (world_size * accumulation)
     losses, norms = [], []
+    window = Window(engine.device)
     for step in range(begin, begin + steps):
         first = [(micro * world_size + engine.ranks.rank) * size for micro in range(accumulation)]
         batches = [random_batch((step,), kinds=KINDS[at : at + size], first=at, vocab_size=VOCAB) for at in first]
-        counts = engine.all_reduce(torch.stack([group_counts(batch) for batch in batches]).sum(0))
-        total = torch.zeros(())
-        for batch in batches:
-            loss = (group_sums(engine(batch)[0].float(), batch) / counts).sum()
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach()
-        losses.append(engine.all_reduce(total).item())
+        train_step(engine, batches, window, label_smoothing=0.0)
+        losses.append(window.close(engine.all_reduce)["loss"])
         norms.append(engine.grad_norm)
     return losses, norms
 
@@ -292,6 +292,80 @@ def change_average(ranks: Any, folder: Path) -> list[dict[str, Any]]:
     return results
 
 
+def skip_steps(ranks: Any) -> list[dict[str, Any]]:
+    """Steps that one rank spoils, before any update, between and after others, and the same without them."""
+    allow_fp16_on_cpu()
+    results = []
+    for name in SKIP:
+        if name.endswith("offload") and not offload_is_built():
+            continue
+        engine = build_engine(ranks, Toy, skip_config(name), 2)
+        changed, skipped, norms, good = [], [], [], 0
+        for spoilt in ("nan loss", "", "", "infinite gradient", "infinite loss", ""):
+            before = state_of(engine)
+            toy_step(engine, good, spoilt, ranks)
+            skipped.append(engine.gather(engine.skipped))
+            if spoilt:
+                norms.append(engine.grad_norm)
+                changed += [each for each in different(state_of(engine), before) if each not in COUNTED]
+            else:
+                good += 1
+        last = state_of(engine)
+        dispose(engine)
+        apart = []
+        if not name.startswith("fp16"):  # whose smaller loss scale rounds otherwise
+            engine = build_engine(ranks, Toy, skip_config(name), 2)
+            for step in range(good):
+                toy_step(engine, step, "", ranks)
+            apart = [each for each in different(last, state_of(engine)) if each not in COUNTED]
+            dispose(engine)
+        results.append({
+            "name": name, "skipped": skipped, "norms": norms, "updates": int(last["adam_step"]),
+            "changed": sorted(set().union(*engine.gather(changed))),
+            "apart": sorted(set().union(*engine.gather(apart))),
+            "finite": all(bool(tensor.isfinite().all()) for tensor in last.values()),
+        })  # fmt: skip
+    return results
+
+
+COUNTED = {"global_steps", "skipped_steps", "global_samples", "torch", "cur_scale", "cur_iter", "last_overflow_iter"}
+"""What a skipped step is counted in; torch's generator is seeded anew in each step."""
+
+
+def offload_is_built() -> bool:
+    """Whether DeepSpeed's CPU AdamW was compiled before: that takes minutes, which is no business of a test."""
+    return any(Path(get_default_build_root()).glob("*/cpu_adam/cpu_adam.so"))
+
+
+def skip_config(name: str) -> dict[str, Any]:
+    """`bf16_2_offload`: precision, stage, optimizer on the CPU."""
+    precision, stage, *offload = name.split("_")
+    config = ds_config(int(stage))
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if precision == "fp16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": 7, "hysteresis": 1}
+        config["bf16"] = {"enabled": False}
+    elif precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    return config
+
+
+def toy_step(engine: Engine, step: int, spoilt: str, ranks: Any) -> None:
+    """spoilt: what is wrong with the first micro-batch of the last rank, if anything."""
+    batches = [toy_batch(step, micro * ranks.world_size + ranks.rank, 2) for micro in range(2)]
+    count = engine.all_reduce(torch.tensor(float(sum(batch.count for batch in batches))))
+    for micro, batch in enumerate(batches):
+        loss = engine(batch).sum() / count
+        if spoilt and micro == 0 and ranks.rank == ranks.world_size - 1:
+            if spoilt == "infinite gradient":
+                loss.register_hook(lambda gradient: gradient * math.inf)
+            else:
+                loss = loss + {"nan loss": math.nan, "infinite loss": math.inf}[spoilt]
+        engine.backward(loss)
+        engine.step()
+
+
 def fuzz(ranks: Any, folder: Path) -> dict[str, Any]:
     """300 micro-steps under ZeRO-3 in which each rank draws its own mixture, now and then of one kind only."""
     engine = build_engine(ranks, make_ofa, ds_config(3), 3)
@@ -317,6 +391,7 @@ def main(folder: Path, *jobs: str) -> None:
     functions = {
         "parity": lambda: parity(ranks, folder),
         "precision": lambda: precision(ranks),
+        "skip": lambda: skip_steps(ranks),
         "resume": lambda: resume_exactly(ranks, folder),
         "reshard": lambda: reshard(ranks, folder),
         "average": lambda: change_average(ranks, folder),

@@ -36,7 +36,8 @@ from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.convert.deepspeed_folder import read_deepspeed, write_deepspeed
 from ofa_ds.convert.universal import read_universal, write_universal
 from ofa_ds.engine.config import load_deepspeed_config
-from ofa_ds.engine.engine import Engine, init_distributed, leave_distributed
+from ofa_ds.engine.engine import Engine
+from ofa_ds.engine.process_group import init_distributed, leave_distributed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS = 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from engine_cases import PARITY, RESHARD, RESUME, WORKER, environment, result_file
+from engine_cases import PARITY, RESHARD, RESUME, SKIP, WORKER, environment, result_file
 
 TOLERANCE = 1e-5
 HANG_S = 120
@@ -58,6 +59,19 @@ def test_fp16_skips_overflowing_steps_and_saves_the_loss_scale(results):
     assert 0 < saved["skipped_steps"] < saved["global_steps"] == 4
     assert saved["adam_step"] == 4 - saved["skipped_steps"]
     assert saved["loss_scaler"]["cur_scale"] == 2.0 ** (20 - saved["skipped_steps"])
+
+
+@pytest.mark.parametrize("name", SKIP)
+def test_a_step_that_one_rank_spoils_is_skipped_by_all_and_leaves_no_trace(results, name):
+    """Weights, moments, average, buffers and what follows are to the bit as if that step had never been."""
+    case = next((case for case in results(2, "skip") if case["name"] == name), None)
+    if case is None:
+        pytest.skip("DeepSpeed's CPU AdamW is not compiled here; a run with zero3_offload does that")
+    assert case["skipped"] == [[bad, bad] for bad in (True, False, False, True, True, False)]
+    assert case["changed"] == []
+    assert case["updates"] == 3 and case["finite"]
+    assert not any(math.isfinite(norm) for norm in case["norms"]) and len(case["norms"]) == 3
+    assert case["apart"] == []
 
 
 @pytest.mark.parametrize("ranks, source, stage", [(ranks, *case) for ranks, cases in RESHARD.items() for case in cases])

@@ -8,7 +8,7 @@ import sys
 import deepspeed
 import torch
 
-from ofa_ds.engine.engine import init_distributed
+from ofa_ds.engine.process_group import init_distributed
 from ofa_ds.model.config import ModelConfig, ResNetConfig, ViTConfig, preset
 from ofa_ds.model.ofa import OFA
 

@@ -24,7 +24,8 @@ from toy import Toy, toy_batch
 from ofa_ds import checkpoint
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
 from ofa_ds.engine.config import load_deepspeed_config
-from ofa_ds.engine.engine import Engine, build, init_distributed
+from ofa_ds.engine.engine import Engine, build
+from ofa_ds.engine.process_group import init_distributed
 from ofa_ds.storage import direct_file
 
 TIMED_KILLS = 100

@@ -37,9 +37,26 @@ def test_window_means_are_per_step_for_the_loss_and_per_token_for_tasks():
         sums = torch.zeros(8, 4)
         sums[1] = torch.tensor([9.0, 6.0, 1.0, 4.0])
         window.add_micro_batch(sums, torch.tensor(3.0), num_tokens=10, num_examples=2)
-        window.num_steps += 1
+        window.end_step()
     values = window.close(lambda tensor: None)
     assert values["loss"] == 3.0
     assert values["loss/vqa"] == 1.5
     assert math.isnan(values["loss/caption"])
     assert window.num_steps == 0
+
+
+def test_a_skipped_step_is_in_no_mean_and_a_window_of_skipped_steps_has_no_loss():
+    window = Window(torch.device("cpu"))
+
+    def step(loss: float, *, counted: bool) -> None:
+        sums = torch.full((8, 4), loss)
+        window.add_micro_batch(sums, torch.tensor(loss), num_tokens=10, num_examples=2)
+        window.end_step(counted=counted)
+
+    step(math.nan, counted=False)
+    step(3.0, counted=True)
+    step(math.inf, counted=False)
+    values = window.close(lambda tensor: None)
+    assert values["loss"] == 3.0 and values["loss/vqa"] == 1.0
+    step(math.nan, counted=False)
+    assert math.isnan(window.close(lambda tensor: None)["loss"])

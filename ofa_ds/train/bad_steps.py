@@ -1,0 +1,76 @@
+"""Steps whose loss or gradient is not finite: told, counted, and not endured for ever. The engine has skipped them."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from ofa_ds.engine.engine import Engine
+from ofa_ds.train.loader import MicroBatches
+
+SHOWN_ROWS = 12
+"""How many rows of a bad step are named."""
+
+
+class BadSteps:
+    """Watches the steps of a run. All ranks call `judge` after each; it costs nothing where the step was good."""
+
+    def __init__(self, engine: Engine, source: MicroBatches, *, limit: int, run_dir: Path) -> None:
+        """limit: `train.max_bad_steps`. source: says which rows a micro-batch holds."""
+        self._engine, self._source, self._limit, self._run_dir = engine, source, limit, run_dir
+        self.in_a_row = 0
+
+    @property
+    def too_many(self) -> bool:
+        return self.in_a_row >= self._limit
+
+    def judge(self, step: int, losses: Iterable[Tensor]) -> None:
+        """After optimizer step number `step` (from 1 on); losses: of this rank's micro-batches."""
+        engine = self._engine
+        if not engine.skipped:
+            self.in_a_row = 0
+            return
+        rank, world_size = engine.ranks.rank, engine.ranks.world_size
+        mine = [k * world_size + rank for k, loss in enumerate(losses) if not loss.isfinite()]
+        numbers = sorted(itertools.chain(*engine.gather(mine)))
+        if engine.rescaled and not numbers:  # at most as often as the scale can be halved
+            self._tell(f"step {step} is skipped: the gradient overflowed fp16; loss scale is now {engine.loss_scale:g}")
+            return
+        self.in_a_row += 1
+        what = f"the loss of micro-batch {_listed(numbers)}" if numbers else "the gradient (of finite losses)"
+        if rank == 0:
+            rows = self._source.rows(step - 1, numbers or None)
+            names = [f"{family} row {index} ({self._id(family, index)})" for family, index in rows[:SHOWN_ROWS]]
+            self._tell(
+                f"step {step} is skipped, nothing is learnt from it: {what} is not finite; rows: {', '.join(names)}"
+                f"{_more(len(rows))}; {self.in_a_row} in a row, at {self._limit} (train.max_bad_steps) the run stops"
+            )
+
+    def _id(self, family: str, index: int) -> str:
+        return str(self._source.shards.row(family, index)["id"])
+
+    def error(self, step: int, good: Path | None) -> RuntimeError:
+        """Why the run stops after step `step`. good: the last checkpoint from before the bad steps."""
+        where = f"the last good checkpoint is {good}" if good else f"{self._run_dir} has no good checkpoint"
+        return RuntimeError(
+            f"{self.in_a_row} steps in a row, up to step {step}, had a loss or a gradient that is not finite; the "
+            f"weights are those of step {step - self.in_a_row}; {where}; look at the rows named above, or lower "
+            "optim.peak_lr"
+        )
+
+    def _tell(self, text: str) -> None:
+        if self._engine.ranks.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _listed(things: Iterable[object]) -> str:
+    names = [str(thing) for thing in things]
+    return ", ".join(names[:SHOWN_ROWS]) + _more(len(names))
+
+
+def _more(count: int) -> str:
+    return f" and {count - SHOWN_ROWS} more" if count > SHOWN_ROWS else ""

@@ -1,0 +1,54 @@
+"""One optimizer step.
+
+Its loss is, per group g (vision-language; everything else), sum(confidence * token loss) / global token count of g,
+summed over groups: the original's L1/n1 + L2/n2 made independent of ranks and accumulation (docs/ofa.md, Training:
+loss).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ofa_ds.batch import Batch
+from ofa_ds.engine.engine import Engine
+from ofa_ds.train.loss import group_counts, group_sums, task_sums
+from ofa_ds.train.metrics import Window
+
+
+class StepResult(NamedTuple):
+    voted: list[bool]
+    """For each vote, whether any rank gave it."""
+    losses: list[Tensor]
+    """Of each of this rank's micro-batches, its share of the step's loss; scalars on the device."""
+
+
+def train_step(
+    engine: Engine, micro_batches: list[Batch], window: Window, *, label_smoothing: float, votes: Sequence[bool] = ()
+) -> StepResult:
+    """One optimizer step, equal to one process on all ranks' micro-batches; `engine.skipped` says if it was left out.
+
+    votes: what this rank wants all to know, in the same order on each.
+    """
+    device = engine.device
+    shared = torch.stack([group_counts(batch) for batch in micro_batches]).sum(0).double()
+    num_groups = len(shared)
+    shared = torch.cat([shared, torch.tensor([float(vote) for vote in votes], dtype=torch.float64)]).to(device)
+    engine.all_reduce(shared)
+    global_counts = shared[:num_groups].clamp(min=1)  # a group without tokens has sum 0: it adds nothing
+    losses = []
+    for batch in micro_batches:
+        batch = batch.to(device)
+        loss_M, nll_M, correct_M = engine(batch, label_smoothing=label_smoothing)
+        loss = (group_sums(loss_M, batch) / global_counts.to(loss_M.dtype)).sum()
+        engine.backward(loss)
+        engine.step()  # updates the weights at the last micro-batch of the step
+        losses.append(loss.detach())
+        with torch.no_grad():
+            sums = task_sums(loss_M, nll_M, correct_M, batch)
+            window.add_micro_batch(sums, losses[-1], num_tokens=batch.num_tokens, num_examples=batch.num_examples)
+    window.end_step(counted=not engine.skipped)
+    return StepResult([count > 0 for count in shared[num_groups:].tolist()], losses)
