@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ofa_kernels._cross_entropy_parts import NUM_ALWAYS_ALLOWED, SLACK, add_product_
 from ofa_kernels._launch import CompileCase
-from ofa_kernels.cross_entropy import NUM_ALWAYS_ALLOWED, SLACK, add_product_
 
 TILE_AND_SUM_BYTES = 84 << 20
 """Of a tile and of the fp32 gradients of its tokens. With a partial product (8 MiB) and the state it stays < 100 MB."""

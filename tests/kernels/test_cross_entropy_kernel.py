@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ofa_ds.train.criteria import Criterion, criterion_loss
-from ofa_kernels import cross_entropy
+from ofa_kernels import _cross_entropy_parts, cross_entropy
 from ofa_kernels import cross_entropy_triton as tiles
 from ofa_kernels._launch import interpreting
 from ofa_kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
@@ -365,7 +365,7 @@ def test_tiles_of_the_real_vocabulary_take_less_than_100_mb_beside_the_gradients
 ) -> None:
     """Everything but the kernels runs, on tensors without data. A fp32 sum of the weight's gradient counts as that
     gradient; there is none where one group of tokens holds all of them."""
-    monkeypatch.setattr(cross_entropy, "_products_are_wide", lambda *_: False)  # where it is so, less memory is needed
+    monkeypatch.setattr(_cross_entropy_parts, "_products_are_wide", lambda *_: False)  # else less memory is needed
     launches: list[int] = []
     monkeypatch.setattr(tiles, "_forward_kernel", _Launches(launches))
     monkeypatch.setattr(tiles, "_backward_kernel", _Launches(launches))
@@ -401,7 +401,7 @@ def test_memory_of_the_torch_path_does_not_grow_with_the_tokens(
     """At a thousandth of the size; by proportion the real limits give less than 100 MB."""
     vocab, dim, scale = 640, 4, 1000
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", cross_entropy.CHUNK_ELEMENTS // scale)
-    monkeypatch.setattr(cross_entropy, "PART_ELEMENTS", cross_entropy.PART_ELEMENTS // scale)
+    monkeypatch.setattr(_cross_entropy_parts, "PART_ELEMENTS", _cross_entropy_parts.PART_ELEMENTS // scale)
     peaks = []
     for num_tokens in (160, 320):
         example = problem(num_tokens, vocab, dim, constraint=constraint, dtype=dtype)

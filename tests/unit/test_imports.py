@@ -114,6 +114,25 @@ def test_the_floors_have_no_circle() -> None:
     assert not left, f"these may import one another: {sorted(left)}"
 
 
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    names = {module_name(file) for file in sources()}
+    reaches: dict[str, set[str]] = {}
+    for file in sources():
+        module = module_name(file)
+        package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+        tree = ast.parse(file.read_text())
+        found = {each for _, each in imports(tree, package) if each in names}
+        for node in ast.walk(tree):  # `from ofa_ds.data import tsv` imports ofa_ds.data.tsv
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names} & names
+        reaches[module] = {each for each in found if not module.startswith(f"{each}.")} - {module}
+    left = dict(reaches)
+    while ready := [module for module, found in left.items() if not found & left.keys()]:
+        for module in ready:
+            del left[module]
+    assert not left, f"in a circle, or above one: {sorted(left)}"
+
+
 def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:
     light = {"ofa_ds.cli", "ofa_ds.terms"}
     for file in (ROOT / "ofa_ds" / "cli").glob("*.py"):
