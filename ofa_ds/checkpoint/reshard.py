@@ -13,7 +13,7 @@ from ofa_ds.checkpoint.manifest import Manifest, manifest_of, read_manifest, wri
 from ofa_ds.checkpoint.runs import find
 from ofa_ds.checkpoint.stream import BUFFER_BYTES, MAX_FILES, THREADS, CheckedStream, Small
 from ofa_ds.progress import Progress
-from ofa_ds.storage.atomic import check_space, new_directory
+from ofa_ds.storage.atomic import check_space, new_directory, refuse_inside
 from ofa_ds.storage.direct_file import BLOCK_BYTES
 from ofa_ds.storage.tensor_writer import FileEntry, TensorWriter
 
@@ -27,6 +27,7 @@ def reshard(source: str | Path, destination: Path, *, ranks: int, stage: int | N
     Nobody needs this to go on with a run, which reads any checkpoint; it is for files that are staged beforehand.
     """
     directory = find(source)
+    refuse_inside(destination, Path(source), directory)
     manifest = read_manifest(directory)
     own = manifest.zero_stage if stage is None else stage
     if max(ranks, manifest.world_size) > MAX_FILES:  # checked first and copied then

@@ -146,7 +146,7 @@ def _reshard(options: argparse.Namespace) -> None:
     from ofa_ds.data import kept_vocabulary
 
     source = describe(options.source)
-    path = reshard(source["path"], options.destination, ranks=options.ranks, stage=options.stage)
+    path = reshard(options.source, options.destination, ranks=options.ranks, stage=options.stage)
     kept_vocabulary.carry(Path(source["path"]), path, source["identity"].get("vocab"))
     print(f"{path}: {options.ranks} ranks")
 

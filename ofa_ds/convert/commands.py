@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ofa_ds.checkpoint.format import MANIFEST, TensorInfo
 from ofa_ds.checkpoint.loading import open_checked, open_stream
-from ofa_ds.checkpoint.runs import step_directories
+from ofa_ds.checkpoint.runs import find, step_directories
 from ofa_ds.checkpoint.state import ForeignState, Reader
 from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.config import Recipe, recipe_from_dict, recipe_to_dict
@@ -29,7 +29,7 @@ from ofa_ds.data.vocab import Vocab, load_vocab
 from ofa_ds.data.vocab_files import write_files
 from ofa_ds.engine.partition import AVERAGE
 from ofa_ds.model.config import ModelConfig, model_config
-from ofa_ds.storage.atomic import check_space, new_directory, new_file
+from ofa_ds.storage.atomic import check_space, new_directory, new_file, refuse_inside
 
 FORMATS = ("deepspeed", "universal", "huggingface", "fairseq", "modelscope")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -163,6 +163,7 @@ def export_checkpoint(source: Path, destination: Path, plan: ExportPlan) -> dict
 
     Raises ValueError or OSError, one line; `destination` then does not exist.
     """
+    refuse_inside(destination, source, find(source))
     if plan.format in ("deepspeed", "universal"):
         return _export_training(open_checked(source), destination, plan)
     with open_stream(source, ("weight", AVERAGE)) as reader:

@@ -7,10 +7,9 @@ directory beside the target, which takes its place when all is well and is remov
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +21,7 @@ from ofa_ds.data.negative_files import derive_negatives, read_negatives, write_n
 from ofa_ds.data.pool import run_jobs, serve_if_worker
 from ofa_ds.data.shard_writer import ShardWriter, chain
 from ofa_ds.progress import Progress
-from ofa_ds.storage.atomic import sync
+from ofa_ds.storage.atomic import new_directory
 from ofa_ds.terms import FAMILIES
 
 BAD_LINES, BAD_REASONS, DOUBTS = ".tsv", ".log", ".warn"
@@ -96,7 +95,7 @@ def build_shards(
     serve_if_worker()
     out, paths = Path(out), {family: [Path(file) for file in files] for family, files in sources.items()}
     _refuse(out, paths, on_error)
-    with _appearing(out) as folder:
+    with new_directory(out) as folder:
         built = _run(_plan(folder, paths, rows_per_shard, on_error=on_error, strict=strict), workers)
         _one_side(built)
         sums = _negatives(folder, Path(negatives) if negatives else None, built)
@@ -116,23 +115,6 @@ def _refuse(out: Path, sources: Mapping[str, Sequence[Path]], on_error: str) -> 
         raise ValueError(f"want TSV files of {', '.join(FAMILIES)}; got {', '.join(sorted(unknown)) or 'none'}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; give another --out or remove it")
-
-
-@contextlib.contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A directory to write in, which becomes `out` at the end, or is removed where an error comes first."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
-        os.replace(partial, out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _plan(

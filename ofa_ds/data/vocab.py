@@ -7,9 +7,6 @@ The leading-space convention is GPT-2's: " house" and "house" are different toke
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +16,7 @@ import xxhash
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ofa_ds.data.vocab_files import META, SPECIALS, Files, read_files, tokenizer_of, write_files
+from ofa_ds.storage.atomic import new_directory
 from ofa_ds.terms import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -172,14 +170,8 @@ class Vocab:
         out = Path(out)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} exists and is not an empty directory; give another --out or remove it")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
+        with new_directory(out) as partial:
             write_files(partial, self._files, self.fingerprint)
-            partial.chmod(0o755)
-            os.replace(partial, out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _word_end(text: str, end: int) -> int:

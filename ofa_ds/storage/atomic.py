@@ -3,60 +3,127 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ofa_ds.storage.sizes import size_text
+
 PARTIAL = ".partial_"
-"""How the names begin of what is not complete yet."""
+"""How the names begin of a run's checkpoints that are not complete yet."""
+_NEW = ".new_"
+"""How those begin of what is made here: a run deletes what it left over itself, and nothing of this."""
+_HELD = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
 @contextmanager
 def new_directory(destination: Path) -> Iterator[Path]:
-    """A hidden directory beside `destination` that takes its name when the block ends, or is removed where it fails."""
-    if destination.exists() or destination.is_symlink():
-        raise ValueError(f"{destination}: is there already; remove it, or give another name")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = destination.with_name(f"{PARTIAL}{destination.name}_{secrets.token_hex(4)}")
-    partial.mkdir()
-    try:
+    """A hidden directory beside `destination` that takes its name when the block ends and all in it is durable.
+
+    Where the block fails it is removed; what a killed process left of it goes with the next try. `destination` may be
+    an empty directory. Of two processes that make the same one, the first to end has it. Raises ValueError: something
+    is there, before or after the block.
+    """
+    _refuse(destination, or_empty=True)
+    with _hidden(destination) as partial:
         yield partial
-        sync(partial)
-        _claim(partial, destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        try:
+            os.rename(partial, destination)
+        except OSError as error:
+            if error.errno not in _HELD:
+                raise
+            raise _appeared(destination) from error
     sync(destination.parent)
-
-
-def _claim(partial: Path, destination: Path) -> None:
-    """Give a directory its name. Raises ValueError where another process was quicker."""
-    try:
-        os.rename(partial, destination)  # onto an empty directory it would succeed, and nobody loses anything
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise ValueError(f"{destination}: appeared meanwhile, another process makes it too") from error
-        raise
 
 
 @contextmanager
 def new_file(destination: Path) -> Iterator[Path]:
-    """A hidden path beside `destination`; its file takes that name when the block ends, or is removed if it fails."""
-    if destination.exists() or destination.is_symlink():
+    """A path in a hidden directory; its file becomes `destination` as `new_directory` does it."""
+    _refuse(destination)
+    with _hidden(destination) as partial:
+        yield partial / destination.name
+        sync(partial / destination.name)
+        try:
+            os.link(partial / destination.name, destination)  # a rename would replace another process's
+        except FileExistsError as error:
+            raise _appeared(destination) from error
+        except OSError:  # a file system without links
+            _refuse(destination)
+            os.rename(partial / destination.name, destination)
+    sync(destination.parent)
+
+
+def refuse_inside(destination: Path, *sources: Path) -> None:
+    """Raises ValueError where a new place is one of those that are read, or lies in one, by whatever way."""
+    target = destination.resolve()
+    for source in sources:
+        if source.resolve() in (target, *target.parents):
+            raise ValueError(f"{destination}: is in {source}, which is read; give a place outside of it")
+
+
+def _refuse(destination: Path, *, or_empty: bool = False) -> None:
+    if destination.is_symlink():
+        raise ValueError(f"{destination}: is a symbolic link; remove it, or give the place that it leads to")
+    is_empty = or_empty and destination.is_dir() and not any(destination.iterdir())
+    if destination.exists() and not is_empty:
         raise ValueError(f"{destination}: is there already; remove it, or give another name")
+
+
+def _appeared(destination: Path) -> ValueError:
+    return ValueError(f"{destination}: appeared meanwhile, another process made it too; what this one made is removed")
+
+
+@contextmanager
+def _hidden(destination: Path) -> Iterator[Path]:
+    """A new directory beside `destination`, locked while its process lives, and gone after the block."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = destination.with_name(f"{PARTIAL}{destination.name}")
-    partial.unlink(missing_ok=True)
+    _remove_leftovers(destination)
+    descriptor = None
+    while descriptor is None:
+        partial = destination.with_name(f"{_NEW}{destination.name}_{secrets.token_hex(4)}")
+        partial.mkdir()
+        descriptor = _locked(partial)  # None: someone took it for a leftover before it was locked
     try:
         yield partial
-        os.rename(partial, destination)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync(destination.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_leftovers(destination: Path) -> None:
+    """What killed processes left of the same destination: nobody holds its lock."""
+    name = re.compile(f"{re.escape(_NEW + destination.name)}_[0-9a-f]{{8}}")
+    for path in destination.parent.iterdir():
+        if name.fullmatch(path.name) and (descriptor := _locked(path, only_where_known=True)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(descriptor)
+
+
+def _locked(path: Path, *, only_where_known: bool = False) -> int | None:
+    """A descriptor of a directory that holds its lock; None where it is gone, or another process holds that.
+
+    only_where_known: None also where the file system has no such locks, as some that are shared.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = path.exists()
+    except OSError as error:
+        is_ours = error.errno != errno.EWOULDBLOCK and not only_where_known
+    if is_ours:
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def check_space(directory: Path, num_bytes: int, num_files: int) -> None:
@@ -64,7 +131,7 @@ def check_space(directory: Path, num_bytes: int, num_files: int) -> None:
     found = os.statvfs(directory)
     free = found.f_bavail * found.f_frsize
     if free < num_bytes:
-        text = f"{free / 1e9:.1f} GB are free, {num_bytes / 1e9:.1f} GB are needed"
+        text = f"{size_text(free)} are free, {size_text(num_bytes)} are needed"
         raise OSError(errno.ENOSPC, text, str(directory))
     if found.f_files and found.f_favail < num_files:  # 0 where a file system does not count them
         raise OSError(errno.ENOSPC, f"{found.f_favail} more files fit, {num_files} are needed", str(directory))

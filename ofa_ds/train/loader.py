@@ -31,6 +31,7 @@ from ofa_ds.data.order import Mixture
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.model.config import ModelConfig
+from ofa_ds.storage.sizes import size_text
 from ofa_ds.tasks.context import Context, Row, row_generator
 from ofa_ds.tasks.task import examples
 
@@ -209,7 +210,7 @@ def _need_shared_memory(size: int) -> None:
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else size
     if free < size:
         raise RuntimeError(
-            f"a batch needs {size >> 20} MiB of shared memory, {SHARED_MEMORY} has {free >> 20} MiB left; make it "
+            f"a batch needs {size_text(size)} of shared memory, {SHARED_MEMORY} has {size_text(free)} left; make it "
             "larger (docker run --shm-size, or mount -o remount,size=), or set data.workers=0"
         )
 

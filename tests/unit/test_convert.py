@@ -167,7 +167,7 @@ def test_a_missing_and_an_extra_name_are_both_listed_with_the_preset_that_fits_b
     assert message.count("\n") == 1 and not (tmp_path / "back").exists()
     assert "missing 1 (encoder.layers.1.fc2.bias)" in message and "extra 1 (classification_heads.vqa.weight)" in message
     assert "fits best is" in message
-    assert list(tmp_path.glob(".partial*")) == []
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_missing_names_start_fresh_only_where_that_is_allowed(exported, saved, tmp_path):

@@ -250,6 +250,24 @@ def test_show_verify_and_reshard_on_the_command_line(run_dir, tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
 
 
+def test_nothing_is_written_into_what_is_read(run_dir, tmp_path, capsys):
+    step = run_dir / "step_00000008"
+    (tmp_path / "link").symlink_to(run_dir)
+    (tmp_path / "step").symlink_to(step)
+    before = sorted(str(path) for path in run_dir.rglob("*"))
+    for source, destination in [
+        (run_dir, run_dir), (run_dir, run_dir / "new"), (run_dir, tmp_path / "link" / "new"), (step, step),
+        (step, step / "new"), (step, tmp_path / "step"), (step, tmp_path / "step" / "new"), (step, step / "a" / ".."),
+        (tmp_path / "link", run_dir / "new"), (tmp_path / "step", step / "new"), (run_dir, step / "new"),
+    ]:  # fmt: skip
+        for action in (["reshard", "--ranks", "3"], ["export", "--format", "huggingface"]):
+            assert main(["checkpoint", action[0], str(source), str(destination), *action[1:]]) == 1
+            error = capsys.readouterr().err
+            assert "which is read; give a place outside" in error and error.count("\n") == 1
+    assert sorted(str(path) for path in run_dir.rglob("*")) == before
+    assert main(["checkpoint", "reshard", str(step), str(run_dir / "beside"), "--ranks", "3"]) == 0
+
+
 def test_verify_names_each_damaged_tensor_and_file(run_dir, capsys):
     path = run_dir / "step_00000008" / "rank_00001.safetensors"
     raw = bytearray(path.read_bytes())
@@ -269,7 +287,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
 
     monkeypatch.setattr(atomic.os, "statvfs", lambda path: Full)
     state = state_of({"a": torch.randn(50_000)}, kinds={"a": KINDS[:3]})
-    with pytest.raises(OSError, match="GB are free"):
+    with pytest.raises(OSError, match="41.0 kB are free, [^0].* are needed"):
         write_checkpoint(tmp_path / "x", state, ranks=2, stage=3)
     Full.f_bavail = 10**9
     with pytest.raises(OSError, match="50 more files fit, 66 are needed"):
