@@ -17,6 +17,7 @@ from ofa_ds.config.architecture import (
     PresetName,
     Rate,
 )
+from ofa_ds.config.meaning import MEANING
 from ofa_ds.config.values import STRICT, Count, GivenText, Real, Seed, Text, problem_within
 from ofa_ds.terms import FAMILIES
 
@@ -158,6 +159,9 @@ class OptimConfig:
         return betas
 
 
+Changeable = Literal[("data", "vocab", *MEANING)]
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     num_steps: Count = Field(1000, ge=0)
@@ -166,8 +170,8 @@ class TrainConfig:
     """Of weights, order, augmentation and dropout: 0 ... 2^64 - 1."""
     init_from: Text = ""
     """A checkpoint, or a run directory, whose weights a new run starts from; without moments, at step 0."""
-    accept_changed: tuple[Literal["data", "vocab"], ...] = ()
-    """What may differ from the run that is gone on with, whose order of data or meaning of ids then changes midway."""
+    accept_changed: tuple[Changeable, ...] = ()
+    """What may differ from the run that is gone on with: data, vocab, or a key of `ofa_ds.config.meaning.MEANING`."""
     max_bad_steps: Count = Field(10, ge=1)
     """Steps in a row whose loss or gradient may be not finite (they are skipped); then the run stops."""
     log_every: Count = Field(10, ge=1)

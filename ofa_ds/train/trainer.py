@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from ofa_ds import checkpoint
-from ofa_ds.checkpoint.manifest import Manifest
 from ofa_ds.checkpoint.saver import Saver
 from ofa_ds.config import Recipe, recipe_to_dict, recipe_to_toml
 from ofa_ds.data import kept_vocabulary
@@ -28,6 +27,7 @@ from ofa_ds.model.ofa import OFA
 from ofa_ds.train.bad_steps import BadSteps
 from ofa_ds.train.loader import Loader
 from ofa_ds.train.metrics import MetricsWriter, Window, peak_memory_MiB
+from ofa_ds.train.resuming import resume
 from ofa_ds.train.step import train_step
 from ofa_ds.train.stop_signal import StopSignal
 
@@ -64,7 +64,7 @@ def run(recipe: Recipe) -> int:
     )
     _say(ranks, engine.describe())
     identity = {"data": shards.fingerprint, "vocab": vocab.fingerprint}
-    first_step = _resume(engine, recipe, identity)
+    first_step = resume(engine, recipe, identity)
     loader = Loader(
         shards=shards,
         vocab=vocab,
@@ -107,10 +107,9 @@ def _train(
     stop: StopSignal,
 ) -> int:
     train, smoothing = recipe.train, recipe.optim.label_smoothing
-    window = Window(engine.device)
+    window, source = Window(engine.device), loader.steps(first_step)
     saver = Saver(engine, recipe, extra={"recipe": recipe_to_dict(recipe), "identity": identity})
     bad = BadSteps(engine, loader.micro_batches, limit=train.max_bad_steps, run_dir=Path(recipe.run_dir))
-    source = loader.steps(first_step)
     step, stopping = first_step, False
     try:
         while step < train.num_steps and not stopping:
@@ -139,10 +138,15 @@ def _train(
         saver.close()
         if writer is not None:
             writer.close()
-    if step < train.num_steps:
-        _say(engine.ranks, f"stopped at step {step}; the same command goes on from there")
+    return _ended(engine.ranks, recipe, step)
+
+
+def _ended(ranks: Ranks, recipe: Recipe, step: int) -> int:
+    """Says how far the run came; returns its exit code."""
+    if step < recipe.train.num_steps:
+        _say(ranks, f"stopped at step {step}; the same command goes on from there")
         return STOPPED
-    if engine.ranks.rank == 0:
+    if ranks.rank == 0:
         print(f"done: {step} steps; checkpoint {checkpoint.latest(recipe.run_dir)}")
     return 0
 
@@ -177,25 +181,3 @@ def _show_samples(engine: Engine, recipe: Recipe, loader: Loader, writer: Metric
             writer.picture(step, f"sample/{task}", np.asarray(card.convert("RGB")))
     except (ValueError, OSError) as error:  # a row that cannot be shown is no reason to stop
         print(f"no pictures of step {step}: {error}", file=sys.stderr)
-
-
-def _resume(engine: Engine, recipe: Recipe, identity: dict[str, str]) -> int:
-    """Load the newest checkpoint of the run, else the weights it is to start from; returns the step to go on from."""
-
-    def accept(manifest: Manifest) -> None:
-        saved = manifest.identity
-        for name, value in identity.items():
-            known = saved.get(name)  # an imported model has seen no data of ours
-            if known is None or known == value or name in recipe.train.accept_changed:
-                continue
-            raise ValueError(
-                f"{recipe.run_dir}: step {manifest.step} was trained with {name} {known}, this run has {value}; use "
-                f"those files, or another run_dir, or train.accept_changed='[\"{name}\"]' to go on all the same"
-            )
-
-    manifest = checkpoint.resume(engine, recipe.run_dir, accept)
-    if manifest is not None:
-        return manifest.step
-    if recipe.train.init_from:
-        checkpoint.load_weights(engine, recipe.train.init_from)
-    return 0

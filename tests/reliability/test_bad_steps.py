@@ -35,7 +35,7 @@ def test_after_max_bad_steps_in_a_row_the_run_stops_and_keeps_what_was_good(old)
     before = sorted(path.name for path in Path(old, "run/step_00000004").iterdir())
     result = pretrain(
         old, "data.extra_confidence=1e39", "train.num_steps=20", "train.save_every=1", "train.keep=1",
-        "train.max_bad_steps=3", ranks=2,
+        "train.max_bad_steps=3", 'train.accept_changed=["data.extra_confidence"]', ranks=2,
     )  # fmt: skip
     lines = result.stderr.splitlines()
     assert result.returncode == 1, result.stderr

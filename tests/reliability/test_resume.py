@@ -27,12 +27,16 @@ def data(tmp_path_factory):
 
 
 def start(data: Path, run_dir: Path, *overrides: str) -> subprocess.Popen:
-    """`RANKS` ranks of the nano recipe."""
+    """`RANKS` ranks of the nano recipe; an override replaces what is set here."""
+    settings = [
+        f"run_dir={run_dir}", f"data.shards={data / 'shards'}", f"data.vocab={data / 'vocab'}", "data.workers=0",
+        "model.dropout=0.1", f"train.num_steps={STEPS}", "train.log_every=1", "train.save_every=4", *overrides,
+    ]  # fmt: skip
+    by_key = {setting.partition("=")[0]: setting for setting in settings}
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--master-port", "0",
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "ofa_ds.pretrain", "pretrain-nano",
-        f"run_dir={run_dir}", f"data.shards={data / 'shards'}", f"data.vocab={data / 'vocab'}", "data.workers=0",
-        "model.dropout=0.1", f"train.num_steps={STEPS}", "train.log_every=1", "train.save_every=4", *overrides,
+        *by_key.values(),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,0 +1,77 @@
+"""Which keys of a recipe say what a run learns from, in which order, and with which model: they may not change midway.
+
+A checkpoint is gone on from only where these are as they were, or are named in `train.accept_changed`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ofa_ds.config.schema import Recipe
+
+MEANING = (
+    "train.seed",
+    "batch.global_rows",
+    "data.mix",
+    "data.image_size",
+    "data.infill_image_size",
+    "data.code_image_size",
+    "data.max_image_size",
+    "data.sample_patches",
+    "data.augment",
+    "data.max_source_words",
+    "data.max_target_words",
+    "data.max_text_tokens",
+    "data.extra_confidence",
+    "optim.label_smoothing",
+    "model.preset",
+    "model.change",
+    "model.dropout",
+    "model.attention_dropout",
+    "model.drop_path",
+    "model.batch_norm",
+)
+"""Order and content of the data, the loss, the model. A section stands for all of its keys."""
+
+FREE = (
+    "run_dir",
+    "deepspeed",
+    "kernels",
+    "model.activation_checkpointing",
+    "data.shards",
+    "data.vocab",
+    "data.workers",
+    "batch.micro_rows",
+    "optim.peak_lr",
+    "optim.end_lr",
+    "optim.warmup_steps",
+    "optim.weight_decay",
+    "optim.betas",
+    "optim.eps",
+    "optim.clip_norm",
+    "optim.ema_decay",
+    "train.num_steps",
+    "train.init_from",
+    "train.accept_changed",
+    "train.max_bad_steps",
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+    "train.save_in_background",
+    "train.sample_every",
+)
+"""Where and how it is computed and saved; what the fingerprints of data and vocabulary judge; and what people turn
+while a run is under way: its length and the optimizer, which acts from the next step on. Those changes are told."""
+
+
+def differences(saved: Recipe, now: Recipe, keys: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+    """The values of those keys that differ: (saved, now)."""
+    pairs = {key: (_value(saved, key), _value(now, key)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _value(recipe: Any, key: str) -> Any:
+    for name in key.split("."):
+        recipe = getattr(recipe, name)
+    return recipe

@@ -1,0 +1,81 @@
+"""From which step and state a run starts: its newest checkpoint, weights of another run, or nothing."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from ofa_ds import checkpoint
+from ofa_ds.checkpoint.manifest import Manifest
+from ofa_ds.config import Recipe, recipe_from_dict
+from ofa_ds.config.meaning import FREE, MEANING, differences
+from ofa_ds.config.values import shown
+from ofa_ds.engine.engine import Engine
+
+TOLD = tuple(key for key in FREE if key.startswith("optim.") or key == "train.num_steps")
+"""May change, but acts on what is learnt."""
+
+
+def resume(engine: Engine, recipe: Recipe, identity: Mapping[str, str]) -> int:
+    """Load the newest checkpoint of the run, else the weights it is to start from; returns the step to go on from.
+
+    identity: fingerprints of `data` and `vocab`. Raises ValueError where the run was another one so far.
+    """
+    accept = functools.partial(refuse_other_run, recipe=recipe, identity=identity)
+    manifest = checkpoint.resume(engine, recipe.run_dir, accept)
+    if manifest is not None:
+        if engine.ranks.rank == 0 and (told := changed(manifest, recipe)):
+            print(f"{recipe.run_dir}: goes on from step {manifest.step} with {told}", file=sys.stderr)
+        return manifest.step
+    if recipe.train.init_from:
+        checkpoint.load_weights(engine, recipe.train.init_from)
+    return 0
+
+
+def refuse_other_run(manifest: Manifest, recipe: Recipe, identity: Mapping[str, str]) -> None:
+    """Raises ValueError where data, vocabulary or a setting that gives them order or meaning is not the checkpoint's.
+
+    Those named in `train.accept_changed` may differ. An imported model has seen no data of ours, and has no such past.
+    """
+    place, accepted = f"{recipe.run_dir}: step {manifest.step}", recipe.train.accept_changed
+    for name, value in identity.items():
+        known = manifest.identity.get(name)
+        if known is None or known == value or name in accepted:
+            continue
+        raise ValueError(
+            f"{place} was trained with {name} {known}, this run has {value}; use those files, or another run_dir, or "
+            f"train.accept_changed='[\"{name}\"]' to go on all the same"
+        )
+    saved = _trained_with(manifest, recipe.run_dir)
+    if saved is None:
+        return
+    found = {key: pair for key, pair in differences(saved, recipe, MEANING).items() if key not in accepted}
+    if found:
+        names = ", ".join(f'"{key}"' for key in [*accepted, *found])
+        raise ValueError(
+            f"{place} was trained with other settings: {_listed(found)}; set them back, or use another run_dir, or "
+            f"train.accept_changed='[{names}]' to go on all the same"
+        )
+
+
+def changed(manifest: Manifest, recipe: Recipe) -> str:
+    """What differs that may, and acts on what is learnt; empty where nothing does."""
+    saved = _trained_with(manifest, recipe.run_dir)
+    return "" if saved is None else _listed(differences(saved, recipe, (*MEANING, *TOLD)))
+
+
+def _trained_with(manifest: Manifest, run_dir: str) -> Recipe | None:
+    """The recipe of the run that wrote it, as this version has it."""
+    if manifest.recipe is None or manifest.identity.get("data") is None:
+        return None
+    return recipe_from_dict(manifest.recipe, f"{run_dir}: recipe of step {manifest.step}")
+
+
+def _listed(found: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{key} {_shown(saved)} (now {_shown(now)})" for key, (saved, now) in found.items())
+
+
+def _shown(value: Any) -> str:
+    return str(value).replace("MixConfig", "") if hasattr(value, "weights") else shown(value)
