@@ -33,7 +33,10 @@ def main() -> None:
 
         if options.repeats < 1:
             parser.error("--repeats: want at least 1")
-        result = bench_data(options.shards, options.repeats)
+        try:
+            result = bench_data(options.shards, options.repeats)
+        except ValueError as error:
+            parser.error(f"--shards: {error}")
     else:
         from ofa_ds.bench.checkpoint import bench_checkpoint, table
 

@@ -278,12 +278,12 @@ def _vision_language_row(draw: _Draw, row: int, questions: int) -> tuple[str, ..
     kind = _row_type(row, questions)
     if kind == "qa":
         scene, question, answer = draw.until_own(draw.pick(_QUESTIONS))
-        return _picture(scene), "", question, f"1.0|!+{answer}", "", "scenes", kind
+        return _encode(paint(scene)), "", question, f"1.0|!+{answer}", "", "scenes", kind
     scene = draw.until_own(_any_scene)
     if kind == "caption":
-        return _picture(scene), caption(scene), "", "", "&&".join(shape.phrase for shape in scene), "scenes", kind
+        return _encode(paint(scene)), caption(scene), "", "", "&&".join(shape.phrase for shape in scene), "scenes", kind
     shape = draw.pick(scene)
-    return _picture(scene), f"the {shape.sized_phrase}", "", shape.box, "", "scenes", kind
+    return _encode(paint(scene)), f"the {shape.sized_phrase}", "", shape.box, "", "scenes", kind
 
 
 def _text_row(draw: _Draw, row: int) -> tuple[str, ...]:
@@ -316,7 +316,7 @@ def _detection_row(draw: _Draw, row: int) -> tuple[str, ...]:
     scene = draw.until_own(_any_scene)
     names = [f"{color} {kind}" for kind in KINDS for color in COLORS]
     labels = "&&".join(f"{shape.box},{names.index(shape.phrase)},{shape.phrase}" for shape in scene)
-    return _picture(scene), labels
+    return _encode(paint(scene)), labels
 
 
 def _write_negatives(folder: Path, draw: _Draw) -> None:
@@ -385,13 +385,9 @@ def picture_of_codes(values: Sequence[int]) -> np.ndarray:
     return pixels
 
 
-def _picture(scene: Scene) -> str:
-    return _encode(paint(scene))
-
-
 def _encode(pixels: np.ndarray) -> str:
     """A PNG in base64. Written by hand: for pictures this small an encoder's set-up costs more than its work."""
-    height, width, _ = pixels.shape
+    height, width = pixels.shape[:2]
     header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
     rows = np.zeros((height, 1 + 3 * width), np.uint8)  # each row begins with its filter type, 0
     rows[:, 1:] = pixels.reshape(height, -1)

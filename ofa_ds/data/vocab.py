@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from ofa_ds.data.vocab_files import META, SPECIALS, Files, read_files, tokenizer_of, write_files
+from ofa_ds.data.vocab_files import META, SPECIALS, Files, read_files, read_meta, tokenizer_of, write_files
 from ofa_ds.storage.atomic import new_directory
 from ofa_ds.terms import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
@@ -191,8 +191,8 @@ def load_vocab(path: Path | str) -> Vocab:
     """
     path = Path(path)
     vocab = Vocab(read_files(path))
-    meta = path / META
-    if meta.exists() and json.loads(meta.read_text())["fingerprint"] != vocab.fingerprint:
+    meta = read_meta(path)
+    if meta is not None and meta["fingerprint"] != vocab.fingerprint:
         raise ValueError(f"{path}: the files are not those that {META} describes; train or import the vocabulary again")
     return vocab
 

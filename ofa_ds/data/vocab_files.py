@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
@@ -15,6 +15,9 @@ META = "ofa_vocab.json"
 """Our own side file: counts of codes and bins, and the fingerprint."""
 
 OFA_CODES, OFA_BINS = 8192, 1000
+MAX_SYMBOLS = 1 << 24
+"""Codes, or bins, that a side file may claim."""
+
 _BERT_SPECIALS = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
 _MAX_WORDPIECE_CHARACTERS = 100
 
@@ -90,40 +93,41 @@ def _write_json(path: Path, content: dict) -> None:
 
 def _read_fairseq_bpe(path: Path) -> Files:
     symbols = _dictionary(path / "dict.txt")
-    piece_of = {str(number): piece for piece, number in _read_json(path / "encoder.json").items()}
+    piece_of = {str(number): piece for piece, number in _read_ids(path / "encoder.json").items()}
     pieces = [piece_of.get(symbol, symbol) for symbol in symbols]  # madeupword0000 ... stand for themselves
     listed = set(pieces)
     unlisted = [piece for piece in piece_of.values() if piece not in listed]
-    return Files("bpe", pieces, symbols, _merges(path / "vocab.bpe"), OFA_CODES, OFA_BINS, unlisted)
+    merges = _merges(path / "vocab.bpe", listed | set(unlisted), "encoder.json")
+    return Files("bpe", pieces, symbols, merges, OFA_CODES, OFA_BINS, unlisted)
 
 
 def _read_fairseq_wordpiece(path: Path) -> Files:
     pieces = _dictionary(path / "dict.txt")
     listed = set(pieces)
-    unlisted = [piece for piece in _lines(path / "vocab.txt") if piece not in listed]
+    unlisted = [piece for piece in _entries(path / "vocab.txt") if piece not in listed]
     if "[UNK]" not in listed:
         raise ValueError(f"{path / 'dict.txt'}: want BERT's [UNK] among the entries")
     return Files("wordpiece", pieces, pieces, (), OFA_CODES, OFA_BINS, unlisted)
 
 
 def _read_hugging_face(path: Path) -> Files:
-    ids = _read_json(path / "vocab.json")
+    ids = _read_ids(path / "vocab.json")
     added = path / "added_tokens.json"
-    if added.exists():
-        ids |= _read_json(added)
+    for entry, number in (_read_ids(added) if added.exists() else {}).items():
+        if ids.setdefault(entry, number) != number:
+            raise ValueError(f"{added}: {entry!r} has id {number}, in vocab.json it has {ids[entry]}")
     entries = sorted(ids, key=ids.__getitem__)
     if sorted(ids.values()) != list(range(len(ids))):
         raise ValueError(f"{path / 'vocab.json'}: want each id of 0 ... {len(ids) - 1} once ({added.name} counts too)")
     pieces, num_codes, num_bins = _split(entries, path / "vocab.json")
     if not num_codes and not num_bins and not (path / META).exists():
         num_codes, num_bins = OFA_CODES, OFA_BINS  # OFA's tokenizer adds them after reading the files
-    return Files("bpe", pieces, pieces, _merges(path / "merges.txt"), num_codes, num_bins)
+    return Files("bpe", pieces, pieces, _merges(path / "merges.txt", set(pieces), "vocab.json"), num_codes, num_bins)
 
 
 def _read_modelscope_wordpiece(path: Path) -> Files:
-    pieces, num_codes, num_bins = _split(_lines(path / "vocab.txt"), path / "vocab.txt")
-    if (path / META).exists():
-        meta = _read_json(path / META)
+    pieces, num_codes, num_bins = _split(_entries(path / "vocab.txt"), path / "vocab.txt")
+    if (meta := read_meta(path)) is not None:
         num_codes, num_bins = meta["num_codes"], meta["num_bins"]
     elif not num_codes and not num_bins:
         num_codes, num_bins = OFA_CODES, OFA_BINS
@@ -163,10 +167,25 @@ def _dictionary(path: Path) -> list[str]:
     bad = next((number for number, line in enumerate(lines, 1) if not line.rpartition(" ")[2].isdigit()), None)
     if bad is not None:
         raise ValueError(f"{path}:{bad}: want 'SYMBOL COUNT', got {lines[bad - 1]!r}")
-    return [line.rpartition(" ")[0] for line in lines]
+    return _distinct(path, [line.rpartition(" ")[0] for line in lines])
 
 
-def _merges(path: Path) -> list[tuple[str, str]]:
+def _entries(path: Path) -> list[str]:
+    """Entries of a vocab.txt, one a line."""
+    return _distinct(path, _lines(path))
+
+
+def _distinct(path: Path, entries: list[str]) -> list[str]:
+    """The entries, none of them there twice: both would have one id. (OFA's Chinese dictionary has an empty one.)"""
+    first: dict[str, int] = {}
+    for number, entry in enumerate(entries, 1):
+        if first.setdefault(entry, number) != number:
+            raise ValueError(f"{path}:{number}: {entry!r} is in line {first[entry]} too; want each entry once")
+    return entries
+
+
+def _merges(path: Path, known: Set[str], where: str) -> list[tuple[str, str]]:
+    """known: all pieces, which the file `where` lists."""
     merges = []
     for number, line in enumerate(_lines(path), 1):
         if number == 1 and line.startswith("#version"):
@@ -174,6 +193,9 @@ def _merges(path: Path) -> list[tuple[str, str]]:
         left, space, right = line.partition(" ")
         if not (left and space and right) or " " in right:
             raise ValueError(f"{path}:{number}: want two pieces with a space between, got {line!r}")
+        lacking = next((piece for piece in (left, right, left + right) if piece not in known), None)
+        if lacking is not None:
+            raise ValueError(f"{path}:{number}: {lacking!r} is no piece of {where}; the files do not go together")
         merges.append((left, right))
     return merges
 
@@ -181,13 +203,64 @@ def _merges(path: Path) -> list[tuple[str, str]]:
 def _lines(path: Path) -> list[str]:
     """Lines without their ends. Only "\\n" ends a line: a piece may hold any other separator."""
     try:
-        return path.read_bytes().decode().removesuffix("\n").split("\n")
+        text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: want UTF-8 text: {error}") from error
+    if text.startswith("\ufeff"):
+        raise ValueError(f"{path}:1: starts with a byte order mark; save the file as UTF-8 without one")
+    lines = text.removesuffix("\n").split("\n")
+    carriage = next((number for number, line in enumerate(lines, 1) if line.endswith("\r")), None)
+    if carriage is not None:
+        raise ValueError(f"{path}:{carriage}: ends in CRLF, want LF alone; convert it: sed -i 's/\\r$//' {path}")
+    return lines
 
 
-def _read_json(path: Path) -> dict:
+def _read_ids(path: Path) -> dict[str, int]:
+    """{entry: id}, no entry and no id twice."""
+    ids = _read_json(path)
+    entry_of: dict[int, str] = {}
+    for entry, number in ids.items():
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{path}: {entry!r}: want a whole number of at least 0 as its id, got {_short(number)}")
+        if entry_of.setdefault(number, entry) != entry:
+            raise ValueError(f"{path}: id {number} is that of {entry_of[number]!r} and of {entry!r}; want each once")
+    return ids
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """Our side file of a vocabulary, None where there is none: num_codes, num_bins, fingerprint."""
+    path = folder / META
+    if not path.exists():
+        return None
+    meta = _read_json(path)
+    for key in ("num_codes", "num_bins"):
+        if type(meta.get(key)) is not int or not 0 <= meta[key] <= MAX_SYMBOLS:
+            raise ValueError(f"{path}: {key}: want a whole number 0 ... {MAX_SYMBOLS}, got {_short(meta.get(key))}")
+    if not isinstance(meta.get("fingerprint"), str):
+        raise ValueError(f"{path}: fingerprint: want text, got {_short(meta.get('fingerprint'))}")
+    return meta
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_bytes(), object_pairs_hook=lambda pairs: _once(path, pairs))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: want JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: want a JSON object {{...}}, got {_short(content)}")
+    return content
+
+
+def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; JSON readers let the last of two equal keys win in silence."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{path}: {key!r} is there twice; want each key once")
+        found[key] = value
+    return found
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ofa_ds.data.vocab import Vocab, import_vocab, load_vocab, train_vocab
@@ -135,6 +136,17 @@ def test_pieces_missing_from_the_dictionary_are_unknown(tmp_path: Path) -> None:
     assert load_vocab(tmp_path).encode("aabb") == [4, 5, 3]
 
 
+def hf(merges: str, vocab: str | None = None) -> dict[str, str]:
+    """Hugging Face's two files."""
+    entries = [*SPECIALS, "a", "b", "ab", "<mask>"]
+    return {"vocab.json": vocab or json.dumps({entry: k for k, entry in enumerate(entries)}), "merges.txt": merges}
+
+
+def words(*pieces: str) -> dict[str, str]:
+    """ModelScope's file."""
+    return {"vocab.txt": "\n".join([*SPECIALS, "[UNK]", *pieces, "<mask>"]) + "\n"}
+
+
 @pytest.mark.parametrize(
     "files, message",
     [
@@ -147,13 +159,70 @@ def test_pieces_missing_from_the_dictionary_are_unknown(tmp_path: Path) -> None:
         ({"vocab.txt": "<s>\n<pad>\n</s>\n<unk>\n[UNK]\n<mask>\n<bin_0>\n<code_0>\n"}, "got <bin_0>"),
         ({"dict.txt": "[UNK] 1\nno-count\n", "vocab.txt": "[UNK]\n"}, "dict.txt:2: want 'SYMBOL COUNT'"),
         ({"dict.txt": "0 1\n", "encoder.json": '{"a": 0}', "vocab.bpe": "a b c\n"}, "vocab.bpe:1: want two pieces"),
+        (hf("#version: 0.2\r\na b\r\n"), "merges.txt:1: ends in CRLF, want LF alone; convert it: sed -i"),
+        (hf("#version: 0.2\na b\r\n"), "merges.txt:2: ends in CRLF"),
+        (hf("\ufeff#version: 0.2\na b\n"), "merges.txt:1: starts with a byte order mark"),
+        (hf("a c\n"), "merges.txt:1: 'c' is no piece of vocab.json; the files do not go together"),
+        (hf("ab a\n"), "merges.txt:1: 'aba' is no piece of vocab.json"),
+        (hf("", '["a", "b"]'), r"vocab.json: want a JSON object .*, got \['a', 'b'\]"),
+        (hf("", '{"a": "0"}'), "vocab.json: 'a': want a whole number .*, got '0'"),
+        (hf("", '{"a": true}'), "vocab.json: 'a': want a whole number .*, got True"),
+        (hf("", '{"a": 0.0}'), "vocab.json: 'a': want a whole number .*, got 0.0"),
+        (hf("", '{"a": -1}'), "vocab.json: 'a': want a whole number of at least 0 .*, got -1"),
+        (hf("", '{"a": {"b": 1}}'), "vocab.json: 'a': want a whole number"),
+        (hf("", '{"a": 0, "b": 0}'), "vocab.json: id 0 is that of 'a' and of 'b'"),
+        (hf("", '{"a": 0, "a": 1}'), "vocab.json: 'a' is there twice"),
+        (hf("", "[" * 100_000), "vocab.json: want JSON"),
+        (hf("a b\n") | {"added_tokens.json": '{"a": 9}'}, "added_tokens.json: 'a' has id 9, in vocab.json it has 4"),
+        (hf("a b\n") | {"added_tokens.json": "3"}, "added_tokens.json: want a JSON object .*, got 3"),
+        ({"dict.txt": "0 1\n", "encoder.json": "[]", "vocab.bpe": ""}, "encoder.json: want a JSON object"),
+        ({"dict.txt": "0 1\n0 2\n", "encoder.json": '{"a": 0}', "vocab.bpe": ""}, "dict.txt:2: '0' is in line 1 too"),
+        ({"dict.txt": "[UNK] 1\r\n", "vocab.txt": "[UNK]\n"}, "dict.txt:1: ends in CRLF"),
+        (words("a", "a"), "vocab.txt:7: 'a' is in line 6 too; want each entry once"),
+        (words("", "a", ""), "vocab.txt:8: '' is in line 6 too"),
+        (words("a") | {"ofa_vocab.json": "{}"}, "ofa_vocab.json: num_codes: want a whole number .*, got None"),
+        (words("a") | {"ofa_vocab.json": '{"num_codes": "8"}'}, "ofa_vocab.json: num_codes: .*, got '8'"),
+        (words("a") | {"ofa_vocab.json": '{"num_codes": 8, "num_bins": -1}'}, "ofa_vocab.json: num_bins: .*, got -1"),
+        (words("a") | {"ofa_vocab.json": '{"num_codes": 8, "num_bins": 1e15}'}, "ofa_vocab.json: num_bins: want a wh"),
+        (words("a") | {"ofa_vocab.json": '{"num_codes": 8, "num_bins": 9}'}, "ofa_vocab.json: fingerprint: "),
+        (words("a") | {"ofa_vocab.json": "[]"}, "ofa_vocab.json: want a JSON object"),
     ],
 )
 def test_wrong_files_are_named(files: dict[str, str], message: str, tmp_path: Path) -> None:
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
+        (tmp_path / name).write_bytes(text.encode())
+    with pytest.raises(ValueError, match=message) as raised:
         load_vocab(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+_values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.lists(st.integers())
+
+
+@given(
+    changes=st.dictionaries(st.sampled_from([*SPECIALS, "a", "b", "<mask>", "x"]), _values, max_size=2),
+    merges=st.text(st.sampled_from("ab \n\r\ufeff#"), max_size=8),
+    meta=st.none() | st.dictionaries(st.sampled_from(["num_codes", "num_bins", "fingerprint"]), _values),
+    layout=st.sampled_from(["hf", "words"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_no_content_of_a_vocabulary_is_more_than_a_value_error_that_names_it(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict, merges: str, meta: dict | None, layout: str
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "any_vocabulary"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    files = hf(merges) if layout == "hf" else words(*(str(value) for value in changes.values()))
+    if layout == "hf":
+        files["vocab.json"] = json.dumps(json.loads(files["vocab.json"]) | changes)
+    if meta is not None:
+        files["ofa_vocab.json"] = json.dumps(meta)
+    for name, text in files.items():
+        (folder / name).write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        load_vocab(folder)
+    except ValueError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
 
 
 def test_a_missing_directory_says_how_to_make_one(tmp_path: Path) -> None:
