@@ -32,6 +32,9 @@ PIXELS_PER_CODE = 8
 BOX_OVERSHOOT = 0.5
 """Pixels by which a box may pass the edge of its picture, as rounding elsewhere leaves it; it is cut back."""
 
+MAX_LINE_BYTES = 1 << 30
+"""Longest line that is read. The largest picture that is decoded, with 16 bits a channel, is 0.7 GB in base64."""
+
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def spans(path: Path, num_lines: int) -> list[Span]:
     """Cut a file after every `num_lines` lines. Raises ValueError for an empty file and for CRLF line ends."""
     cuts, counted, position, line_end = [], 0, 0, True
     with path.open("rb") as file:
-        if file.readline().endswith(b"\r\n"):
+        if file.readline(1 << 20).endswith(b"\r\n"):
             raise ValueError(f"{path}:1: line: ends in CRLF, want LF alone; convert it: sed -i 's/\\r$//' {path}")
         file.seek(0)
         while block := file.read(1 << 22):
@@ -67,11 +70,14 @@ def spans(path: Path, num_lines: int) -> list[Span]:
 
 
 def lines(path: Path, span: Span) -> Iterator[tuple[int, bytes]]:
-    """(line number, line without its end) of each line of the span."""
+    """(line number, line without its end) of each line of the span. Raises ValueError at one of over MAX_LINE_BYTES."""
     with path.open("rb") as file:
         file.seek(span.start)
         for number in range(span.first_line, span.first_line + span.num_lines):
-            yield number, file.readline().removesuffix(b"\n")
+            line = file.readline(MAX_LINE_BYTES + 1)
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES} bytes; leave it out")
+            yield number, line.removesuffix(b"\n")
 
 
 def parse(family: str, line: bytes) -> dict[str, Any]:

@@ -250,3 +250,15 @@ def test_a_crlf_file_is_refused_with_the_command_that_converts_it(tmp_path: Path
     (tmp_path / "a.tsv").write_bytes(b"1\ta\r\n2\tb\r\n")
     with pytest.raises(ValueError, match=r"a.tsv:1: line: ends in CRLF.* sed -i"):
         tsv.spans(tmp_path / "a.tsv", 10)
+
+
+def test_a_line_beyond_the_limit_is_named_before_it_is_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tsv, "MAX_LINE_BYTES", 100)
+    (tmp_path / "a.tsv").write_bytes(b"1\t%s\n2\t%s\n" % (b"x" * 97, b"x" * 98))
+    (span,) = tsv.spans(tmp_path / "a.tsv", 10)
+    found = tsv.lines(tmp_path / "a.tsv", span)
+    assert next(found)[0] == 1
+    with pytest.raises(ValueError, match="a.tsv:2: the line is longer than 100 bytes"):
+        next(found)
