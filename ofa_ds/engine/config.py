@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ofa_ds.config import BatchConfig, OptimConfig
+from ofa_ds.engine.deepspeed_keys import check_keys
 
 if TYPE_CHECKING:
     import torch
@@ -31,34 +32,39 @@ _LOW_PRECISION_AT_STAGE_0 = "ZeRO stage 0 keeps no fp32 master weights here; use
 def load_deepspeed_config(name_or_path: str | Path) -> dict[str, Any]:
     """The JSON of a shipped name (`zero3`) or of a path: memory layout and precision.
 
-    Raises ValueError: no such file, malformed JSON, or a key that the recipe owns.
+    Raises ValueError: no such file, malformed JSON, a key that the recipe owns or that DeepSpeed does not know, a value
+    of a wrong type or range.
     """
     path = _find_config(name_or_path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: want a JSON object, got {type(config).__name__}")
     for key, recipe_key in _OWNED_BY_RECIPE.items():
         if key in config:
             raise ValueError(f"{path} sets {key}, which the recipe sets as {recipe_key}; remove it from {path.name}")
-    zero = _section(config, "zero_optimization", path)
-    if zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise ValueError(f"{path}: zero_optimization.stage {zero['stage']!r}: want 0, 1, 2 or 3")
+    check_keys(config, str(path))
+    zero = config.get("zero_optimization", {})
     for key in ("offload_optimizer", "offload_param"):
-        if _section(zero, key, path).get("device") == "nvme":
+        if zero.get(key, {}).get("device") == "nvme":
             raise ValueError(f"{path}: {key} on nvme cannot go into checkpoints; use device cpu, as zero3_offload does")
-    if not zero.get("stage", 0) and any(_section(config, key, path).get("enabled") is True for key in ("bf16", "fp16")):
+    low = [key for key in ("bf16", "fp16") if config.get(key, {}).get("enabled") is True]
+    if len(low) == 2:
+        raise ValueError(f"{path}: bf16 and fp16 are both enabled; want one of them")
+    if low and not zero.get("stage", 0):
         raise ValueError(f"{path}: {_LOW_PRECISION_AT_STAGE_0}")
     return config
 
 
-def _section(values: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
-    section = values.get(key, {})
-    if not isinstance(section, dict):
-        raise ValueError(f"{path}: {key}: want a JSON object, got {section!r}")
-    return section
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are there once: Python takes the last of two."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
 
 
 def _find_config(name_or_path: str | Path) -> Path:

@@ -21,7 +21,7 @@ WRONG = {
     "broken.json: not valid JSON": "deepspeed=broken.json",
     "owner.json sets train_batch_size, which the recipe sets as batch.global_rows": "deepspeed=owner.json",
     "number.json: zero_optimization: want a JSON object, got 3": "deepspeed=number.json",
-    "offload.json: offload_param: want a JSON object, got 'cpu'": "deepspeed=offload.json",
+    "offload.json: zero_optimization.offload_param: want a JSON object, got 'cpu'": "deepspeed=offload.json",
     "list.json: bf16: want a JSON object, got [True]": "deepspeed=list.json",
     "stage0.json: ZeRO stage 0 keeps no fp32 master weights here; use stage 1-3": "deepspeed=stage0.json",
     "batch.global_rows 24 is not a multiple of batch.micro_rows 5 x 2 ranks = 10": "batch.micro_rows=5",
