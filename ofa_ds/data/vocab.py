@@ -50,7 +50,7 @@ class Vocab:
         """Ids of `text` as given, a leading space included; no bos, no eos. No symbol in it is special.
 
         limit: only so many of them, from the start. Of a long text no more is then encoded than they need; the ids are
-        the same, but where a single word has more than `limit` of the longest pieces.
+        the same, but where a single word, or gap, is longer than `limit` of the longest pieces.
         """
         if limit is None:
             return self._encode(text)
@@ -60,7 +60,7 @@ class Vocab:
             ids = self._encode(text[:place]) if place else []
             if len(ids) >= limit:
                 return ids[:limit]
-            if end >= limit * self._longest_piece:  # as many tokens, or nothing but one word
+            if end >= 2 * limit * self._longest_piece:  # as many tokens even before the word that this cuts
                 return self._encode(text[:end])[:limit]
             end *= 2
         return self._encode(text)[:limit]

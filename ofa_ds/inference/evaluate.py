@@ -67,7 +67,8 @@ def judge_tasks(
         raise ValueError(f"{shards.path}: has no row for {', '.join(wanted)}")
     for name, asked in held_out.items():
         if cut := sum(example.cut for example in asked):
-            print(f"{name}: {cut} of {len(asked)} examples cut to the {ctx.max_positions} positions", file=sys.stderr)
+            what = f"{cut} of {len(asked)} examples cut to the {ctx.max_positions} positions of the model"
+            print(f"{name}: {what}", file=sys.stderr)
     return {name: judge(model, ctx, TABLE[name], asked, beam=beam) for name, asked in held_out.items() if asked}
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ofa_ds.config import BatchConfig, DataConfig, ModelOptions, Recipe
+from ofa_ds.config import BatchConfig, DataConfig, MixConfig, ModelOptions, Recipe
 from ofa_ds.data.example import Example
 from ofa_ds.data.scenes import write_scenes
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_build import build_shards
-from ofa_ds.inference.answers import readable, sample_sheet
+from ofa_ds.inference.answers import readable, sample_cards, sample_sheet
 from ofa_ds.inference.evaluate import beside_blind, blinded, collect, judge_tasks
 from ofa_ds.inference.loaded_model import LoadedModel, batches, generated, token_scores
 from ofa_ds.inference.table import format_table
@@ -238,3 +238,45 @@ def test_a_larger_picture_is_brought_to_the_networks_size(ctx: Context) -> None:
     example = ask(ctx, "grounded_caption", np.array(Image.new("RGB", (128, 256))), "0,0,64,128")
     assert example.image.shape == (64, 64, 3)
     assert example.boxes.tolist() == [[0, 0, 32, 32]]
+
+
+def test_what_the_recipe_does_not_train_is_judged_and_drawn_only_if_asked_for(
+    untrained: LoadedModel, shards: Shards
+) -> None:
+    data = dataclasses.replace(untrained.recipe.data, mix=MixConfig(vision_language=0, image=0))
+    model = dataclasses.replace(untrained, recipe=dataclasses.replace(untrained.recipe, data=data))
+    assert list(judge_tasks(model, shards, rows=1)) == ["detection", "text_infilling"]
+    assert list(sample_cards(model, shards)) == ["detection", "text_infilling"]
+    assert list(judge_tasks(model, shards, tasks=["image_infilling"], rows=1)) == ["image_infilling"]
+    assert list(sample_cards(model, shards, tasks=["vqa"])) == ["vqa"]
+
+
+def test_examples_that_the_model_cannot_hold_are_cut_and_counted_once(
+    untrained: LoadedModel, shards: Shards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(untrained.model.config, max_positions=16)
+    model = dataclasses.replace(untrained, model=OFA(config).eval())
+    judged = judge_tasks(model, shards, tasks=["text_infilling", "caption"], rows=4)
+    lines = capsys.readouterr().err.splitlines()
+    assert list(judged) == ["caption", "text_infilling"]
+    assert lines == ["text_infilling: 4 of 4 examples cut to the 16 positions of the model"]
+
+
+def test_judging_tells_how_far_it_is(
+    untrained: LoadedModel, shards: Shards, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ofa_ds.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("ofa_ds.inference.loaded_model.MAX_TOKENS_A_BATCH", 1)
+    judge_tasks(untrained, shards, tasks=["vqa"], rows=3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 * 3 * 3, "loss and answers of three examples in three views"
+    assert lines[0].startswith("judging vqa: 1 of 18 examples") and lines[-1].startswith("judging vqa: 18 of 18")
+
+
+def test_a_model_with_other_patches_is_asked_and_drawn_with_them(untrained: LoadedModel, shards: Shards) -> None:
+    backbone = dataclasses.replace(untrained.model.config.backbone, patch_size=8)
+    data = dataclasses.replace(untrained.recipe.data, image_size=56, mix=MixConfig(image=0, detection=0))
+    model = OFA(dataclasses.replace(untrained.model.config, backbone=backbone)).eval()
+    loaded = dataclasses.replace(untrained, model=model, recipe=dataclasses.replace(untrained.recipe, data=data))
+    assert loaded.context(shards.negatives).patch_size == 8
+    assert len(sample_cards(loaded, shards)) == 6

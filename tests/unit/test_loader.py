@@ -44,9 +44,8 @@ def make(shards):
     vocab = load_vocab(shards.path.parent / "vocab")
 
     def build(data: DataConfig = DATA, batch: BatchConfig = BATCH, **options) -> Loader:
-        return Loader(
-            vocab=vocab, config=data, batch=batch, model=preset("nano"), **{"seed": 1, "shards": shards, **options}
-        )
+        given = {"seed": 1, "shards": shards, "model": preset("nano"), **options}
+        return Loader(vocab=vocab, config=data, batch=batch, **given)
 
     return build
 
@@ -125,6 +124,21 @@ def test_workers_leave_the_random_state_of_the_trainer_alone(make):
     before = torch.get_rng_state()
     take(make(replace(DATA, workers=1)), 1)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_texts_that_the_model_cannot_hold_are_told_once_and_counted(make, capsys, workers):
+    small = replace(preset("nano"), max_positions=16)
+    loader = make(replace(DATA, workers=workers), model=small)
+    batches = list(itertools.chain(*take(loader, 2)))
+    assert all(length <= 16 for batch in batches for length in batch.decoder_offsets.diff().tolist())
+    assert all(batch.source_position.max() < 16 for batch in batches if len(batch.source_position))
+    first, last = capsys.readouterr().err.splitlines()
+    assert "is cut to the model's 16 positions" in first and loader.num_cut > 1
+    assert last.endswith(f"cut {loader.num_cut} examples in all, on the first rank")
+    take(make(model=small, rank=1, world_size=2), 1)
+    take(make(), 1)
+    assert capsys.readouterr().err == "", "other ranks say nothing, nor does a run where nothing is cut"
 
 
 def test_waiting_is_counted(make):

@@ -12,6 +12,7 @@ from tiny_sources import write_sources
 from ofa_ds.cli import main
 from ofa_ds.config import DataConfig
 from ofa_ds.data.example import Example
+from ofa_ds.data.shard_file import ShardFile
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.vocab import load_vocab, train_vocab
@@ -31,6 +32,14 @@ def folder(tmp_path_factory):
 
 
 SIDES = dict(image_size=64, infill_image_size=32, code_image_size=16, sample_patches=8)
+
+
+@pytest.fixture
+def vocab_ctx(folder):
+    shards, vocab = Shards(folder / "shards"), load_vocab(folder / "vocab")
+    return Context(
+        vocab=vocab, negatives=shards.negatives, config=DataConfig(**SIDES), patch_size=16, max_positions=512
+    )
 
 
 @pytest.fixture
@@ -95,3 +104,58 @@ def test_shards_of_one_family_show_its_task_and_say_what_they_lack(show, capsys)
 def test_without_a_vocabulary_the_option_is_named(folder, capsys):
     assert main(["shards", "show", str(folder / "shards"), "data.vocab=''"]) == 2
     assert "--vocab" in capsys.readouterr().err
+
+
+def test_patches_are_those_of_the_recipes_model(folder, capsys):
+    """The 6B's have 14 pixels: 56 pixels are 4 x 4 of them, of which 9 are sampled, and 3.5 of 16."""
+    sizes = ["data.image_size=56", "data.infill_image_size=56", "data.code_image_size=16", "data.sample_patches=9"]
+    command = ["shards", "show", str(folder / "shards"), *sizes, "--vocab", str(folder / "vocab"), "--task", "caption"]
+    for recipe, sampled in [("pretrain-6b", "9 patches sampled"), ("pretrain-tiny", "56 x 56 pixels\n")]:
+        assert main([*command, "--recipe", recipe]) == 0
+        assert sampled in capsys.readouterr().out, recipe
+
+
+def test_dimmed_are_the_patches_that_were_not_sampled():
+    ids, size = np.array([0, 2]), 14
+    white = np.full((28, 28, 3), 255, np.uint8)
+    example = Example(task="caption", source=ids, target=ids, prev=ids, image=white, patches=np.array([3]))
+    card = np.array(preview.draw_card(example, [], SimpleNamespace(patch_size=size)).convert("RGB"))
+    picture = card[preview.MARGIN_PIXELS :, preview.MARGIN_PIXELS :][:384, :384, 0]
+    assert (picture[192:, 192:] == 255).all() and (picture[:192] == 127).all() and (picture[:, :192] == 127).all()
+
+
+def test_a_family_that_the_mix_leaves_out_is_not_shown_unless_asked_for(folder, show, capsys):
+    without = {**SIDES, "mix": {"image": 0}}
+    show(sizes=without)
+    out = capsys.readouterr().out
+    assert "image_infilling: not trained, as data.mix.image is 0; --task image_infilling shows it" in out
+    assert "<code_" not in out
+    show(sizes=without, task="image_infilling")
+    assert "<code_" in capsys.readouterr().out
+
+
+def test_the_nth_row_of_a_type_is_found_without_reading_a_row(folder, monkeypatch):
+    shards = Shards(folder / "shards")
+    every = [shards.row("vision_language", i)["type"] for i in range(21)]
+    monkeypatch.setattr(ShardFile, "row", None)
+    for kinds in [("qa",), ("caption", "visual_grounding"), ("caption", "qa"), ()]:
+        wanted = [i for i, kind in enumerate(every) if kind in kinds or not kinds]
+        assert list(shards.rows_of_types("vision_language", kinds)) == wanted
+        for start, most in [(0, 5), (4, None), (7, 6), (20, 9), (21, None)]:
+            end = 21 if most is None else start + most
+            found = list(shards.rows_of_types("vision_language", kinds, start=start, max_rows=most))
+            assert found == [i for i in wanted if start <= i < end]
+
+
+def test_a_type_that_the_manifest_does_not_count_is_not_looked_for(folder, monkeypatch):
+    shards = Shards(folder / "shards")
+    monkeypatch.setattr(ShardFile, "rows_of_types", None)
+    assert list(shards.rows_of_types("vision_language", ["video"])) == []
+    assert list(shards.rows_of_types("text", [])) == list(range(7))
+
+
+def test_in_training_a_row_is_looked_for_among_so_many_only(folder, vocab_ctx):
+    shards = Shards(folder / "shards")
+    assert preview.find_example(shards, "vqa", 0, vocab_ctx, max_rows=2).row_id == "vl1"
+    with pytest.raises(LookupError, match="not among the first 2 of vision_language"):
+        preview.find_example(shards, "visual_grounding", 0, vocab_ctx, max_rows=2)
