@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 from ofa_ds.cli.heavy_imports import heavy_imports
 from ofa_ds.cli.parser import Commands, command, positive
@@ -48,7 +50,16 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.checkpoint, options.shards, tasks=options.task, rows=options.rows, beam=options.beam, png=options.png,
         average=options.ema, vocab=options.vocab,
     )  # fmt: skip
-    print(json.dumps(result) if options.json else format_table(result))
+    print(json.dumps(_plain(result), allow_nan=False) if options.json else format_table(result))
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: what is not finite is null."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def add_generate(commands: Commands) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,11 +84,19 @@ def load_model(
     words = _vocabulary(directory, manifest, recipe, vocab)
     settings = dataclasses.replace(model_config(recipe, words.size), activation_checkpointing=False)
     model = OFA(settings)
-    model.load_state_dict(load_model_weights(directory, average=average))
+    weights = load_model_weights(directory, average=average)
+    if name := first_not_finite(weights):
+        print(f"{directory}: {name} holds NaN or infinite values, so that answers mean nothing", file=sys.stderr)
+    model.load_state_dict(weights)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return LoadedModel(
         model=model.to(device).eval(), vocab=words, recipe=recipe, path=str(directory), step=manifest.step
     )
+
+
+def first_not_finite(weights: Mapping[str, Tensor]) -> str:
+    """Name of the first tensor with NaN or an infinite value; empty where there is none."""
+    return next((name for name, tensor in weights.items() if not bool(tensor.isfinite().all())), "")
 
 
 def _vocabulary(directory: Path, manifest: Manifest, recipe: Recipe, given: Path | None) -> Vocab:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from numerics import assert_as_accurate
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -28,21 +27,50 @@ def arguments(
 
 def results(call, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     out = call(*inputs)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
+    return [out.detach(), *torch.autograd.grad(out, inputs, upstream_of(out))]
+
+
+UNIT = 2.0**-24
+"""Relative rounding of fp32."""
+
+
+def upstream_of(out: torch.Tensor) -> torch.Tensor:
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+
+
+def rounding(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """How far from the truth fp32 may be, for output and gradients: each is a sum of K products, K UNIT sum |product|.
+
+    That holds in whatever order they are added (Higham, Accuracy and Stability, 3.1). Another library at the same shape
+    is no measure: where it adds in blocks and oneDNN one after the other, its largest error is four times smaller.
+    """
+    x_MK, weight_NK, *bias = (each.detach().double().abs() for each in inputs)
+    grad_MN = upstream_of(x_MK @ weight_NK.T).abs()
+    out_MN = x_MK @ weight_NK.T + (bias[0] if bias else 0.0)
+    sums = [(len(x_MK.T) + len(bias), out_MN), (len(weight_NK), grad_MN @ weight_NK), (len(x_MK), grad_MN.T @ x_MK)]
+    sums += [(len(x_MK), grad_MN.sum(0))] * len(bias)
+    return [count * UNIT / (1 - count * UNIT) * total for count, total in sums]
 
 
 @needs_onednn
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(1, 200), inner=st.integers(1, 70), outer=st.integers(1, 90), bias=st.booleans())
-def test_outputs_and_gradients_are_as_accurate_as_torchs_at_any_shape(rows, inner, outer, bias) -> None:
+@example(rows=198, inner=15, outer=15, bias=False)  # where torch's largest error is a quarter of oneDNN's
+def test_outputs_and_gradients_are_as_accurate_as_fp32_allows_at_any_shape(rows, inner, outer, bias) -> None:
     inputs = arguments(rows, inner, outer, bias=bias)
     exact = results(F.linear, [each.detach().double().requires_grad_() for each in inputs])
     ours = results(lambda x, w, b=None: _Linear.apply(x, w, b), inputs)
-    for mine, low, true in zip(ours, results(F.linear, inputs), exact, strict=True):
+    for mine, true, allowed in zip(ours, exact, rounding(inputs), strict=True):
         assert mine.shape == true.shape and mine.is_contiguous()
-        if true.numel():
-            assert_as_accurate(mine / 10, low / 10, true / 10)  # sums of 200 products: rounding of size 1e-5
+        assert ((mine - true).abs() <= allowed).all()
+
+
+def test_the_measure_of_accuracy_tells_a_product_of_lower_precision() -> None:
+    inputs = arguments(198, 64, 64, bias=False)
+    exact = results(F.linear, [each.detach().double().requires_grad_() for each in inputs])
+    rounded = [each.detach().bfloat16().float().requires_grad_() for each in inputs]
+    for low, true, allowed in zip(results(F.linear, rounded), exact, rounding(inputs), strict=True):
+        assert ((low - true).abs() > allowed).any()
 
 
 @needs_onednn
