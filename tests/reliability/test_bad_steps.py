@@ -48,3 +48,12 @@ def test_after_max_bad_steps_in_a_row_the_run_stops_and_keeps_what_was_good(old)
     text = Path(old, "run/metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
     assert [json.loads(line)["loss"] for line in text.splitlines()][4:] == [None, None]
+
+
+def test_what_one_rank_cannot_do_before_the_first_step_ends_all_at_once(old):
+    """Rank 0 alone opens the metrics and the recipe: a file stands where run_dir should be."""
+    Path(old, "file").write_text("")
+    result = pretrain(old, "run_dir=file/run", ranks=2)
+    assert result.returncode == 1
+    told = [line for line in result.stderr.splitlines() if "file/run" in line and line.startswith("ofa-ds")]
+    assert len(told) == 2 and any("rank 0: " in line for line in told), result.stderr
