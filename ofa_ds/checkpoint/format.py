@@ -30,6 +30,8 @@ FORMAT = "ofa-ds checkpoint"
 VERSION = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
+RUN, COUNTS = "run", "counts"
+"""Keys of `extra` for the run that saved it: which one, and whether `keep` counts it (false: of a bad stretch)."""
 KINDS = ("weight", *MOMENTS, AVERAGE)
 """What there may be of a parameter, all fp32; the weight is always there."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ofa_ds.checkpoint.format import KINDS, NO_STEPS
 from ofa_ds.checkpoint.manifest import FormatVersionError, Manifest, read_manifest
-from ofa_ds.checkpoint.runs import find, report, step_directories
+from ofa_ds.checkpoint.run_lease import RunLease
+from ofa_ds.checkpoint.runs import WAY_OUT, find, look, own, report, set_aside, step_directories
 from ofa_ds.checkpoint.state import Reader, StreamReader
 from ofa_ds.checkpoint.stream import MAX_FILES, THREADS, CheckedStream
 from ofa_ds.checkpoint.verifying import check_files
@@ -27,19 +28,51 @@ Accept = Callable[[Manifest], None]
 Shapes = Mapping[str, "tuple[int, ...]"]
 
 
-def resume(engine: Engine, run_dir: str | Path, accept: Accept | None = None) -> Manifest | None:
+def resume(
+    engine: Engine, run_dir: str | Path, accept: Accept | None = None, *, lease: RunLease | None = None
+) -> Manifest | None:
     """Load the newest checkpoint whose every byte is right; None where there is none. All ranks call it together.
 
     accept: looks at the manifest of that checkpoint first, and raises ValueError where it is not to be gone on from.
-    Raises ValueError where it is of another model.
+    lease: the job's; a damaged checkpoint of this run then gets another name, so that nobody counts or deletes it.
+    Raises ValueError where it is of another model, or where there are checkpoints and all are damaged; OSError and
+    FormatVersionError where one cannot be read: it may be right, and is not to be passed over.
     """
-    names = [directory.name for _, directory in step_directories(Path(run_dir))]
-    for name in engine.gather(names)[0]:
+    run_dir = Path(run_dir)
+    names, problem = _names(run_dir) if engine.ranks.rank == 0 else ([], None)
+    names, problem = engine.gather((names, problem))[0]
+    if problem:
+        raise RuntimeError(f"{run_dir}: {problem}; nothing is begun anew where checkpoints may be")
+    problems: dict[str, str] = {}
+    for name in names:
         try:
-            return load(engine, Path(run_dir) / name, accept)
+            manifest = load(engine, run_dir / name, accept)
         except DamagedError as error:
-            report(f"{error}; skipped")
+            problems[name] = str(error)
+            continue
+        for damaged, why in problems.items():  # only now: where all are damaged, the next start is to find them all
+            _pass_over(run_dir / damaged, why, lease)
+        return manifest
+    if problems:
+        raise ValueError(f"{run_dir}: none of its checkpoints can be used: {'; '.join(problems.values())}; {WAY_OUT}")
     return None
+
+
+def _names(run_dir: Path) -> tuple[list[str], str | None]:
+    """Of what has a checkpoint's name, newest first; or why nobody knows."""
+    try:
+        return [directory.name for _, directory in step_directories(run_dir)], None
+    except OSError as error:
+        return [], str(error)
+
+
+def _pass_over(directory: Path, why: str, lease: RunLease | None) -> None:
+    """Say so; and where the damage does not show in the manifest, have it show in the name."""
+    kept = ""
+    if lease is not None and lease.run and own(directory, lease.run) is not None:
+        with suppress(OSError):
+            kept = f", and kept as {set_aside(directory, 'damaged').name}"
+    report(f"{why}; skipped{kept}")
 
 
 def load(engine: Engine, path: str | Path, accept: Accept | None = None) -> Manifest:
@@ -104,7 +137,9 @@ def _open(engine: Engine, directory: Path) -> Reader:
     unread = [text for kind, text in found if kind != DamagedError.__name__]
     if unread:  # says nothing about the bytes: no reason to take another checkpoint
         version = [text for kind, text in found if kind == FormatVersionError.__name__]
-        raise FormatVersionError(version[0]) if version else OSError(unread[0])
+        if version:
+            raise FormatVersionError(version[0])
+        raise OSError(f"{directory}: cannot be read, which does not mean that it is damaged: {unread[0]}")
     if manifest is None or found:
         raise DamagedError(found[0][1])
     return Reader(directory, manifest)
@@ -114,7 +149,7 @@ def _checked(engine: Engine, directory: Path) -> tuple[Manifest | None, tuple[st
     """The manifest, and what is wrong with this rank's share of the files: (name of the error, text)."""
     rank, world_size = engine.ranks.rank, engine.ranks.world_size
     try:
-        manifest = read_manifest(directory)
+        manifest = look(directory)
         problems = check_files(directory, manifest, range(rank, manifest.world_size, world_size), progress=False)
     except (DamagedError, FormatVersionError, OSError) as error:
         return None, (type(error).__name__, str(error))

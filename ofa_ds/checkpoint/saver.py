@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ofa_ds.checkpoint.run_lease import RunLease
 from ofa_ds.checkpoint.saving import BackgroundSaver, save
 from ofa_ds.config import Recipe
+from ofa_ds.storage.lease import LeaseError
 
 if TYPE_CHECKING:
     from ofa_ds.engine.engine import Engine
@@ -15,26 +17,34 @@ if TYPE_CHECKING:
 class Saver:
     """Checkpoints of a run, in the background or not, and what is said when one fails. All ranks call it together."""
 
-    def __init__(self, engine: Engine, recipe: Recipe, extra: dict[str, Any]) -> None:
-        self._engine, self._recipe, self._extra = engine, recipe, extra
+    def __init__(self, engine: Engine, recipe: Recipe, extra: dict[str, Any], *, lease: RunLease) -> None:
+        """lease: the job's, of its run directory."""
+        self._engine, self._recipe, self._extra, self.lease = engine, recipe, extra, lease
         self._background: BackgroundSaver | None = None
         if recipe.train.save_in_background:
-            self._background = BackgroundSaver(engine, recipe.run_dir, keep=recipe.train.keep)
+            self._background = BackgroundSaver(engine, recipe.run_dir, keep=recipe.train.keep, lease=lease)
 
     @property
     def is_writing(self) -> bool:
         """Whether this rank's part of a checkpoint is not on the disk yet."""
         return self._background is not None and self._background.is_pending and not self._background.is_done()
 
-    def save(self, step: int, *, wait: bool) -> None:
-        """Save the state as it is now. wait: until it is a checkpoint; RuntimeError where it cannot become one."""
+    def save(self, step: int, *, wait: bool, counts: bool = True) -> None:
+        """Save the state as it is now. wait: until it is a checkpoint; RuntimeError where it cannot become one.
+
+        counts: False in a bad stretch: `keep` then counts this one for nothing. Raises LeaseError on all ranks where
+        the directory is another job's by now.
+        """
         train = self._recipe.train
         if self._background is None:
-            save(self._engine, self._recipe.run_dir, step, self._extra, keep=train.keep)
+            run_dir = self._recipe.run_dir
+            save(self._engine, run_dir, step, self._extra, keep=train.keep, lease=self.lease, counts=counts)
             return
         self.commit()  # the one before, which is waited for
         try:
-            self._background.start(step, self._extra)
+            self._background.start(step, self._extra, counts=counts)
+        except LeaseError:
+            raise
         except RuntimeError as error:  # on all ranks: no room on the disk, or no directory
             if wait:
                 raise

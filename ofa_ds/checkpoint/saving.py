@@ -2,7 +2,9 @@
 
 Every rank writes its file into a hidden directory and makes it durable; when all have reported their checksums, rank 0
 writes the manifest, renames the directory and switches `latest`. A process killed at any instant leaves the checkpoints
-before it as they were, and at most a hidden directory that the next save removes.
+before it as they were, and at most a hidden directory that the next save removes. What fails after the renaming - the
+pointer, deleting old ones - is reported, and the save has succeeded. Rank 0 does all this under the lease of the
+directory, which it looks at again before it publishes or deletes.
 
 `save` does it while training waits; `BackgroundSaver` copies the state and lets another process write it.
 """
@@ -10,6 +12,7 @@ before it as they were, and at most a hidden directory that the next save remove
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -21,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ofa_ds.checkpoint.format import (
+    COUNTS,
     HEADER_BYTES_A_TENSOR,
     LATEST,
     MANIFEST,
+    RUN,
     Cut,
     Facts,
     Part,
@@ -33,33 +38,63 @@ from ofa_ds.checkpoint.format import (
     file_name,
 )
 from ofa_ds.checkpoint.manifest import manifest_of, write_manifest
-from ofa_ds.checkpoint.runs import remove, remove_leftovers, retire
+from ofa_ds.checkpoint.run_lease import RunLease, run_lease
+from ofa_ds.checkpoint.runs import own, remove, remove_leftovers, report, retire, set_aside
 from ofa_ds.checkpoint.snapshot import Snapshot, room
 from ofa_ds.checkpoint.tensor_file import write_tensors
 from ofa_ds.engine.partition import AVERAGE, KINDS
-from ofa_ds.storage.atomic import PARTIAL, check_space, sync
+from ofa_ds.storage.atomic import PARTIAL, check_space, replace_file, sync
 from ofa_ds.storage.direct_file import BLOCK_BYTES
+from ofa_ds.storage.lease import LeaseError
 from ofa_ds.storage.tensor_writer import FileEntry
 
 if TYPE_CHECKING:
     from ofa_ds.engine.engine import Engine
 
 
-def save(engine: Engine, run_dir: str | Path, step: int, extra: Mapping[str, Any], *, keep: int = 3) -> Path:
+def save(
+    engine: Engine,
+    run_dir: str | Path,
+    step: int,
+    extra: Mapping[str, Any],
+    *,
+    keep: int = 3,
+    lease: RunLease | None = None,
+    counts: bool = True,
+) -> Path:
     """Write RUN_DIR/step_NNNNNNNN; every rank calls it, at the end of an optimizer step. Returns the directory.
 
     extra: JSON values of the caller (recipe, data fingerprint). keep: how many checkpoints stay, this one included.
+    lease: the job's; None takes it for this save. counts: False where this one is not to make an older one superfluous.
     Raises RuntimeError on every rank where any rank failed; the checkpoints before stay as they were.
     """
+    if lease is None:
+        with run_lease(run_dir, engine.ranks.rank, engine.gather) as lease:
+            return save(engine, run_dir, step, extra, keep=keep, lease=lease, counts=counts)
     share = Share.of(engine)
-    target = prepare(engine, Path(run_dir), step, keep, share)
+    target = prepare(engine, Target(Path(run_dir), step, keep, lease), share)
+    entry: FileEntry | None = None
     with _together(engine, target):
         try:
             entry = write_tensors(target.partial / file_name(engine.ranks.rank), share.tensors)
         except FileNotFoundError as error:
             raise OSError(f"{error}; run_dir must be on a file system that all hosts share") from error
-    commit(engine, target, share, Facts(step=step, state=engine.counters(), extra=dict(extra)), entry)
+    assert entry is not None
+    commit(engine, target, share, _facts(engine, step, extra, counts), entry)
     return target.final
+
+
+def _facts(engine: Engine, step: int, extra: Mapping[str, Any], counts: bool) -> Facts:
+    return Facts(step=step, state=_finite(engine.counters()), extra=_finite({**extra, COUNTS: counts}))
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value in which None stands for what is no number of JSON's."""
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 WRITER_SHARE = 0.01
@@ -72,7 +107,10 @@ class BackgroundSaver:
     One save at a time: the next one waits for it. All ranks call each method together, except `is_done`.
     """
 
-    def __init__(self, engine: Engine, run_dir: str | Path, *, keep: int = 3) -> None:
+    def __init__(self, engine: Engine, run_dir: str | Path, *, keep: int = 3, lease: RunLease | None = None) -> None:
+        """lease: the job's; None takes it until `close`."""
+        self._own_lease = None if lease else RunLease.take(Path(run_dir), engine.ranks.rank, engine.gather)
+        self._lease = lease or self._own_lease
         self._engine = engine
         self._run_dir = Path(run_dir)
         self._keep = keep
@@ -81,13 +119,15 @@ class BackgroundSaver:
         self.failure: str | None = None
         """Why the last save that ended did not become a checkpoint."""
 
-    def start(self, step: int, extra: Mapping[str, Any]) -> None:
+    def start(self, step: int, extra: Mapping[str, Any], *, counts: bool = True) -> None:
         """Copy the state of step `step` and have it written. Raises RuntimeError as `save` does."""
         self.finish()
         share = Share.of(self._engine)
-        target = prepare(self._engine, self._run_dir, step, self._keep, share)
-        facts = Facts(step=step, state=self._engine.counters(), extra=dict(extra))
+        target = prepare(self._engine, Target(self._run_dir, step, self._keep, self._lease), share)
+        facts = _facts(self._engine, step, extra, counts)
         if self._snapshot is None or not self._snapshot.is_alive():
+            if self._snapshot is not None:
+                self._snapshot.close()
             self._snapshot = self._new_snapshot()
         self._snapshot.take(share.tensors, target.partial / file_name(self._engine.ranks.rank))
         self._pending = target, share.without_tensors(), facts
@@ -111,7 +151,10 @@ class BackgroundSaver:
         return self._snapshot is None or self._snapshot.is_done()
 
     def finish(self) -> Path | None:
-        """Wait for the pending save and commit it; None where there is none, or it failed: see `failure`."""
+        """Wait for the pending save and commit it; None where there is none, or it failed: see `failure`.
+
+        Raises LeaseError on all ranks where the directory is another job's by now.
+        """
         if self._pending is None or self._snapshot is None:
             return None
         (target, share, facts), self._pending = self._pending, None
@@ -120,6 +163,8 @@ class BackgroundSaver:
             with _together(self._engine, target):
                 entry = self._snapshot.wait()
             commit(self._engine, target, share, facts, entry)
+        except LeaseError:
+            raise
         except RuntimeError as error:
             self.failure = str(error)
             return None
@@ -129,6 +174,8 @@ class BackgroundSaver:
         """End the writing process; a pending save is lost. Safe to call twice."""
         if self._snapshot is not None:
             self._snapshot.close()
+        if self._own_lease is not None:
+            self._own_lease.release()
         self._snapshot = self._pending = None
 
 
@@ -139,7 +186,8 @@ class Target:
     run_dir: Path
     step: int
     keep: int
-    token: str
+    lease: RunLease
+    token: str = ""
     """Another one for each attempt: a writer that outlives its killed trainer by a moment is in nobody's way."""
 
     @property
@@ -192,13 +240,14 @@ class Share:
         return payload + HEADER_BYTES_A_TENSOR * len(self.tensors) + BLOCK_BYTES
 
 
-def prepare(engine: Engine, run_dir: Path, step: int, keep: int, share: Share) -> Target:
-    """Clear what killed saves left, see whether there is room, make the hidden directory."""
+def prepare(engine: Engine, target: Target, share: Share) -> Target:
+    """Clear what killed saves left, see whether there is room, make the hidden directory. Returns the target of it."""
     sizes, tokens = zip(*engine.gather((share.num_bytes, secrets.token_hex(4))), strict=True)
-    target = Target(run_dir, step, keep, tokens[0])
+    target = dataclasses.replace(target, token=tokens[0])
     with _together(engine, target):
         if engine.ranks.rank == 0:
-            remove_leftovers(target.run_dir, PARTIAL)
+            target.lease.check()
+            remove_leftovers(target.run_dir)
             target.partial.mkdir(parents=True)
             check_space(target.partial, sum(sizes), engine.ranks.world_size + 2)
     return target
@@ -209,6 +258,7 @@ def commit(engine: Engine, target: Target, share: Share, facts: Facts, entry: Fi
     reports = engine.gather((entry, share.uneven))
     with _together(engine, target):
         if engine.ranks.rank == 0:
+            facts = dataclasses.replace(facts, extra={**facts.extra, RUN: target.lease.run})
             manifest = manifest_of(
                 share.infos, _parts([uneven for _, uneven in reports], share.infos),
                 files=[entry for entry, _ in reports], stage=engine.stage, facts=facts,
@@ -216,7 +266,8 @@ def commit(engine: Engine, target: Target, share: Share, facts: Facts, entry: Fi
             )  # fmt: skip
             write_manifest(target.partial / MANIFEST, manifest)
             _publish(target)
-            retire(target.run_dir, target.step, target.keep)
+    if engine.ranks.rank == 0:
+        _tidy(target)
 
 
 def _parts(uneven: list[dict[str, tuple[int, int]]], infos: Mapping[str, TensorInfo]) -> Parts:
@@ -232,14 +283,20 @@ def _parts(uneven: list[dict[str, tuple[int, int]]], infos: Mapping[str, TensorI
 
 @contextmanager
 def _together(engine: Engine, target: Target) -> Iterator[None]:
-    """All ranks leave this block together; an OSError of one is a RuntimeError on all."""
+    """All ranks leave this block together; an OSError of one is a RuntimeError on all, a LeaseError one on all."""
     problem: str | None = None
-    cause: OSError | None = None
+    lost: str | None = None
+    cause: Exception | None = None
     try:
         yield
+    except LeaseError as error:
+        lost, cause = str(error), error
     except OSError as error:
         problem, cause = f"rank {engine.ranks.rank}: {error}", error
-    failed = [text for text in engine.gather(problem) if text]
+    problems, losses = zip(*engine.gather((problem, lost)), strict=True)
+    if any(losses):
+        raise LeaseError(next(text for text in losses if text)) from cause
+    failed = [text for text in problems if text]
     if failed:
         why = "; ".join(failed[:3])
         text = f"{target.final} was not written ({why}); the checkpoints before it are untouched"
@@ -247,19 +304,39 @@ def _together(engine: Engine, target: Target) -> Iterator[None]:
 
 
 def _publish(target: Target) -> None:
+    """From here on it is a checkpoint."""
     final = target.final
     sync(target.partial)
-    old = final.with_name(f"{final.name}.old")
-    if final.exists():  # the same step again; a reader falls back to .old between the two renames
-        if old.exists():
-            remove(old)
-        os.rename(final, old)
+    target.lease.check()
+    if os.path.lexists(final):
+        _make_way(final, target.lease.run)
     os.rename(target.partial, final)
-    sync(target.run_dir)
-    pointer = target.run_dir / f"{PARTIAL}{LATEST}"
-    with open(pointer, "w", encoding="utf-8") as file:
-        file.write(f"{final.name}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(pointer, target.run_dir / LATEST)
-    sync(target.run_dir)
+
+
+def _make_way(final: Path, run: str) -> None:
+    """The same step again: a reader falls back to .old until the new one is there. What is not ours is kept."""
+    old = final.with_name(f"{final.name}.old")
+    if own(final, run) is None:
+        kept = set_aside(final, "aside")
+        report(f"{final} was there, and is not a whole checkpoint of this run: it is kept as {kept.name}")
+        return
+    if os.path.lexists(old):
+        if own(old, run) is None:
+            set_aside(old, "aside")
+        else:
+            remove(old)
+    os.rename(final, old)
+
+
+def _tidy(target: Target) -> None:
+    """`latest`, and what is older than `keep`. The checkpoint is there already: what fails here is only told."""
+    try:
+        sync(target.run_dir)
+        replace_file(target.run_dir / LATEST, f"{target.final.name}\n")
+    except OSError as error:
+        report(f"{target.final} is whole, but {LATEST} does not name it: {error}")
+    try:
+        target.lease.check()
+        retire(target.run_dir, target.step, target.keep, target.lease.run)
+    except (OSError, LeaseError) as error:
+        report(f"{target.final} is whole; older ones were not deleted: {error}")

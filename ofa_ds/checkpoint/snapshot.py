@@ -11,6 +11,7 @@ import select
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ _ALIGNMENT = 64
 _HEAD = _ALIGNMENT
 """Its first byte is 1 when the trainer waits for the writer."""
 _MADV_POPULATE_WRITE = 23
+_CLAIM_BYTES = 1 << 25
+"""What is claimed at once: a tenth of a second, for which the end of a process may have to wait."""
 _libc = ctypes.CDLL(None)
 _WRITER = "ofa_ds.storage.background_writer"
 _PACKAGE_ROOT = Path(__file__).parents[2]
@@ -45,7 +48,9 @@ class Snapshot:
         os.ftruncate(self._descriptor, self._size)
         self._map = mmap.mmap(self._descriptor, self._size)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        threading.Thread(target=self._claim, daemon=True).start()
+        self._closing = threading.Event()
+        self._claimer = threading.Thread(target=_claim, args=(self._bytes, self._closing))
+        self._claimer.start()  # no daemon: one that comes back from the kernel while Python ends aborts the process
         if pin:
             with contextlib.suppress(RuntimeError):
                 torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self._size, 0)
@@ -55,18 +60,11 @@ class Snapshot:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
             pass_fds=[self._descriptor], env={**os.environ, "PYTHONPATH": python_path},
         )  # fmt: skip
+        self._end = weakref.finalize(self, _end, self._process, self._descriptor)  # at the latest when Python ends
         self._answer: dict[str, Any] | None = None
         self._specs: list[tuple[str, torch.dtype, tuple[int, ...]]] | None = None
         self._targets: list[Tensor] = []
         self._rows = "[]"
-
-    def _claim(self) -> None:
-        """Have the kernel find the pages while training starts: the first save would wait seconds a gigabyte for them.
-
-        Kernels before 5.14 do not know this advice; there the first save waits.
-        """
-        address, size = ctypes.c_void_p(self._bytes.data_ptr()), ctypes.c_size_t(self._size)
-        _libc.madvise(address, size, _MADV_POPULATE_WRITE)
 
     def take(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         """Copy the tensors and have them written to `path`. The tensors may change as soon as this returns.
@@ -119,10 +117,28 @@ class Snapshot:
         return FileEntry(**self._answer["entry"])
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
-        self._process.kill()
-        self._process.communicate()
-        os.close(self._descriptor)
+        """End the process, whatever it is doing, and the thread that claims memory. Safe to call twice."""
+        self._closing.set()
+        self._end()
+        self._claimer.join()
+
+
+def _claim(memory: Tensor, closing: threading.Event) -> None:
+    """Have the kernel find the pages while training starts: the first save would wait seconds a gigabyte for them.
+
+    Kernels before 5.14 do not know this advice; there the first save waits. memory: uint8, whole pages from its start.
+    """
+    for at in range(0, len(memory), _CLAIM_BYTES):
+        if closing.is_set() or not threading.main_thread().is_alive():  # Python ends, perhaps by an exception
+            return
+        address, size = memory.data_ptr() + at, min(_CLAIM_BYTES, len(memory) - at)
+        _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_POPULATE_WRITE)
+
+
+def _end(process: subprocess.Popen[str], descriptor: int) -> None:
+    process.kill()
+    process.communicate()
+    os.close(descriptor)
 
 
 def room(num_bytes: int) -> int:

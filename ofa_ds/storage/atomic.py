@@ -126,6 +126,17 @@ def _locked(path: Path, *, only_where_known: bool = False) -> int | None:
     return None
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Give a small file another content: the old one stays until the new one is whole, also where the disk is full."""
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync(path.parent)
+
+
 def check_space(directory: Path, num_bytes: int, num_files: int) -> None:
     """Raises OSError where a file system has not that much room, in bytes or in names."""
     found = os.statvfs(directory)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import os
 import resource
+import socket
+import struct
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ofa_ds.storage.atomic import replace_file
 from ofa_ds.terms import TASKS
 
 KIBI_PER_MEBI = 1024
@@ -76,29 +83,25 @@ class Window:
 
 
 class MetricsWriter:
-    """One line per record on the console (a progress bar on a terminal), in metrics.jsonl and in TensorBoard."""
+    """One line per record on the console (a progress bar on a terminal), in metrics.jsonl and in TensorBoard.
+
+    No run ends because one of them cannot be written: that is told once, with the path, and how often at the end.
+    """
 
     def __init__(self, run_dir: Path, *, num_steps: int, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
-        _drop_records_from(path, first_step)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._lines = _Log(run_dir / "metrics.jsonl", lambda path: _drop_records_from(path, first_step))
+        self._board = Board(run_dir / "tensorboard", first_step)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True) if terminal else None
         self._num_steps = num_steps
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """`values` are finite numbers or nan (a task without tokens in this window: written as null)."""
+        """`values` that are not finite (a task without tokens in this window, an overflow) are null in the file."""
         record = {"step": step, **{key: _rounded(value) for key, value in values.items()}}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for key, value in values.items():
-            if math.isfinite(value):
-                self._board.add_scalar(key, value, step)
+        self._lines.append(f"{json.dumps(record, allow_nan=False)}\n".encode())
+        self._board.scalars({key: value for key, value in values.items() if math.isfinite(value)}, step)
         line = (
             f"step {step}/{self._num_steps}  loss {values['loss']:.3f}  lr {values['lr']:.2e}  "
             f"grad {values['grad_norm']:.2f}  {values['examples_per_s']:.0f} examples/s  {values['step_ms']:.0f} ms  "
@@ -112,32 +115,126 @@ class MetricsWriter:
 
     def picture(self, step: int, tag: str, image_HWC: Any) -> None:  # noqa: N803
         """image_HWC: uint8 [height, width, 3]."""
-        self._board.add_image(tag, image_HWC, step, dataformats="HWC")
+        self._board.picture(step, tag, image_HWC)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
         self._board.close()
-        self._file.close()
+        self._lines.close()
+
+
+class _Log:
+    """A file that grows by whole records. What cannot be written is told when it begins, and counted until the end."""
+
+    def __init__(self, path: Path, head: Callable[[Path], bytes]) -> None:
+        """head: makes the file ready, and gives what a run begins with."""
+        self._path, self._head = path, head
+        self._file: int | None = None
+        self._end = self._losses = 0
+        self.append(b"")
+
+    def append(self, record: bytes) -> None:
+        try:
+            if self._file is None:  # it could not be opened; perhaps now
+                self._open()
+            self._write(record)
+        except OSError as error:
+            self._losses += 1
+            if self._losses == 1:
+                self._tell(f"cannot be written: {' '.join(str(error).split())}; training goes on")
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        if self._losses:
+            self._tell(f"was not written {self._losses} times: those records are lost")
+
+    def _open(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        head = self._head(self._path)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._end = os.fstat(self._file).st_size
+        self._write(head)
+
+    def _write(self, record: bytes) -> None:
+        assert self._file is not None
+        written = 0
+        try:
+            while written < len(record):
+                written += os.write(self._file, record[written:])
+        except OSError:
+            with contextlib.suppress(OSError):  # a device has no end
+                os.ftruncate(self._file, self._end)  # no half record that would spoil the next one
+            raise
+        self._end += written
+
+    def _tell(self, text: str) -> None:
+        print(f"metrics: {self._path}: {text}", file=sys.stderr, flush=True)
+
+
+class Board:
+    """TensorBoard's file: a record is an event. Without torch's writer, whose thread dies of a full disk."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._event, self._summary = Event, Summary
+        purge = Event(wall_time=time.time(), step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
+        version = Event(wall_time=time.time(), file_version="brain.Event:2")
+        head = b"".join(_framed(event.SerializeToString()) for event in (version, purge))
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
+        self._log = _Log(folder / name, lambda path: head)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        self._add(step, [self._summary.Value(tag=key, simple_value=value) for key, value in values.items()])
+
+    def picture(self, step: int, tag: str, image_HWC: Any) -> None:  # noqa: N803
+        """image_HWC: uint8 [height, width, 3]."""
+        from PIL import Image
+
+        height, width, _ = image_HWC.shape
+        png = io.BytesIO()
+        Image.fromarray(image_HWC).save(png, format="PNG")
+        image = self._summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png.getvalue())
+        self._add(step, [self._summary.Value(tag=tag, image=image)])
+
+    def _add(self, step: int, values: list[Any]) -> None:
+        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
+        self._log.append(_framed(event.SerializeToString()))
+
+    def close(self) -> None:
+        self._log.close()
+
+
+def _framed(data: bytes) -> bytes:
+    """A record of TensorFlow's: length, data, a checksum of each."""
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    length = struct.pack("<Q", len(data))
+    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
 
 
 def _rounded(value: float) -> float | None:
     return float(f"{value:.9g}") if math.isfinite(value) else None
 
 
-def _drop_records_from(path: Path, first_step: int) -> None:
+def _drop_records_from(path: Path, first_step: int) -> bytes:
     """A resumed run writes the steps after its checkpoint again: the old records of those steps go."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= first_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    if not path.is_file():  # opening what is no file tells more
+        return b""
+    text = path.read_bytes().decode("utf-8", "replace")
+    kept = "".join(f"{line}\n" for line in text.split("\n") if _step_of(line) <= first_step)
+    if kept != text:
+        replace_file(path, kept)
+    return b""
 
 
 def _step_of(line: str) -> float:
     """The step of a record; a half-written line (the process was killed) counts as one to drop."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return math.inf

@@ -9,6 +9,7 @@ from typing import Any
 
 from ofa_ds import checkpoint
 from ofa_ds.checkpoint.manifest import Manifest
+from ofa_ds.checkpoint.run_lease import RunLease
 from ofa_ds.config import Recipe, recipe_from_dict
 from ofa_ds.config.meaning import FREE, MEANING, differences
 from ofa_ds.config.values import shown
@@ -18,13 +19,13 @@ TOLD = tuple(key for key in FREE if key.startswith("optim.") or key == "train.nu
 """May change, but acts on what is learnt."""
 
 
-def resume(engine: Engine, recipe: Recipe, identity: Mapping[str, str]) -> int:
+def resume(engine: Engine, recipe: Recipe, identity: Mapping[str, str], lease: RunLease) -> int:
     """Load the newest checkpoint of the run, else the weights it is to start from; returns the step to go on from.
 
     identity: fingerprints of `data` and `vocab`. Raises ValueError where the run was another one so far.
     """
     accept = functools.partial(refuse_other_run, recipe=recipe, identity=identity)
-    manifest = checkpoint.resume(engine, recipe.run_dir, accept)
+    manifest = checkpoint.resume(engine, recipe.run_dir, accept, lease=lease)
     if manifest is not None:
         if engine.ranks.rank == 0 and (told := changed(manifest, recipe)):
             print(f"{recipe.run_dir}: goes on from step {manifest.step} with {told}", file=sys.stderr)

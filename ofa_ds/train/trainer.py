@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 
 from ofa_ds import checkpoint
+from ofa_ds.checkpoint.run_lease import RunLease, run_lease
+from ofa_ds.checkpoint.runs import newest_good
 from ofa_ds.checkpoint.saver import Saver
 from ofa_ds.config import Recipe, recipe_to_dict, recipe_to_toml
 from ofa_ds.data import kept_vocabulary
@@ -18,12 +21,13 @@ from ofa_ds.data.vocab import load_vocab
 from ofa_ds.engine.config import load_deepspeed_config
 from ofa_ds.engine.engine import Engine, build
 from ofa_ds.engine.host_memory import release_freed_memory
-from ofa_ds.engine.process_group import init_distributed, leave_distributed, together
+from ofa_ds.engine.process_group import gather, init_distributed, leave_distributed, together
 from ofa_ds.engine.ranks import Ranks
 from ofa_ds.inference.answers import sample_cards
 from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.model.config import ModelConfig, model_config
 from ofa_ds.model.ofa import OFA
+from ofa_ds.storage.atomic import replace_file
 from ofa_ds.train.bad_steps import BadSteps
 from ofa_ds.train.loader import Loader
 from ofa_ds.train.metrics import MetricsWriter, Window, peak_memory_MiB
@@ -45,11 +49,18 @@ STOPPED = 130
 def run(recipe: Recipe) -> int:
     """Train to `train.num_steps`, from the newest checkpoint of `run_dir` where there is one. Returns the exit code.
 
-    What one rank raises before the first step, all raise. Later a rank that fails just ends: its connections break, and
-    the launcher ends the others.
+    What one rank raises before the first step, all raise; LeaseError, before anything is written, where another job is
+    at work in `run_dir`. Later a rank that fails just ends: its connections break, and the launcher ends the others.
     """
     ranks = init_distributed()
     recipe.batch.accumulation_steps(ranks.world_size)  # a wrong batch shape is told before anything heavy starts
+    with run_lease(recipe.run_dir, ranks.rank, functools.partial(gather, ranks)) as lease:
+        code = _run(recipe, ranks, lease)
+    leave_distributed()
+    return code
+
+
+def _run(recipe: Recipe, ranks: Ranks, lease: RunLease) -> int:
     with together(ranks):
         shards, vocab = Shards(recipe.data.shards), load_vocab(recipe.data.vocab)
         config = model_config(recipe, vocab.size)
@@ -64,7 +75,7 @@ def run(recipe: Recipe) -> int:
     )
     _say(ranks, engine.describe())
     identity = {"data": shards.fingerprint, "vocab": vocab.fingerprint}
-    first_step = resume(engine, recipe, identity)
+    first_step = resume(engine, recipe, identity, lease)
     loader = Loader(
         shards=shards,
         vocab=vocab,
@@ -78,9 +89,8 @@ def run(recipe: Recipe) -> int:
     with together(ranks):
         writer = _open_writer(recipe, first_step, vocab.fingerprint) if ranks.rank == 0 else None
     with StopSignal().listening() as stop:
-        code = _train(engine, loader, recipe, writer, first_step=first_step, identity=identity, stop=stop)
-    leave_distributed()
-    return code
+        saver = Saver(engine, recipe, {"recipe": recipe_to_dict(recipe), "identity": identity}, lease=lease)
+        return _train(engine, loader, saver, writer, recipe=recipe, first_step=first_step, stop=stop)
 
 
 def _say(ranks: Ranks, text: str) -> None:
@@ -99,29 +109,30 @@ def _needs_pieces(recipe: Recipe, config: ModelConfig) -> bool:
 def _train(
     engine: Engine,
     loader: Loader,
-    recipe: Recipe,
+    saver: Saver,
     writer: MetricsWriter | None,
     *,
+    recipe: Recipe,
     first_step: int,
-    identity: dict[str, str],
     stop: StopSignal,
 ) -> int:
     train, smoothing = recipe.train, recipe.optim.label_smoothing
     window, source = Window(engine.device), loader.steps(first_step)
-    saver = Saver(engine, recipe, extra={"recipe": recipe_to_dict(recipe), "identity": identity})
     bad = BadSteps(engine, loader.micro_batches, limit=train.max_bad_steps, run_dir=Path(recipe.run_dir))
     step, stopping = first_step, False
     try:
         while step < train.num_steps and not stopping:
             micro_batches = next(source)
-            votes = (stop.asked, saver.is_writing)
+            votes = (stop.asked, saver.is_writing, saver.lease.is_lost)
             voted, losses = train_step(engine, micro_batches, window, label_smoothing=smoothing, votes=votes)
-            stopping, writing = voted
+            stopping, writing, is_lost = voted
             step += 1
+            if is_lost:
+                saver.lease.check_together(engine.gather)  # before anything more is written there
             bad.judge(step, losses)
             if bad.too_many:
                 saver.commit()
-                raise bad.error(step, checkpoint.latest(recipe.run_dir))
+                raise bad.error(step, newest_good(recipe.run_dir))
             last = stopping or step == train.num_steps
             if step % train.log_every == 0 or step == train.num_steps:
                 _log(engine, window, writer, step, loader.wait_seconds)
@@ -132,7 +143,7 @@ def _train(
             if not writing:
                 saver.commit()
             if last or (step % train.save_every == 0 and not bad.in_a_row):
-                saver.save(step, wait=last)
+                saver.save(step, wait=last, counts=not bad.in_a_row)
     finally:
         source.close()  # ends the workers
         saver.close()
@@ -153,9 +164,11 @@ def _ended(ranks: Ranks, recipe: Recipe, step: int) -> int:
 
 def _open_writer(recipe: Recipe, first_step: int, vocab: str) -> MetricsWriter:
     run_dir = Path(recipe.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     kept_vocabulary.keep(run_dir, Path(recipe.data.vocab), vocab)
-    (run_dir / "recipe.toml").write_text(recipe_to_toml(recipe), encoding="utf-8")
+    try:
+        replace_file(run_dir / "recipe.toml", recipe_to_toml(recipe))
+    except OSError as error:
+        print(f"metrics: {run_dir / 'recipe.toml'}: cannot be written: {error}; training goes on", file=sys.stderr)
     return MetricsWriter(run_dir, num_steps=recipe.train.num_steps, first_step=first_step)
 
 

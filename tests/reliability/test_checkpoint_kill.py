@@ -47,7 +47,8 @@ def test_a_writing_process_that_dies_is_told_and_the_next_save_works(outcome):
 
 
 def test_the_next_save_removes_what_killed_ones_left(outcome):
-    assert outcome["after"] == ["latest", "step_00000006"]
+    lease, *after = outcome["after"]
+    assert after == ["latest", "step_00000006"] and re.fullmatch(r"\.lease_\d{8}_free", lease)
 
 
 def test_a_save_that_the_disk_cannot_take_is_an_error_and_harms_nothing(outcome):

@@ -2,7 +2,13 @@
 
 import json
 import math
+import re
+import resource
+import signal
+import threading
 
+import numpy as np
+import pytest
 import torch
 
 from ofa_ds.train.metrics import MetricsWriter, Window
@@ -60,3 +66,91 @@ def test_a_skipped_step_is_in_no_mean_and_a_window_of_skipped_steps_has_no_loss(
     assert values["loss"] == 3.0 and values["loss/vqa"] == 1.0
     step(math.nan, counted=False)
     assert math.isnan(window.close(lambda tensor: None)["loss"])
+
+
+def test_no_record_holds_what_json_has_no_word_for(tmp_path):
+    writer = MetricsWriter(tmp_path, num_steps=1, first_step=0)
+    writer.write(1, {**VALUES, "loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
+    writer.close()
+
+    def refused(text):
+        raise AssertionError(text)
+
+    record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refused)
+    assert record["loss"] is record["grad_norm"] is record["lr"] is None
+
+
+def events(folder):
+    """(step, tag, value or size of the picture) of each event as TensorBoard itself reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+    scalars = [(e.step, tag, e.value) for tag in found.Tags()["scalars"] for e in found.Scalars(tag)]
+    images = [(e.step, tag, (e.height, e.width)) for tag in found.Tags()["images"] for e in found.Images(tag)]
+    return scalars + images
+
+
+def test_tensorboard_reads_what_was_written_and_a_resumed_run_replaces_its_steps(tmp_path):
+    for first, last in ((0, 4), (2, 5)):
+        writer = MetricsWriter(tmp_path, num_steps=5, first_step=first)
+        for step in range(first + 1, last + 1):
+            writer.write(step, {**VALUES, "loss": float(first), "loss/vqa": math.nan})
+        writer.picture(last, "sample/vqa", np.zeros((3, 5, 3), np.uint8))
+        writer.close()
+        (file,) = (tmp_path / "tensorboard").glob("events*.0")
+        file.rename(file.with_name(f"events.tfevents.of_{first}"))  # as one of another second
+    found = events(tmp_path / "tensorboard")
+    assert [(step, value) for step, tag, value in found if tag == "loss"] == [(1, 0), (2, 0), (3, 2), (4, 2), (5, 2)]
+    assert [value for step, tag, value in found if tag == "sample/vqa"] == [(3, 5)]
+    assert not [tag for _, tag, _ in found if tag == "loss/vqa"]
+
+
+def block(path, how):
+    """Make it impossible to write at `path`."""
+    if how == "directory":
+        path.mkdir(parents=True)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to("/dev/full" if how == "full" else path.parent / "no" / "such" / "place")
+
+
+@pytest.mark.parametrize("how", ["directory", "full", "nowhere"])
+def test_metrics_that_cannot_be_written_are_told_once_with_the_path_and_counted(tmp_path, capsys, how):
+    block(tmp_path / "metrics.jsonl", how)
+    writer = MetricsWriter(tmp_path, num_steps=3, first_step=0)
+    for step in (1, 2, 3):
+        writer.write(step, VALUES)
+    writer.close()
+    first, last = [line for line in capsys.readouterr().err.splitlines() if "metrics" in line]
+    assert str(tmp_path / "metrics.jsonl") in first and "training goes on" in first
+    assert str(tmp_path / "metrics.jsonl") in last and re.search("not written [34] times", last)
+    assert len(events(tmp_path / "tensorboard")) == 3 * len(VALUES), "the other place is none the worse"
+
+
+def test_a_tensorboard_that_cannot_be_written_is_told_once_with_the_path(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file where the directory should be")
+    writer = MetricsWriter(tmp_path, num_steps=2, first_step=0)
+    for step in (1, 2):
+        writer.write(step, VALUES)
+        writer.picture(step, "sample/vqa", np.zeros((3, 5, 3), np.uint8))
+    writer.close()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "tensorboard" in line]
+    assert len(lines) == 2 and "not written 5 times" in lines[1]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert threading.active_count() == 1
+
+
+def test_a_disk_that_is_full_for_a_while_leaves_no_half_record(tmp_path, capsys):
+    writer = MetricsWriter(tmp_path, num_steps=4, first_step=0)
+    writer.write(1, VALUES)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 40, limits[1]))
+    writer.write(2, VALUES)  # half of it would fit
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
+    writer.write(3, VALUES)
+    writer.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 3]
+    assert {step for step, _, _ in events(tmp_path / "tensorboard")} == {1, 3}
+    assert capsys.readouterr().err.count("cannot be written") == 2, "once for each place"

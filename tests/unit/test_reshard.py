@@ -222,7 +222,7 @@ def test_prune_keeps_the_newest_whole_ones_and_says_what_it_does(run_dir, capsys
     assert [path.name for path in prune(run_dir, 2, dry_run=True)] == ["step_00000006", "step_00000002"]
     assert main(["checkpoint", "prune", str(run_dir), "--keep", "2"]) == 0
     assert "2 checkpoints are gone" in capsys.readouterr().out
-    assert sorted(path.name for path in run_dir.iterdir()) == ["step_00000004", "step_00000008"]
+    assert sorted(path.name for path in run_dir.glob("step*")) == ["step_00000004", "step_00000008"]
     assert prune(run_dir, 2) == []
     with pytest.raises(ValueError, match="found none"):
         prune(run_dir.parent, 2)
