@@ -32,7 +32,7 @@ class RunLease:
             except LeaseError as error:
                 problem, is_taken, cause = str(error), True, error
             except OSError as error:
-                problem, cause = f"{run_dir}: cannot be used as a run directory: {error}", error
+                problem, cause = f"rank 0: {run_dir}: cannot be used as a run directory: {error}", error
         problem, is_taken = gather((problem, is_taken))[0]
         if problem:
             raise (LeaseError if is_taken else RuntimeError)(problem) from cause
