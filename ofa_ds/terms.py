@@ -21,3 +21,6 @@ BOS_ID, PAD_ID, EOS_ID, UNK_ID = range(4)
 
 NUM_SPECIAL_IDS = 4
 """Ids below it are special; text begins there."""
+
+FORMATS = ("deepspeed", "universal", "huggingface", "fairseq", "modelscope")
+"""Other programs' checkpoints, in and out. What each is stands in `ofa_ds.convert.formats`."""

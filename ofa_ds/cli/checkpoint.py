@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ofa_ds.cli.heavy_imports import heavy_imports
 from ofa_ds.cli.parser import Commands, command, group, positive
+from ofa_ds.terms import FORMATS
 
-EXPORTS = ("deepspeed", "universal", "huggingface", "fairseq", "modelscope")
 DTYPES = ("float32", "bfloat16", "float16")
 _SOURCE = "a checkpoint, or a run directory (its newest valid one)"
 
@@ -56,7 +56,7 @@ def _add_conversions(actions: Commands) -> None:
     )  # fmt: skip
     export.add_argument("source", type=Path, metavar="SRC", help=_SOURCE)
     export.add_argument("destination", type=Path, metavar="DST", help="directory to make; fairseq: the .pt file")
-    export.add_argument("--format", choices=EXPORTS, required=True, help="whose")
+    export.add_argument("--format", choices=FORMATS, required=True, help="whose")
     export.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; float32 loses nothing")
     export.add_argument(
         "--vocab", type=Path, metavar="DIR", help="vocabulary directory; else the one that the run keeps"
@@ -79,7 +79,7 @@ def _add_conversions(actions: Commands) -> None:
     )  # fmt: skip
     load.add_argument("source", type=Path, metavar="SRC", help="a .pt file or a folder")
     load.add_argument("destination", type=Path, metavar="DST", help="directory to make")
-    load.add_argument("--format", choices=EXPORTS, help="found out where not given")
+    load.add_argument("--format", choices=FORMATS, help="found out where not given")
     load.add_argument(
         "--vocab", type=Path, metavar="DIR", help="vocabulary directory; else the tokenizer's files in SRC"
     )

@@ -16,13 +16,12 @@ from ofa_ds.checkpoint.runs import find, step_directories
 from ofa_ds.checkpoint.state import ForeignState, Reader
 from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.config import Recipe, recipe_from_dict, recipe_to_dict
-from ofa_ds.convert import fairseq, port
+from ofa_ds.convert import port
 from ofa_ds.convert.architecture import architecture
-from ofa_ds.convert.deepspeed_folder import read_deepspeed, write_deepspeed
 from ofa_ds.convert.foreign import Options, official_state, recipe_of, to_state
+from ofa_ds.convert.formats import TABLE, Beside, StateFormat, Target, WeightsFormat, those_here
 from ofa_ds.convert.operations import grow_vocabulary, resize_image_positions
 from ofa_ds.convert.port_config import is_official
-from ofa_ds.convert.universal import read_universal, write_universal
 from ofa_ds.convert.weights import Weight, Weights
 from ofa_ds.data import kept_vocabulary
 from ofa_ds.data.vocab import Vocab, load_vocab
@@ -30,8 +29,8 @@ from ofa_ds.data.vocab_files import write_files
 from ofa_ds.engine.partition import AVERAGE
 from ofa_ds.model.config import ModelConfig, model_config
 from ofa_ds.storage.atomic import check_space, new_directory, new_file, refuse_inside
+from ofa_ds.terms import FORMATS
 
-FORMATS = ("deepspeed", "universal", "huggingface", "fairseq", "modelscope")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,21 +38,11 @@ def detect(source: Path) -> str:
     """The format of a file or folder. Raises ValueError where it is none that is known."""
     if source.suffix == ".safetensors":
         raise ValueError(f"{source}: give its folder, where the {port.CONFIG} is")
-    if source.is_file():
-        return "fairseq"
-    if not source.is_dir():
+    if not source.exists():
         raise ValueError(f"{source}: no such file or directory")
-    if (source / MANIFEST).exists() or step_directories(source):
+    if source.is_dir() and ((source / MANIFEST).exists() or step_directories(source)):
         raise ValueError(f"{source}: is a checkpoint of ofa-ds already; see ofa-ds checkpoint export and reshard")
-    found = []
-    if (source / port.MODELSCOPE_CONFIG).is_file():
-        found.append("modelscope")
-    elif (source / port.CONFIG).is_file():
-        found.append("huggingface")
-    if (source / "latest_universal").is_file() or (source / "zero").is_dir():
-        found.append("universal")
-    elif (source / "latest").is_file() or any(source.glob("*_states.pt")):
-        found.append("deepspeed")
+    found = those_here(source)
     if len(found) > 1:
         raise ValueError(f"{source}: holds {' and '.join(found)} both; say which is meant: --format {found[0]}")
     if not found:
@@ -66,7 +55,7 @@ class ImportPlan:
     """How an import is to go, beside from where to where."""
 
     format: str | None = None
-    """One of FORMATS; None finds it out."""
+    """One of terms.FORMATS; None finds it out."""
     options: Options = Options()
     vocab: Path | None = None
     """The vocabulary's directory; by default the files in the source folder, where there are some."""
@@ -109,11 +98,11 @@ def _read(
     kind: str, source: Path, options: Options
 ) -> tuple[ForeignState, ModelConfig, dict[str, Any], Mapping[str, Any]]:
     """(state, its model, what to remember of where it comes from, fields of DataConfig that the source tells)."""
-    if kind in ("deepspeed", "universal"):
-        state = read_deepspeed(source) if kind == "deepspeed" else read_universal(source)
-        state, config = official_state(state, str(source), options)
+    known = TABLE[kind]
+    if isinstance(known, StateFormat):
+        state, config = official_state(known.read(source), str(source), options)
         return state, config, state.facts.extra.get("origin", {}), {}
-    foreign = fairseq.read_fairseq(source) if kind == "fairseq" else port.read_port(source)
+    foreign = known.read(source)
     state, config = to_state(foreign, options)
     return state, config, {"num_updates": foreign.num_updates}, foreign.data
 
@@ -164,51 +153,40 @@ def export_checkpoint(source: Path, destination: Path, plan: ExportPlan) -> dict
     Raises ValueError or OSError, one line; `destination` then does not exist.
     """
     refuse_inside(destination, source, find(source))
-    if plan.format in ("deepspeed", "universal"):
-        return _export_training(open_checked(source), destination, plan)
+    kind = TABLE[plan.format]
+    if isinstance(kind, StateFormat):
+        return _export_training(open_checked(source), destination, plan, kind)
     with open_stream(source, ("weight", AVERAGE)) as reader:
-        return _export_weights(reader, destination, plan)
+        return _export_weights(reader, destination, plan, kind)
 
 
-def _export_weights(reader: Reader, destination: Path, plan: ExportPlan) -> dict[str, Any]:
-    """A model, for who trained OFA before."""
+def _export_weights(reader: Reader, destination: Path, plan: ExportPlan, kind: WeightsFormat) -> dict[str, Any]:
     recipe, config = _model_of(reader)
-    vocab = _tokenizer(reader, recipe, plan)
+    vocab = None if kind.is_file else _tokenizer(reader, recipe, plan)
     weights = _weights(reader, DTYPES[plan.dtype], "ema" if plan.use_ema else "weight")
     size = sum(weight.numel * weight.dtype.itemsize for weight in weights.values())
-    if plan.format == "fairseq":
-        average = _weights(reader, DTYPES[plan.dtype], "ema") if reader.has_average and not plan.use_ema else None
-        with new_file(destination) as path:
-            check_space(path.parent, size * (1 if average is None else 2), 1)
-            updates = reader.facts.state.get("adam_step", 0)
-            image_size = recipe.data.image_size
-            fairseq.write_fairseq(path, config, weights, average=average, num_updates=updates, image_size=image_size)
-    else:
-        with new_directory(destination) as partial:
+    average = None
+    if kind.is_file and reader.has_average and not plan.use_ema:
+        average = _weights(reader, DTYPES[plan.dtype], "ema")
+    beside = Beside(average, reader.facts.state.get("adam_step", 0), recipe.data.image_size)
+    with new_file(destination) if kind.is_file else new_directory(destination) as partial:
+        if kind.is_file:
+            check_space(partial.parent, size * (1 if average is None else 2), 1)
+        else:
             check_space(partial, size, 16)
-            if plan.format == "modelscope":
-                port.write_modelscope(partial, config, weights, image_size=recipe.data.image_size)
-            else:
-                port.write_huggingface(partial, config, weights)
-            if vocab is not None:
-                write_files(partial, vocab.files, vocab.fingerprint)
+        kind.write(partial, config, weights, beside)
+        if vocab is not None:
+            write_files(partial, vocab.files, vocab.fingerprint)
     notes = [] if is_official(config) else ["its stem is not one of OFA's: only ofa-ds can build this model"]
-    if vocab is None and plan.format != "fairseq":
+    if vocab is None and not kind.is_file:
         notes.append("without a tokenizer: the checkpoint came without a vocabulary; --vocab DIR adds one")
     return {"path": str(destination), "format": plan.format, "step": reader.facts.step, "notes": notes}
 
 
-def _export_training(reader: Reader, destination: Path, plan: ExportPlan) -> dict[str, Any]:
-    """The whole training state, for DeepSpeed."""
-    notes = []
-    if plan.format == "universal":
-        write_universal(reader, destination)
-    else:
-        ranks, stage = plan.ranks or reader.layout.world_size, plan.stage or reader.manifest.zero_stage or 1
-        write_deepspeed(
-            reader, destination, ranks=ranks, stage=stage, dtype=DTYPES[plan.dtype], sub_group_size=plan.sub_group_size
-        )
-        notes = [f"for stage {stage} on {ranks} ranks in {plan.dtype}"]
+def _export_training(reader: Reader, destination: Path, plan: ExportPlan, kind: StateFormat) -> dict[str, Any]:
+    ranks, stage = plan.ranks or reader.layout.world_size, plan.stage or reader.manifest.zero_stage or 1
+    kind.write(reader, destination, Target(ranks, stage, DTYPES[plan.dtype], plan.sub_group_size))
+    notes = [f"for stage {stage} on {ranks} ranks in {plan.dtype}"] if kind.is_for_target else []
     if reader.has_average:
         notes.append("without the moving average, which DeepSpeed's files have no place for")
     return {"path": str(destination), "format": plan.format, "step": reader.facts.step, "notes": notes}
@@ -250,12 +228,10 @@ def _fitting(piece: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def _tokenizer(reader: Reader, recipe: Recipe, plan: ExportPlan) -> Vocab | None:
-    """The vocabulary whose files go beside the weights; fairseq's format has no place for them.
+    """The vocabulary whose files go beside the weights.
 
     Raises ValueError: the checkpoint has a vocabulary and it cannot be found: an export without would be half of one.
     """
-    if plan.format == "fairseq":
-        return None
     fingerprint = reader.facts.extra.get("identity", {}).get("vocab")
     found = kept_vocabulary.find(
         reader.directory, fingerprint=fingerprint, recipe_path=recipe.data.vocab, given=plan.vocab

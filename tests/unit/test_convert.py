@@ -12,6 +12,7 @@ import torch
 from checkpoints import different, ofa_checkpoint, whole
 from safetensors.torch import load_file, save_file
 
+from ofa_ds import terms
 from ofa_ds.checkpoint.manifest import read_manifest
 from ofa_ds.checkpoint.tensor_file import TensorFile
 from ofa_ds.checkpoint.verifying import describe, verify
@@ -19,6 +20,7 @@ from ofa_ds.cli import main
 from ofa_ds.config import recipe_from_dict
 from ofa_ds.convert import port
 from ofa_ds.convert.architecture import architecture
+from ofa_ds.convert.formats import TABLE, WeightsFormat
 from ofa_ds.data.vocab import train_vocab
 from ofa_ds.model.config import ModelConfig, ResNetConfig, ViTConfig, model_config, preset
 
@@ -37,6 +39,11 @@ CONFIGS = {
     ),
 }  # fmt: skip
 FORMATS = ("huggingface", "fairseq", "modelscope")
+
+
+def test_every_format_by_name_has_an_entry():
+    assert tuple(TABLE) == terms.FORMATS
+    assert {name for name, kind in TABLE.items() if isinstance(kind, WeightsFormat)} == set(FORMATS)
 
 
 def run(*arguments: object) -> int:
