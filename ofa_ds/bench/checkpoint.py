@@ -23,7 +23,7 @@ from typing import Any
 from ofa_ds.bench.checkpoint_worker import VOCAB_SIZE
 from ofa_ds.checkpoint.verifying import verify
 from ofa_ds.storage.atomic import check_space
-from ofa_ds.storage.direct_file import set_direct
+from ofa_ds.storage.direct import set_direct
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 RANKS, OTHER_RANKS = 2, 3

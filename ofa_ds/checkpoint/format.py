@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from ofa_ds.engine.partition import AVERAGE, MOMENTS, even_range, flat_parts
-from ofa_ds.storage.direct_file import BLOCK_BYTES
+from ofa_ds.storage.direct import BLOCK_BYTES
 from ofa_ds.storage.tensor_writer import TensorSpec
 
 FORMAT = "ofa-ds checkpoint"

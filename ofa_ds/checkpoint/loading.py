@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ofa_ds.checkpoint.format import KINDS, NO_STEPS
+from ofa_ds.checkpoint.format import NO_STEPS
 from ofa_ds.checkpoint.manifest import FormatVersionError, Manifest, read_manifest
 from ofa_ds.checkpoint.run_lease import RunLease
 from ofa_ds.checkpoint.runs import WAY_OUT, find, look, own, report, set_aside, step_directories
 from ofa_ds.checkpoint.state import Reader, StreamReader
-from ofa_ds.checkpoint.stream import MAX_FILES, THREADS, CheckedStream
+from ofa_ds.checkpoint.stream import CheckedStream
 from ofa_ds.checkpoint.verifying import check_files
+from ofa_ds.checkpoint.writing import THREADS
 from ofa_ds.engine.partition import AVERAGE
 from ofa_ds.storage.safetensors_file import DamagedError
 
@@ -174,14 +175,11 @@ def _refuse_other_model(directory: Path, wanted: Shapes, saved: Shapes) -> None:
         raise ValueError(f"{directory}: holds another model: {'; '.join(detail)}; {way_out}")
 
 
-def open_checked(path: str | Path, left_out: tuple[str, ...] = ()) -> Reader:
-    """A checkpoint, or the newest one of a run, every byte of it checked. Raises ValueError, DamagedError.
-
-    left_out: beginnings of names (`exp_avg|`, ...) that will not be read.
-    """
+def open_checked(path: str | Path) -> Reader:
+    """A checkpoint, or the newest one of a run, every byte of it checked. Raises ValueError, DamagedError."""
     directory = find(path)
     manifest = read_manifest(directory)
-    if problems := check_files(directory, manifest, left_out=left_out):
+    if problems := check_files(directory, manifest):
         raise problems[0]
     return Reader(directory, manifest)
 
@@ -190,14 +188,11 @@ def open_checked(path: str | Path, left_out: tuple[str, ...] = ()) -> Reader:
 def open_stream(path: str | Path, kinds: Sequence[str]) -> Iterator[Reader]:
     """A checkpoint, or the newest one of a run, of which each tensor's `kinds` are read once and in order.
 
-    Its bytes are checked as they are read, so that nothing is read twice; those of very many files are checked before.
+    Its bytes are checked as they are read, so that nothing is read twice.
     Raises ValueError, DamagedError.
     """
     directory = find(path)
     manifest = read_manifest(directory)
-    if manifest.world_size > MAX_FILES:
-        yield open_checked(directory, tuple(f"{kind}|" for kind in KINDS if kind not in kinds))
-        return
     with ThreadPoolExecutor(THREADS) as pool, closing(CheckedStream(directory, manifest, pool, kinds)) as stream:
         yield StreamReader(directory, manifest, stream)
 

@@ -44,7 +44,7 @@ from ofa_ds.checkpoint.snapshot import Snapshot, room
 from ofa_ds.checkpoint.tensor_file import write_tensors
 from ofa_ds.engine.partition import AVERAGE, KINDS
 from ofa_ds.storage.atomic import PARTIAL, check_space, replace_file, sync
-from ofa_ds.storage.direct_file import BLOCK_BYTES
+from ofa_ds.storage.direct import BLOCK_BYTES
 from ofa_ds.storage.lease import LeaseError
 from ofa_ds.storage.tensor_writer import FileEntry
 

@@ -18,6 +18,7 @@ from ofa_ds.checkpoint.rank_file import open_rank
 from ofa_ds.checkpoint.stream import CheckedStream
 from ofa_ds.checkpoint.tensor_file import TensorFile, bytes_of
 from ofa_ds.engine.partition import AVERAGE
+from ofa_ds.storage.open_files import OpenFiles, descriptor_share
 from ofa_ds.storage.safetensors_file import read_into
 
 _OPEN_FILES = 64
@@ -48,10 +49,6 @@ class TrainingState(Protocol):
         """Generator states (uint8) of a rank by name; empty where there are none."""
         ...
 
-    def again(self) -> TrainingState:
-        """The same state for another thread."""
-        ...
-
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignState:
@@ -68,9 +65,6 @@ class ForeignState:
     def rng(self, rank: int) -> dict[str, Tensor]:
         return {}
 
-    def again(self) -> ForeignState:
-        return self  # its reads keep nothing between them
-
 
 class Reader:
     """Flat ranges of a checkpoint's tensors: the manifest says which bytes those are, and only they are read.
@@ -86,12 +80,8 @@ class Reader:
         self.buffers = manifest.buffers
         self.ema_buffers = manifest.ema_buffers
         self.facts = manifest.facts
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files = OpenFiles(min(_OPEN_FILES, descriptor_share()), direct=False)
         self._headers: OrderedDict[int, TensorFile] = OrderedDict()
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
 
     @property
     def has_average(self) -> bool:
@@ -101,10 +91,6 @@ class Reader:
             AVERAGE in info.kinds for info in infos if info.trainable
         )
 
-    def again(self) -> Reader:
-        """Another reader of the same checkpoint, for another thread."""
-        return Reader(self.directory, self.manifest)
-
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Elements start : start + numel of `kind` (weight, exp_avg, ...) of a parameter: fp32 [numel]."""
         result = torch.empty(numel)
@@ -113,7 +99,8 @@ class Reader:
             low, high = max(start, part.start), min(start + numel, part.start + part.numel)
             at = self.layout.byte(name, kind, part) + 4 * (low - part.start)
             target = buffer[4 * (low - start) : 4 * (high - start)]
-            read_into(self._descriptor(part.rank), target, at, self._path(part.rank))
+            with self._files.use(self._path(part.rank), os.O_RDONLY | os.O_NOFOLLOW) as descriptor:
+                read_into(descriptor, target, at, self._path(part.rank))
         return result
 
     def buffer(self, name: str) -> Tensor:
@@ -138,13 +125,6 @@ class Reader:
 
     def _path(self, rank: int) -> Path:
         return self.directory / self.manifest.files[rank].name
-
-    def _descriptor(self, rank: int) -> int:
-        if rank not in self._files:
-            if len(self._files) == _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[rank] = os.open(self._path(rank), os.O_RDONLY | os.O_NOFOLLOW)
-        return self._files[rank]
 
 
 class StreamReader(Reader):

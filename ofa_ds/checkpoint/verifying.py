@@ -62,14 +62,12 @@ def check_files(
     ranks: Sequence[int] | None = None,
     *,
     progress: bool = True,
-    left_out: tuple[str, ...] = (),
     direct: bool = False,
 ) -> list[Problem]:
     """What is wrong with the files of these ranks, or of all. Reads and hashes without Python's lock, in threads.
 
     An OSError among it says that bytes could not be read, and nothing about what they are.
-    left_out: beginnings of names (`exp_avg|`, ...) of tensors that nobody is going to read. direct: ask the disk and
-    not the page cache, which then holds nothing of it for a second reading.
+    direct: ask the disk and not the page cache, which then holds nothing of it for a second reading.
     """
     ranks = range(manifest.world_size) if ranks is None else ranks
     meter = Progress(sum(manifest.files[k].bytes for k in ranks) // _MIB, "checking", "MiB") if progress else None
@@ -79,7 +77,7 @@ def check_files(
             for rank in ranks:
                 try:
                     file = open_rank(directory, manifest, rank, SafetensorsFile, direct=direct)
-                    for found in pool.map(partial(_check, file), _tasks(file, left_out)):
+                    for found in pool.map(partial(_check, file), _tasks(file)):
                         problems += found
                 except (DamagedError, OSError) as error:
                     problems.append(error)
@@ -98,13 +96,11 @@ def _check(file: SafetensorsFile, names: list[str]) -> list[Problem]:
         return [error]
 
 
-def _tasks(file: SafetensorsFile, left_out: tuple[str, ...]) -> list[list[str]]:
+def _tasks(file: SafetensorsFile) -> list[list[str]]:
     """Names of tensors that lie one after the other, about _BYTES_A_TASK a list."""
     tasks: list[list[str]] = []
     size, end = 0, -1
     for name, entry in file.entries.items():
-        if name.startswith(left_out):
-            continue
         if entry.start != end or size >= _BYTES_A_TASK:
             tasks.append([])
             size = 0

@@ -21,7 +21,7 @@ from ofa_ds.data.negative_files import derive_negatives, read_negatives, write_n
 from ofa_ds.data.pool import run_jobs, serve_if_worker
 from ofa_ds.data.shard_writer import ShardWriter, chain
 from ofa_ds.progress import Progress
-from ofa_ds.storage.atomic import new_directory
+from ofa_ds.storage.atomic import new_directory, sync_tree
 from ofa_ds.terms import FAMILIES
 
 BAD_LINES, BAD_REASONS, DOUBTS = ".tsv", ".log", ".warn"
@@ -104,6 +104,7 @@ def build_shards(
         families = {family: _family(family, built) for family in FAMILIES if paths.get(family)}
         manifest = Manifest(families=families, negatives=sums, fingerprint=fingerprint(families, sums))
         manifest.write(folder)
+        sync_tree(folder)
     return manifest
 
 

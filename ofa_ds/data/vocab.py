@@ -16,7 +16,7 @@ import xxhash
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ofa_ds.data.vocab_files import META, SPECIALS, Files, read_files, read_meta, tokenizer_of, write_files
-from ofa_ds.storage.atomic import new_directory
+from ofa_ds.storage.atomic import new_directory, sync_tree
 from ofa_ds.terms import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -172,6 +172,7 @@ class Vocab:
             raise ValueError(f"{out} exists and is not an empty directory; give another --out or remove it")
         with new_directory(out) as partial:
             write_files(partial, self._files, self.fingerprint)
+            sync_tree(partial)
 
 
 def _word_end(text: str, end: int) -> int:

@@ -23,7 +23,7 @@ _HELD = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 @contextmanager
 def new_directory(destination: Path) -> Iterator[Path]:
-    """A hidden directory beside `destination` that takes its name when the block ends and all in it is durable.
+    """A hidden directory beside `destination` that takes its name when the block ends; its files are durable by then.
 
     Where the block fails it is removed; what a killed process left of it goes with the next try. `destination` may be
     an empty directory. Of two processes that make the same one, the first to end has it. Raises ValueError: something
@@ -32,8 +32,7 @@ def new_directory(destination: Path) -> Iterator[Path]:
     _refuse(destination, or_empty=True)
     with _hidden(destination) as partial:
         yield partial
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
+        sync(partial)
         try:
             os.rename(partial, destination)
         except OSError as error:
@@ -146,6 +145,12 @@ def check_space(directory: Path, num_bytes: int, num_files: int) -> None:
         raise OSError(errno.ENOSPC, text, str(directory))
     if found.f_files and found.f_favail < num_files:  # 0 where a file system does not count them
         raise OSError(errno.ENOSPC, f"{found.f_favail} more files fit, {num_files} are needed", str(directory))
+
+
+def sync_tree(directory: Path) -> None:
+    """Make a directory and all below it durable."""
+    for path in [*directory.rglob("*"), directory]:
+        sync(path)
 
 
 def sync(path: Path) -> None:

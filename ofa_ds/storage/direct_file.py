@@ -8,31 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 from concurrent.futures import Executor, Future, wait
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-BLOCK_BYTES = 4096
-"""Offsets, sizes and addresses of direct writes are multiples of it."""
+from ofa_ds.storage.direct import BLOCK_BYTES, set_direct
+from ofa_ds.storage.open_files import OpenFiles
 
 _STAGE_BYTES = 1 << 22
 _SYNC_FILE_RANGE_WRITE = 2
 _libc = ctypes.CDLL(None)
-
-
-def set_direct(descriptor: int, on: bool) -> bool:
-    """Have reads and writes pass by the page cache, or not any more.
-
-    Returns whether it is on; a file system in memory, for one, does not have it.
-    """
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
-    except OSError:
-        return False
-    return on
 
 
 class DirectFile:
@@ -42,10 +29,16 @@ class DirectFile:
     """
 
     def __init__(
-        self, path: Path, head_bytes: int, *, stage_bytes: int | None = None, pool: Executor | None = None
+        self,
+        path: Path,
+        head_bytes: int,
+        *,
+        stage_bytes: int | None = None,
+        pool: Executor | None = None,
+        files: OpenFiles | None = None,
     ) -> None:
         """stage_bytes: of the buffer, a multiple of BLOCK_BYTES. pool: writes there, from one of two such buffers,
-        while the other one is filled.
+        while the other one is filled. files: opens it there, where a file is one of many.
 
         Raises FileExistsError.
         """
@@ -54,8 +47,9 @@ class DirectFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         self.path = path
         self._head_bytes = head_bytes
-        self._file = os.open(path, flags, 0o644)
-        self._direct = set_direct(self._file, True)
+        self._files = files or OpenFiles(1, direct=True)
+        with self._files.use(path, flags) as descriptor:
+            self._direct = set_direct(descriptor, True)
         self._stage_bytes = stage_bytes or _STAGE_BYTES
         self._stage, self._spare = (memoryview(mmap.mmap(-1, self._stage_bytes)) for _ in range(2))  # page-aligned
         self._at, self._filled = head_bytes, 0
@@ -88,13 +82,15 @@ class DirectFile:
             padded = -(-self._filled // BLOCK_BYTES) * BLOCK_BYTES
             self._stage[self._filled : padded] = bytes(padded - self._filled)
             self._put(self._stage[:padded], self._at)
-            os.ftruncate(self._file, size)
+            with self._opened() as descriptor:
+                os.ftruncate(descriptor, size)
         for start in range(0, len(head), self._stage_bytes):
             part = head[start : start + self._stage_bytes]
             self._stage[: len(part)] = part
             self._put(self._stage[: len(part)], start)
-        os.fsync(self._file)
-        found = os.fstat(self._file).st_size
+        with self._opened() as descriptor:
+            os.fsync(descriptor)
+            found = os.fstat(descriptor).st_size
         if found != size:
             raise OSError(f"{self.path}: has {found} bytes after writing {size}; is the disk full?")
 
@@ -102,7 +98,10 @@ class DirectFile:
         """What was not finished is not whole."""
         if self._pending is not None:
             wait([self._pending])  # it must not write into another file that gets this descriptor
-        os.close(self._file)
+        self._files.close(self.path)
+
+    def _opened(self) -> AbstractContextManager[int]:
+        return self._files.use(self.path, os.O_RDWR | os.O_NOFOLLOW)
 
     def _put_whole_stage(self) -> None:
         if self._pool is None:
@@ -120,18 +119,24 @@ class DirectFile:
             self._pending = None
 
     def _put(self, view: memoryview, at: int) -> None:
+        with self._opened() as descriptor:
+            self._put_into(descriptor, view, at)
+
+    def _put_into(self, descriptor: int, view: memoryview, at: int) -> None:
         start, count = at, len(view)
+        if not self._direct:
+            set_direct(descriptor, False)  # it may have been opened anew
         while view:
             try:
-                written = os.pwrite(self._file, view, at)
+                written = os.pwrite(descriptor, view, at)
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                self._direct = set_direct(self._file, False)  # it wants another alignment, or cannot do it after all
+                self._direct = set_direct(descriptor, False)  # it wants another alignment, or cannot do it after all
                 continue
             view, at = view[written:], at + written
         if not self._direct:
-            _start_writeback(self._file, start, count)
+            _start_writeback(descriptor, start, count)
 
 
 def _start_writeback(descriptor: int, at: int, num_bytes: int) -> None:

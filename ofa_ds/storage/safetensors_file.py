@@ -14,7 +14,7 @@ from pathlib import Path
 import xxhash
 
 from ofa_ds.storage import strict_json
-from ofa_ds.storage.direct_file import BLOCK_BYTES, set_direct
+from ofa_ds.storage.direct import BLOCK_BYTES, set_direct
 
 MAX_HEADER_BYTES = 100_000_000
 """safetensors' own limit."""

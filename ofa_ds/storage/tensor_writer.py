@@ -9,7 +9,8 @@ The spaces fill a block of the disk. Knows no torch: the process that writes che
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,9 @@ from typing import Any
 
 import xxhash
 
-from ofa_ds.storage.direct_file import BLOCK_BYTES, DirectFile
-
-_NO_SUM = "0" * 16
+from ofa_ds.storage.direct import BLOCK_BYTES
+from ofa_ds.storage.direct_file import DirectFile
+from ofa_ds.storage.open_files import OpenFiles
 
 
 @dataclass(frozen=True)
@@ -54,25 +55,26 @@ class TensorWriter:
     def __init__(
         self,
         path: Path,
-        specs: Sequence[TensorSpec],
+        specs: Collection[TensorSpec],
         metadata: Mapping[str, str] | None = None,
         *,
         stage_bytes: int | None = None,
         pool: Executor | None = None,
+        files: OpenFiles | None = None,
     ) -> None:
-        """metadata: for `__metadata__`, in place of checksums. stage_bytes, pool: as `DirectFile` takes them.
+        """metadata: for `__metadata__`, in place of checksums. stage_bytes, pool, files: as `DirectFile` takes them.
 
         Raises FileExistsError; OSError: the disk is full.
         """
         self.path = path
         self._metadata = metadata
         self._specs = specs
-        self._sums: list[str] = []
-        self._sum = xxhash.xxh3_64()
-        self._left = specs[0].num_bytes if specs else 0
-        self._header_bytes = len(self._header([_NO_SUM] * len(specs)))
-        self._file = DirectFile(path, 8 + self._header_bytes, stage_bytes=stage_bytes, pool=pool)
-        self._finish_tensors()
+        self._sums = array("Q")
+        self._whole = ""
+        self._turns = iter(specs)
+        self._header_bytes = len(self._header([0] * len(specs)))
+        self._file = DirectFile(path, 8 + self._header_bytes, stage_bytes=stage_bytes, pool=pool, files=files)
+        self._turn()
 
     def __enter__(self) -> TensorWriter:
         return self
@@ -82,7 +84,7 @@ class TensorWriter:
     ) -> None:
         try:
             if kind is None:
-                self._finish()
+                self.finish()
         finally:
             self._file.close()
 
@@ -95,31 +97,39 @@ class TensorWriter:
         self._sum.update(data)
         self._left -= len(data)
         self._file.write(data)
-        self._finish_tensors()
+        if not self._left:
+            self._sums.append(self._sum.intdigest())
+            self._turn()
 
     @property
     def entry(self) -> FileEntry:
         """For the manifest."""
         return FileEntry(self.path.name, self._file.size, self._header_bytes, self._whole)
 
-    def _finish_tensors(self) -> None:
-        """Close every tensor that is complete, empty ones too."""
-        while not self._left and len(self._sums) < len(self._specs):
-            self._sums.append(self._sum.hexdigest())
-            self._sum = xxhash.xxh3_64()
-            if len(self._sums) < len(self._specs):
-                self._left = self._specs[len(self._sums)].num_bytes
+    def _turn(self) -> None:
+        """To the next tensor that has bytes; those without are complete."""
+        self._sum = xxhash.xxh3_64()
+        self._now: TensorSpec | None = None
+        self._left = 0
+        for spec in self._turns:
+            if spec.num_bytes:
+                self._now, self._left = spec, spec.num_bytes
+                return
+            self._sums.append(self._sum.intdigest())
 
-    def _finish(self) -> None:
-        if len(self._sums) < len(self._specs):
-            raise ValueError(f"{self.path}: {self._specs[len(self._sums)].name} lacks {self._left} bytes")
+    def finish(self) -> None:
+        """Write the header and make the file durable, once. Raises ValueError: bytes are missing."""
+        if self._whole:
+            return
+        if self._now is not None:
+            raise ValueError(f"{self.path}: {self._now.name} lacks {self._left} bytes")
         header = self._header(self._sums)
         self._whole = xxhash.xxh3_128_hexdigest(header)
         self._file.finish(len(header).to_bytes(8, "little") + header)
 
-    def _header(self, sums: Sequence[str]) -> bytes:
+    def _header(self, sums: Sequence[int]) -> bytes:
         """Always of the same length, whatever the sums."""
-        own = {spec.name: value for spec, value in zip(self._specs, sums, strict=True)}
+        own = {spec.name: f"{value:016x}" for spec, value in zip(self._specs, sums, strict=True)}
         header: dict[str, Any] = {"__metadata__": own if self._metadata is None else dict(self._metadata)}
         end = 0
         for spec in self._specs:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ofa_ds.storage import direct_file
-from ofa_ds.storage.direct_file import BLOCK_BYTES, DirectFile
+from ofa_ds.storage.direct import BLOCK_BYTES
+from ofa_ds.storage.direct_file import DirectFile
 
 STAGE = 4 * BLOCK_BYTES
 

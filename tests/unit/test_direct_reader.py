@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ofa_ds.storage.direct_file import BLOCK_BYTES
+from ofa_ds.storage.direct import BLOCK_BYTES
 from ofa_ds.storage.direct_reader import DirectReader
 from ofa_ds.storage.safetensors_file import DamagedError
 

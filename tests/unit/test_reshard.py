@@ -22,6 +22,7 @@ from ofa_ds.checkpoint.manifest import read_manifest, write_document
 from ofa_ds.checkpoint.reshard import reshard
 from ofa_ds.checkpoint.runs import prune
 from ofa_ds.checkpoint.state import ForeignState, Reader
+from ofa_ds.checkpoint.tensor_file import write_tensors
 from ofa_ds.checkpoint.verifying import describe, verify
 from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.cli import main
@@ -64,25 +65,71 @@ def test_n_to_m_to_n_is_the_identity_on_every_byte(tmp_path_factory, shapes, kin
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shapes=SHAPES, n=st.integers(1, 9), m=st.integers(1, 9), stages=st.tuples(STAGES, STAGES))
-def test_one_pass_over_few_files_writes_what_the_way_for_many_files_writes(
-    tmp_path_factory, monkeypatch, shapes, n, m, stages
-):
+def test_few_buffers_and_descriptors_write_the_same(tmp_path_factory, monkeypatch, shapes, n, m, stages):
     folder = tmp_path_factory.mktemp("ways")
     tensors = {f"layer.{k}": torch.randn(shape) for k, shape in enumerate(shapes)}
     state = state_of(tensors, kinds=dict.fromkeys(tensors, KINDS), buffers={"seen": torch.arange(5)})
     write_checkpoint(folder / "n", state, ranks=n, stage=stages[0])
-    reshard(folder / "n", folder / "one_pass", ranks=m, stage=stages[1])
+    reshard(folder / "n", folder / "m", ranks=m, stage=stages[1])
     with monkeypatch.context() as patch:
-        patch.setattr("ofa_ds.checkpoint.reshard.MAX_FILES", 0)
-        reshard(folder / "n", folder / "many", ranks=m, stage=stages[1])
-    assert payload(folder / "one_pass") == payload(folder / "many")
-    one, other = (read_manifest(folder / name) for name in ("one_pass", "many"))
+        for module in ("stream", "writing"):
+            patch.setattr(f"ofa_ds.checkpoint.{module}.BUFFER_BYTES", 1)
+            patch.setattr(f"ofa_ds.checkpoint.{module}.descriptor_share", lambda: 1)
+        reshard(folder / "n", folder / "narrow", ranks=m, stage=stages[1])
+    assert payload(folder / "m") == payload(folder / "narrow")
+    one, other = (read_manifest(folder / name) for name in ("m", "narrow"))
     assert one == dataclasses.replace(other, created=one.created)
 
 
-@pytest.mark.parametrize("max_files", [0, 64])
-def test_a_flipped_bit_anywhere_stops_a_reshard_and_leaves_nothing(tmp_path, monkeypatch, max_files):
-    monkeypatch.setattr("ofa_ds.checkpoint.reshard.MAX_FILES", max_files)
+MANY = """
+import resource, sys
+from pathlib import Path
+import ofa_ds.checkpoint.reshard as module
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+folder = Path(sys.argv[1])
+module.reshard(folder / "3", folder / "1000", ranks=1000)
+module.reshard(folder / "1000", folder / "back", ranks=3)
+assert "torch" not in sys.modules
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) / 1024)
+"""
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_thousand_ranks_take_few_descriptors_and_little_memory(tmp_path, stage):
+    generator = torch.Generator().manual_seed(7)
+    sizes = {"big": 70_001, "middle": 999, "small": 5, "none": 0}
+    tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    kinds = dict.fromkeys(tensors, KINDS) | {"small": KINDS[:1]}
+    state = state_of(tensors, kinds=kinds, buffers={"seen": torch.arange(5)})
+    write_checkpoint(tmp_path / "3", state, ranks=3, stage=stage)
+    done = subprocess.run([sys.executable, "-c", MANY, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 256, "MiB"
+    assert payload(tmp_path / "back") == payload(tmp_path / "3")
+    trained = {name: tensor.numel() for name, tensor in tensors.items() if name != "small"}
+    flat = flat_parts(trained, 1000) if stage == 2 else {}
+    for rank in (0, 1, 499, 998, 999):  # as the rank itself would save it
+        pieces = {}
+        for name, tensor in tensors.items():
+            start, numel = even_range(tensor.numel(), rank, 1000)
+            if name in flat:
+                start, numel = next((part[1:] for part in flat[name] if part[0] == rank), (0, 0))
+            for offset, kind in enumerate(kinds[name] if numel else ()):
+                pieces[f"{kind}|{name}"] = tensor[start : start + numel] + offset
+        if rank == 0:
+            pieces |= {"buffer|seen": torch.arange(5), "ema_buffer|seen": torch.arange(5) + 1}
+        write_tensors(tmp_path / "alone", pieces)
+        assert (tmp_path / "alone").read_bytes() == (tmp_path / "1000" / f"rank_{rank:05d}.safetensors").read_bytes()
+        (tmp_path / "alone").unlink()
+
+
+def test_more_ranks_than_there_can_be_are_refused_at_once(run_dir, tmp_path):
+    with pytest.raises(ValueError, match="want 1 to 65536 ranks, got 1000000000"):
+        reshard(run_dir, tmp_path / "new", ranks=10**9)
+
+
+def test_a_flipped_bit_anywhere_stops_a_reshard_and_leaves_nothing(tmp_path):
     tensors = {"a": torch.randn(700), "b": torch.randn(3, 5)}
     buffers = {"seen": torch.arange(5)}
     write_checkpoint(
