@@ -62,9 +62,11 @@ def test_a_buffer_is_not_given_to_another_block_while_it_is_being_filled(path, m
         return preadv(descriptor, buffers, at)
 
     monkeypatch.setattr(os, "preadv", slow_ahead)
-    monkeypatch.setattr("ofa_ds.storage.direct_reader.NUM_BUFFERS", 2)
     raw = path.read_bytes()
-    with ThreadPoolExecutor(2) as pool, closing(DirectReader(path, pool, BLOCK_BYTES, [(0, SIZE)])) as file:
+    with (
+        ThreadPoolExecutor(2) as pool,
+        closing(DirectReader(path, pool, BLOCK_BYTES, [(0, SIZE)], num_buffers=2)) as file,
+    ):
         next(file.read(0, 1))  # block 1 is on its way
         for number in (7, 8):
             view = next(file.read(number * BLOCK_BYTES, BLOCK_BYTES))
