@@ -113,10 +113,10 @@ def test_through_a_linked_folder_it_appears_where_that_leads(tmp_path):
 
 
 def test_a_run_that_clears_its_leftovers_leaves_what_others_make_there(tmp_path):
-    (tmp_path / f"{PARTIAL}step_00000001_x").mkdir()
+    (tmp_path / f"{PARTIAL}step_00000001_01234567").mkdir()
     with new_directory(tmp_path / "step_00000001") as partial:
         fill(partial, "new")
-        remove_leftovers(tmp_path, PARTIAL)
+        remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
