@@ -15,8 +15,10 @@ from ofa_ds.checkpoint.writing import THREADS, Small, write_files
 from ofa_ds.storage.atomic import refuse_inside
 
 
-def reshard(source: str | Path, destination: Path, *, ranks: int, stage: int | None = None) -> Path:
+def reshard(source: str | Path, destination: Path, *, ranks: int, stage: int | None = None) -> tuple[Path, Manifest]:
     """Write the same training state for `ranks` ranks. stage: None keeps it. Raises ValueError, DamagedError, OSError.
+
+    Returns the checkpoint that was read and its manifest, for who carries along what lies beside it.
 
     One pass, whatever the numbers of files: each byte is compared with its checksum on its way. Nobody needs this to go
     on with a run, which reads any checkpoint; it is for files that are staged beforehand.
@@ -26,7 +28,8 @@ def reshard(source: str | Path, destination: Path, *, ranks: int, stage: int | N
     manifest = read_manifest(directory)
     own = manifest.zero_stage if stage is None else stage
     with ThreadPoolExecutor(THREADS) as pool, closing(CheckedStream(directory, manifest, pool)) as stream:
-        return write_files(destination, _Checkpoint(manifest, stream), pool, ranks=ranks, stage=own)
+        write_files(destination, _Checkpoint(manifest, stream), pool, ranks=ranks, stage=own)
+    return directory, manifest
 
 
 class _Checkpoint:

@@ -142,13 +142,11 @@ def _prune(options: argparse.Namespace) -> None:
 
 def _reshard(options: argparse.Namespace) -> None:
     from ofa_ds.checkpoint.reshard import reshard
-    from ofa_ds.checkpoint.verifying import describe
     from ofa_ds.data import kept_vocabulary
 
-    source = describe(options.source)
-    path = reshard(options.source, options.destination, ranks=options.ranks, stage=options.stage)
-    kept_vocabulary.carry(Path(source["path"]), path, source["identity"].get("vocab"))
-    print(f"{path}: {options.ranks} ranks")
+    source, manifest = reshard(options.source, options.destination, ranks=options.ranks, stage=options.stage)
+    kept_vocabulary.carry(source, options.destination, manifest.identity.get("vocab"))
+    print(f"{options.destination}: {options.ranks} ranks")
 
 
 def _export(options: argparse.Namespace) -> None:

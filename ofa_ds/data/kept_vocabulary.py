@@ -9,11 +9,14 @@ A checkpoint that is copied elsewhere is asked with `--vocab`, unless the folder
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ofa_ds.data.vocab import Vocab, load_vocab
-from ofa_ds.data.vocab_files import KNOWN_FILES
 from ofa_ds.storage.atomic import new_directory, sync
+
+if TYPE_CHECKING:
+    from ofa_ds.data.vocab import Vocab
 
 
 def folder(run_dir: Path, fingerprint: str) -> Path:
@@ -26,25 +29,32 @@ def keep(run_dir: Path, source: Path, fingerprint: str) -> Path:
 
     Raises ValueError: what is there under that name is another vocabulary. OSError: the disk is full.
     """
+    from ofa_ds.data.vocab_files import KNOWN_FILES  # not above: `carry` needs no tokenizer
+
     target = folder(run_dir, fingerprint)
-    if not target.is_dir():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            with new_directory(target) as partial:
-                for name in KNOWN_FILES:
-                    if (source / name).is_file():
-                        shutil.copyfile(source / name, partial / name)
-                        sync(partial / name)
-        except (ValueError, OSError):
-            if not target.is_dir():  # else another process was quicker
-                raise
+    _copy(target, (source / name for name in KNOWN_FILES))
     return _checked(target, fingerprint, "remove that folder, it is made anew")[0]
 
 
 def carry(checkpoint: Path, destination: Path, fingerprint: str | None) -> None:
     """Let the vocabulary that lies beside a checkpoint lie beside another one too; nothing where there is none."""
     if fingerprint and (source := folder(checkpoint.resolve().parent, fingerprint)).is_dir():
-        keep(destination.resolve().parent, source, fingerprint)
+        _copy(folder(destination.resolve().parent, fingerprint), source.iterdir())
+
+
+def _copy(target: Path, files: Iterable[Path]) -> None:
+    """The files that are there, into the new folder `target`; nothing where there is one already."""
+    if target.is_dir():
+        return
+    try:
+        with new_directory(target) as partial:
+            for file in files:
+                if file.is_file():
+                    shutil.copyfile(file, partial / file.name)
+                    sync(partial / file.name)
+    except (ValueError, OSError):
+        if not target.is_dir():  # else another process was quicker
+            raise
 
 
 def find(
@@ -69,6 +79,8 @@ def find(
 
 
 def _checked(path: Path, fingerprint: str | None, way_out: str) -> tuple[Path, Vocab]:
+    from ofa_ds.data.vocab import load_vocab  # not above: `carry` needs no tokenizer
+
     vocab = load_vocab(path)
     if fingerprint is not None and vocab.fingerprint != fingerprint:
         raise ValueError(f"{path}: holds vocabulary {vocab.fingerprint}, want {fingerprint}; {way_out}")
