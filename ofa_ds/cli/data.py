@@ -7,7 +7,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from ofa_ds.cli.parser import Commands, UsageError, command, group, natural, positive, recipe_of
+from ofa_ds.cli.parser import Commands, UsageError, command, drawing, group, natural, positive, recipe_of, text
 from ofa_ds.terms import TASKS
 
 WARNINGS_SHOWN = 5
@@ -78,7 +78,7 @@ def add_shards(commands: Commands) -> None:
         help=f"one of {', '.join(TASKS)}; all that the recipe trains where not given",
     )
     show.add_argument("--row", type=natural, default=0, metavar="N", help="row number within the task's source rows")
-    show.add_argument("--png", type=Path, metavar="FILE", help="write the picture here")
+    show.add_argument("--png", type=drawing, metavar="FILE", help="write the picture here")
     show.add_argument("--recipe", default="pretrain-tiny", help="a recipe, whose settings to apply")
     show.add_argument("--vocab", default="", metavar="DIR", help="vocabulary; else the recipe's")
     show.add_argument("set", nargs="*", metavar="KEY=VALUE", help="recipe overrides, such as data.image_size=256")
@@ -175,7 +175,7 @@ def add_vocab(commands: Commands) -> None:
         example="ofa-ds vocab show data/vocab --text ' a red circle'",
     )  # fmt: skip
     show.add_argument("dir", type=Path, metavar="DIR", help="vocabulary")
-    show.add_argument("--text", help="encode this, as given (a leading space matters)")
+    show.add_argument("--text", type=text, help="encode this, as given (a leading space matters)")
 
 
 def _vocab_train(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ofa_ds.cli.heavy_imports import heavy_imports
-from ofa_ds.cli.parser import Commands, command, positive
+from ofa_ds.cli.parser import Commands, command, drawing, positive, text
 from ofa_ds.terms import TASKS
 
 
@@ -35,7 +35,7 @@ def add_evaluate(commands: Commands) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--png",
-        type=Path,
+        type=drawing,
         metavar="FILE",
         help="write a sheet for each task: boxes, source, expected and generated text",
     )
@@ -71,13 +71,15 @@ def add_generate(commands: Commands) -> None:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory (its newest one)")
     parser.add_argument("--task", choices=TASKS, required=True, metavar="TASK", help=f"one of {', '.join(TASKS)}")
     parser.add_argument("--image", type=Path, metavar="FILE", help="a JPEG or PNG file")
-    parser.add_argument("--text", default="", help="question, expression, caption to check, or text to complete")
+    parser.add_argument(
+        "--text", type=text, default="", help="question, expression, caption to check, or text to complete"
+    )
     parser.add_argument(
         "--beam", type=positive, default=5, metavar="N", help="answers kept while one is searched; 1 is greedy"
     )
     _add_model(parser)
     parser.add_argument(
-        "--png", type=Path, metavar="FILE", help="write the picture with the generated boxes and text here"
+        "--png", type=drawing, metavar="FILE", help="write the picture with the generated boxes and text here"
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ofa_ds.cli.checkpoint import add_checkpoint
 from ofa_ds.cli.data import add_scenes, add_shards, add_vocab
 from ofa_ds.cli.inference import add_evaluate, add_generate
-from ofa_ds.cli.parser import UsageError
+from ofa_ds.cli.parser import UsageError, parsed
 from ofa_ds.cli.pretrain import add_pretrain
 
 READER_GONE = 141
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         try:
-            options = _parser().parse_args(arguments)
+            options = parsed(_parser(), arguments)
         finally:
             _flush()  # after --help
         code = options.run(options) or 0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ofa_ds.config import Recipe
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 Commands = Any
 """What `ArgumentParser.add_subparsers` returns; argparse keeps its class to itself."""
@@ -51,6 +54,36 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """A whole number of at least 0, for argparse."""
     return _at_least(0, text)
+
+
+def text(given: str) -> str:
+    """Text for a model, for argparse: bytes that are no UTF-8 are refused."""
+    try:
+        given.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"want text that is valid UTF-8, got {given[:40]!r}") from error
+    return given
+
+
+def drawing(given: str) -> Path:
+    """A file to draw into, for argparse: refused before the work is done, not after it."""
+    path = Path(given)
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise argparse.ArgumentTypeError(f"want a file name that ends in {', '.join(PICTURE_SUFFIXES)}, got {given!r}")
+    if path.is_dir() or not path.parent.is_dir():
+        problem = "is a directory" if path.is_dir() else f"there is no directory {str(path.parent)!r}"
+        raise argparse.ArgumentTypeError(f"{given!r}: {problem}")
+    return path
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command; KEY=VALUE may stand after an option too, where argparse takes none any more."""
+    options, more = parser.parse_known_args(arguments)
+    if more and (not hasattr(options, "set") or any(each.startswith("-") or "=" not in each for each in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        options.set = [*options.set, *more]
+    return options
 
 
 def _at_least(least: int, text: str) -> int:

@@ -170,7 +170,7 @@ class ModelConfig(_Checked):
     encoder_layers: Layers
     decoder_layers: Layers
     backbone: Backbone
-    vocab_size: Annotated[Count, Field(ge=1)] = VOCAB_SIZE
+    vocab_size: Annotated[Count, Field(ge=1, le=1 << 25)] = VOCAB_SIZE
 
     max_positions: Width = 1024
     """Longest text; the tables have two rows more."""

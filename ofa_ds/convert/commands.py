@@ -72,11 +72,12 @@ def import_checkpoint(source: Path, destination: Path, plan: ImportPlan) -> dict
     """
     kind = plan.format or detect(source)
     state, config, origin, data = _read(kind, source, plan.options)
-    if plan.grow_vocab is not None:
-        state, config = grow_vocabulary(state, plan.grow_vocab), dataclasses.replace(config, vocab_size=plan.grow_vocab)
+    if plan.grow_vocab is not None:  # the configuration first: it says what is too large to be tried
+        config = dataclasses.replace(config, vocab_size=plan.grow_vocab)
+        state = grow_vocabulary(state, plan.grow_vocab)
     if plan.image_positions is not None:
-        state = resize_image_positions(state, plan.image_positions)
         config = dataclasses.replace(config, image_bucket_size=plan.image_positions)
+        state = resize_image_positions(state, plan.image_positions)
     vocab = _vocabulary(plan.vocab, source, config)
     known = state.facts.extra
     recipe = known["recipe"] if _fits(known, config) else recipe_to_dict(recipe_of(config, data))

@@ -8,8 +8,9 @@ lines were bad or doubtful. `shards_build` writes it, `shards_verify` checks it.
 from __future__ import annotations
 
 import itertools
+import traceback
 from bisect import bisect_right
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,16 @@ class Shards:
         """The file that row `i` of a family is in and its number there, for messages. Raises as `row` does."""
         file, j = self._place(family, i)
         return f"{file.path.name} row {j}"
+
+    def at_row(self, family: str, i: int, row: Mapping[str, Any] | None, error: Exception) -> ValueError | RuntimeError:
+        """What went wrong with row `i`, with its place; all but ValueErrors (memory, damage) as RuntimeError."""
+        what = str(error)
+        if not isinstance(error, (ValueError, RuntimeError, OSError)) or not what:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__} {error} at {Path(frame.filename).name}:{frame.lineno}"
+        name = "" if row is None else f", id {row['id']!r}"
+        place = f"{self.path}: {family} row {i} ({self.where(family, i)}{name})"
+        return (ValueError if isinstance(error, ValueError) else RuntimeError)(f"{place}: {what}")
 
     def _place(self, family: str, i: int) -> tuple[ShardFile, int]:
         ends = self._ends.get(family)

@@ -81,7 +81,7 @@ def collect(shards: Shards, ctx: Context, tasks: Sequence[str], limit: int) -> d
             types = [TABLE[task].row_types for task in missing]
             union = set().union(*types) if all(types) else ()
             for index in shards.rows_of_types(family, union, start=start):
-                for example in held_out_examples(missing, shards.row(family, index), index, ctx):
+                for example in _examples_of(shards, missing, family, index, ctx):
                     found[example.task].append(example)
                 if any(len(found[task]) >= limit for task in missing):
                     break
@@ -90,6 +90,16 @@ def collect(shards: Shards, ctx: Context, tasks: Sequence[str], limit: int) -> d
             start = index + 1
             missing = [task for task in missing if len(found[task]) < limit]
     return {task: found[task][:limit] for task in tasks}
+
+
+def _examples_of(shards: Shards, tasks: Sequence[str], family: str, index: int, ctx: Context) -> list[Example]:
+    """Raises ValueError or RuntimeError that names the row, where it does not fit the settings or is damaged."""
+    row = None
+    try:
+        row = shards.row(family, index)
+        return held_out_examples(tasks, row, index, ctx)
+    except Exception as error:
+        raise shards.at_row(family, index, row, error) from error
 
 
 def blinded(asked: Sequence[Example], how: str) -> list[Example] | None:

@@ -61,6 +61,8 @@ def show_shards(shards: Shards, ctx: Context, *, task: str | None, row: int, png
 def find_example(shards: Shards, name: str, row: int, ctx: Context, *, max_rows: int | None = None) -> Example:
     """The task's example of the row-th of its source rows. Raises LookupError where there are fewer.
 
+    Raises ValueError or RuntimeError that names the row, where it does not fit the settings or is damaged.
+
     max_rows: look for it among that many rows of the family only.
     """
     task = TABLE[name]
@@ -71,11 +73,15 @@ def find_example(shards: Shards, name: str, row: int, ctx: Context, *, max_rows:
     index = next(itertools.islice(rows, row, None), None)
     if index is None:
         raise LookupError(f"row {row} is not among the first {max_rows} of {task.family}")
-    values = shards.row(task.family, index)
-    if not ctx.train:
-        found = held_out_examples([name], values, index, ctx)
-        return found[index % len(found)]  # of the statements of matching, true and false ones in turn
-    found = examples(task.family, values, row_generator(SEED, task.family, 0, index), ctx)
+    values = None
+    try:
+        values = shards.row(task.family, index)
+        if not ctx.train:
+            found = held_out_examples([name], values, index, ctx)
+            return found[index % len(found)]  # of the statements of matching, true and false ones in turn
+        found = examples(task.family, values, row_generator(SEED, task.family, 0, index), ctx)
+    except Exception as error:
+        raise shards.at_row(task.family, index, values, error) from error
     return next(example for example in found if example.task == name)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from ofa_ds.cli import main
 from ofa_ds.cli.main import _parser
+from ofa_ds.cli.parser import parsed
 
 HEAVY = ("torch", "deepspeed", "pyarrow", "pydantic", "numpy", "PIL")
 
@@ -88,6 +89,14 @@ def test_the_help_of_every_command_says_what_each_argument_is_and_gives_an_examp
         ("vocab train --shards s --out o --codes -1", "argument --codes: want a whole number of at least 0, got '-1'"),
         ("scenes --out o --questions 11", "argument --questions: invalid choice: 11"),
         ("evaluate c --shards s --task vaq", "argument --task: invalid choice: 'vaq' (choose from 'caption', 'vqa'"),
+        ("evaluate c --shards s --png x.nope", "argument --png: want a file name that ends in .png, .jpg"),
+        ("shards show d --png no/x.png", "argument --png: 'no/x.png': there is no directory 'no'"),
+        ("generate c --task caption --png .", "argument --png: want a file name that ends in .png, .jpg"),
+        ("generate c --task vqa --text \udcff", "argument --text: want text that is valid UTF-8, got '\\udcff'"),
+        ("vocab show v --text \udcff", "argument --text: want text that is valid UTF-8, got '\\udcff'"),
+        ("shards show d --png x.png --nope=1", "unrecognized arguments: --nope=1"),
+        ("shards verify d data.workers=1", "unrecognized arguments: data.workers=1"),
+        ("pretrain r --local_rank 0 x", "unrecognized arguments: x"),
     ],
 )
 def test_a_wrong_argument_says_what_was_wanted(arguments, message, capsys) -> None:
@@ -95,3 +104,12 @@ def test_a_wrong_argument_says_what_was_wanted(arguments, message, capsys) -> No
         main(arguments.split())
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["shards show d", "pretrain r"])
+def test_settings_may_stand_before_and_after_an_option(command: str) -> None:
+    option = "--row 2" if command.startswith("shards") else "--local_rank 2"
+    given = parsed(_parser(), f"{command} train.seed=1 {option} train.keep=2 train.num_steps=3".split())
+    assert given.set == ["train.seed=1", "train.keep=2", "train.num_steps=3"]
+    assert parsed(_parser(), f"{command} {option} train.keep=2".split()).set == ["train.keep=2"]
+    assert parsed(_parser(), f"{command} {option}".split()).set == []

@@ -286,6 +286,17 @@ def test_vocabulary_grows_by_name_and_old_rows_stay(saved, exported, tmp_path):
     assert run("import", exported, tmp_path / "less", "--grow-vocab", 300) == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [("--grow-vocab", 10**12, "vocab_size"), ("--image-positions", 10**6, "image_bucket_size")],
+)
+def test_a_table_that_no_model_may_have_is_refused_before_it_is_made(option, value, named, exported, tmp_path, capsys):
+    assert run("import", exported, tmp_path / "back", option, value) == 1
+    told = capsys.readouterr().err
+    assert f"model: {named}: " in told and str(value) in told and "unforeseen" not in told and told.count("\n") == 1
+    assert not (tmp_path / "back").exists()
+
+
 def test_picture_positions_are_interpolated_by_name(saved, exported, tmp_path):
     assert run("import", exported, tmp_path / "back", "--image-positions", 12) == 0
     found, before = weights_of(tmp_path / "back"), weights_of(saved["resnet"])

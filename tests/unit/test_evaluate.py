@@ -106,6 +106,15 @@ def test_the_limit_is_per_task_and_keeps_row_order(
         assert all((a.source == b.source).all() for a, b in zip(examples, asked[task], strict=False))
 
 
+def test_a_held_out_row_that_does_not_fit_the_model_is_named_with_family_number_file_and_id(
+    shards: Shards, ctx: Context
+) -> None:
+    larger = dataclasses.replace(ctx, config=dataclasses.replace(ctx.config, infill_image_size=96, max_image_size=96))
+    where = r"shards: image row 0 \(image-00000.arrow row 0, id '[^']+'\): .*data.infill_image_size"
+    with pytest.raises(ValueError, match=where):
+        collect(shards, larger, ["image_infilling"], 1)
+
+
 def test_matching_is_asked_as_often_with_a_true_as_with_a_false_statement(asked: dict[str, list[Example]]) -> None:
     answers = [example.target_text.strip() for example in asked["itm"]]
     assert answers == ["yes", "no"] * (len(answers) // 2)

@@ -95,6 +95,13 @@ def test_a_row_that_is_not_there_is_an_error_with_the_count(show):
         show(task="detection", row=5)
 
 
+@pytest.mark.parametrize("task", ["image_infilling", None])
+def test_a_row_that_does_not_fit_the_settings_is_named_with_family_number_file_and_id(show, task) -> None:
+    where = r"shards: image row 0 \(image-00000.arrow row 0, id '[^']+'\): .*data.infill_image_size"
+    with pytest.raises(ValueError, match=where):
+        show(task=task, sizes=SIDES | {"infill_image_size": 48})
+
+
 def test_shards_of_one_family_show_its_task_and_say_what_they_lack(show, capsys):
     show("text_only")
     out = capsys.readouterr().out
