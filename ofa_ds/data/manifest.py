@@ -88,6 +88,9 @@ class Manifest:
         for family, part in self.families.items():
             if family not in FAMILIES:
                 return f"families.{family}: want {', '.join(FAMILIES)}"
+            typed = part.rows if family == "vision_language" else 0
+            if sum(part.types.values()) != typed:
+                return f"families.{family}.types: their sum is {sum(part.types.values())}, want {typed}"
             for number, shard in enumerate(part.shards):
                 if found := shard.problem():
                     return f"families.{family}.shards.{number}.{found}"

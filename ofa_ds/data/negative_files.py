@@ -17,6 +17,7 @@ import xxhash
 from ofa_ds.data.manifest import NEGATIVES, Shard
 from ofa_ds.data.open_file import OpenFile
 from ofa_ds.data.shard_file import ShardFile
+from ofa_ds.storage import strict_json
 
 CAPTIONS, OBJECTS, ANSWERS = "all_captions.txt", "object.txt", "type2ans.json"
 MAX_DERIVED = 1_000_000
@@ -178,9 +179,11 @@ def _lines(path: Path) -> list[str]:
 
 def _answers(path: Path) -> dict[str, list[str]]:
     try:
-        answers = json.loads(_read(path))
+        answers = strict_json.loads(_read(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: want JSON: {error.msg}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: want JSON: {error}") from error
     if not isinstance(answers, dict) or "other" not in answers:
         raise ValueError(f'{path}: want {{"answer type": ["answer", ...], "other": [...]}}')
     for kind, texts in answers.items():

@@ -11,6 +11,7 @@ from ofa_ds.data.picture import check_image
 from ofa_ds.data.pool import run_jobs, serve_if_worker
 from ofa_ds.data.shard_file import ShardFile
 from ofa_ds.data.shard_writer import chain, row_digest
+from ofa_ds.data.shards import Shards
 from ofa_ds.progress import Progress
 
 
@@ -38,7 +39,7 @@ def verify_shards(path: Path | str, *, workers: int = 2) -> list[str]:
             progress.add(job.shard.rows)
     finally:
         progress.close()
-    return problems + _manifest_problems(path, manifest)
+    return problems + _manifest_problems(path, manifest) + ([] if problems else _type_problems(path))
 
 
 def _manifest_problems(path: Path, manifest: Manifest) -> list[str]:
@@ -52,6 +53,15 @@ def _manifest_problems(path: Path, manifest: Manifest) -> list[str]:
     if fingerprint(manifest.families, manifest.negatives) != manifest.fingerprint:
         problems.append(f"{path / MANIFEST}: its fingerprint is not that of its rows")
     return problems + _negative_problems(path, manifest)
+
+
+def _type_problems(path: Path) -> list[str]:
+    """Rows of a type that the manifest does not count are neither shown nor judged, and not said to be there."""
+    shards = Shards(path)
+    found = {kind: sum(1 for _ in shards.rows_of_types("vision_language", [kind])) for kind in shards.types}
+    if found == shards.types:
+        return []
+    return [f"{path / MANIFEST}: families.vision_language.types is {shards.types}, its files hold {found}"]
 
 
 def _negative_problems(path: Path, manifest: Manifest) -> list[str]:

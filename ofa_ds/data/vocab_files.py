@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from ofa_ds.storage import strict_json
+
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 META = "ofa_vocab.json"
 """Our own side file: counts of codes and bins, and the fingerprint."""
@@ -243,22 +245,12 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=lambda pairs: _once(path, pairs))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        content = strict_json.loads(path.read_bytes())
+    except ValueError as error:  # of JSON, of UTF-8, or a number of thousands of digits
         raise ValueError(f"{path}: want JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: want a JSON object {{...}}, got {_short(content)}")
     return content
-
-
-def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs; JSON readers let the last of two equal keys win in silence."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{path}: {key!r} is there twice; want each key once")
-        found[key] = value
-    return found
 
 
 def _short(value: object) -> str:

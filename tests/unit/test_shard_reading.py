@@ -151,6 +151,8 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an absolute way": (lambda m: shard(m).update(file="/etc/passwd"), "families.text.shards.1.file: "),
     "the parent": (lambda m: shard(m).update(file=".."), "families.text.shards.1.file: "),
     "a file twice": (lambda m: shard(m).update(file="text-00000.arrow"), "families.text.shards: one file is there tw"),
+    "types of text": (lambda m: text(m).update(types={"qa": 1}), "families.text.types: their sum is 1, want 0"),
+    "no types": (lambda m: m["families"]["vision_language"].update(types={}), "families.vision_language.types: .*is 0"),
     "batches do not add up": (lambda m: shard(m).update(batch_rows=[3]), "families.text.shards.1.batch_rows: their"),
     "an empty batch": (lambda m: shard(m).update(batch_rows=[4, 0]), "families.text.shards.1.batch_rows.1: .*got 0"),
     "too few ends": (lambda m: shard(m).update(byte_ends=[9]), "families.text.shards.1.byte_ends: want one for each"),
@@ -176,6 +178,15 @@ def test_a_wrong_manifest_is_one_line_with_file_and_key(
         Shards(copied)
     assert "\n" not in str(raised.value) and len(str(raised.value).removeprefix(str(copied))) < 250
     assert verify_shards(copied, workers=1) == [str(raised.value)]
+
+
+def test_verify_compares_the_types_that_the_manifest_counts_with_the_rows(copied: Path) -> None:
+    content = json.loads((copied / MANIFEST).read_text())
+    part = content["families"]["vision_language"]
+    part["types"] = {"caption": part["rows"]}
+    (copied / MANIFEST).write_text(json.dumps(content))
+    [problem] = verify_shards(copied, workers=1)
+    assert re.search(rf"{MANIFEST}: families.vision_language.types is .*, its files hold ", problem)
 
 
 _json = st.recursive(
