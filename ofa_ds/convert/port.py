@@ -92,6 +92,12 @@ def torch_weights(file: torch_file.TorchFile, content: Any) -> Weights:
     """The tensors of a flat dict in a file of torch.save. Raises ValueError for anything else."""
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{file.path}: want a dict of tensors, got {type(content).__name__} of something else")
+    for name, tensor in content.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{file.path}: a tensor has the name {name!r:.80}, want text")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex():
+            kind = "complex" if tensor.is_complex() else "meta" if tensor.is_meta else "sparse"
+            raise ValueError(f"{file.path}: {name[:80]!r} is a {kind} tensor, want a plain one of real numbers")
 
     def reader(tensor: torch.Tensor) -> Weight:
         return Weight(tuple(tensor.shape), tensor.dtype, lambda start, n: file.read(tensor, start, n))

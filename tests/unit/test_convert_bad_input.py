@@ -242,3 +242,17 @@ def test_a_weight_too_large_for_half_precision_is_not_exported_as_infinite(tmp_p
     assert "float16" in error and "--dtype bfloat16" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
     assert run("export", tmp_path / "ours", tmp_path / "out", "--format", "huggingface", "--dtype", "bfloat16") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "told"),
+    [
+        (3, torch.ones(2), "a tensor has the name 3, want text"),
+        ("extra", torch.ones(2).to_sparse(), "'extra' is a sparse tensor"),
+        ("extra", torch.ones(2, device="meta"), "'extra' is a meta tensor"),
+        ("extra", torch.ones(2, dtype=torch.complex64), "'extra' is a complex tensor"),
+    ],
+)
+def test_a_tensor_that_is_no_plain_one_with_a_name_is_named(nano, tmp_path, capsys, name, tensor, told) -> None:
+    path = saved(nano, tmp_path / "odd.pt", lambda content: content["model"].update({name: tensor}))
+    assert told in refused(capsys, path, tmp_path / "out")
