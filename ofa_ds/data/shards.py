@@ -76,7 +76,7 @@ class Shards:
         """What went wrong with row `i`, with its place; all but ValueErrors (memory, damage) as RuntimeError."""
         what = str(error)
         if not isinstance(error, (ValueError, RuntimeError, OSError)) or not what:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
+            frame = traceback.extract_tb(error.__traceback__)[-1]  # a worker's traceback does not reach the trainer
             what = f"{type(error).__name__} {error} at {Path(frame.filename).name}:{frame.lineno}"
         name = "" if row is None else f", id {row['id']!r}"
         place = f"{self.path}: {family} row {i} ({self.where(family, i)}{name})"

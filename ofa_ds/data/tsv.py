@@ -37,6 +37,7 @@ MAX_LINE_BYTES = 1 << 30
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
+
 @dataclass(frozen=True)
 class Span:
     """Some whole lines of a file: its bytes start ... stop; the first is line `first_line`, counted from 1."""

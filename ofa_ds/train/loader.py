@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -32,7 +31,7 @@ from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.model.config import ModelConfig
 from ofa_ds.storage.sizes import size_text
-from ofa_ds.tasks.context import Context, Row, row_generator
+from ofa_ds.tasks.context import Context, row_generator
 from ofa_ds.tasks.task import examples
 
 PREFETCH = 2
@@ -77,20 +76,10 @@ class MicroBatches(Dataset):
                 row = self.shards.row(family, index)
                 found += examples(family, row, rng, self.ctx)
             except Exception as error:
-                raise self._at_row(family, index, row, error) from error
+                raise self.shards.at_row(family, index, row, error) from error
         sizes = [(side, side) for side in (config.image_size, config.infill_image_size)]
         cut = [f"{example.task} of row {example.row_id}" for example in found if example.cut]
         return pack(found, sizes, self.ctx.patch_size, self.image_bucket_size), cut
-
-    def _at_row(self, family: str, index: int, row: Row | None, error: Exception) -> ValueError | RuntimeError:
-        """The error with the row's place; all but ValueErrors (memory, files, damage, unforeseen) as RuntimeError."""
-        what = str(error)
-        if not isinstance(error, (ValueError, RuntimeError, OSError)) or not what:
-            frame = traceback.extract_tb(error.__traceback__)[-1]  # a worker's traceback does not reach the trainer
-            what = f"{type(error).__name__} {error} at {Path(frame.filename).name}:{frame.lineno}"
-        name = "" if row is None else f", id {row['id']!r}"
-        place = f"{self.shards.path}: {family} row {index} ({self.shards.where(family, index)}{name})"
-        return (ValueError if isinstance(error, ValueError) else RuntimeError)(f"{place}: {what}")
 
     def rows(self, step: int, numbers: Collection[int] | None = None) -> list[tuple[str, int]]:
         """(family, row of the family) of these micro-batches of a step; None: of all of them."""
