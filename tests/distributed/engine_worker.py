@@ -10,17 +10,16 @@ import gc
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from batches import random_batch
 from deepspeed.accelerator import get_accelerator
-from engine_cases import KINDS, PARITY, RESHARD, SKIP, STEPS, VOCAB, result_file
+from engine_cases import KINDS, OFFLOAD, PARITY, RESHARD, SKIP, STEPS, VOCAB, result_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.cpp_extension import get_default_build_root
 from toy import Toy, toy_batch
 
 from ofa_ds import checkpoint
@@ -292,13 +291,11 @@ def change_average(ranks: Any, folder: Path) -> list[dict[str, Any]]:
     return results
 
 
-def skip_steps(ranks: Any) -> list[dict[str, Any]]:
+def skip_steps(ranks: Any, names: Sequence[str]) -> list[dict[str, Any]]:
     """Steps that one rank spoils, before any update, between and after others, and the same without them."""
     allow_fp16_on_cpu()
     results = []
-    for name in SKIP:
-        if name.endswith("offload") and not offload_is_built():
-            continue
+    for name in names:
         engine = build_engine(ranks, Toy, skip_config(name), 2)
         changed, skipped, norms, good = [], [], [], 0
         for spoilt in ("nan loss", "", "", "infinite gradient", "infinite loss", ""):
@@ -330,11 +327,6 @@ def skip_steps(ranks: Any) -> list[dict[str, Any]]:
 
 COUNTED = {"global_steps", "skipped_steps", "global_samples", "torch", "cur_scale", "cur_iter", "last_overflow_iter"}
 """What a skipped step is counted in; torch's generator is seeded anew in each step."""
-
-
-def offload_is_built() -> bool:
-    """Whether DeepSpeed's CPU AdamW was compiled before: that takes minutes, which is no business of a test."""
-    return any(Path(get_default_build_root()).glob("*/cpu_adam/cpu_adam.so"))
 
 
 def skip_config(name: str) -> dict[str, Any]:
@@ -391,7 +383,8 @@ def main(folder: Path, *jobs: str) -> None:
     functions = {
         "parity": lambda: parity(ranks, folder),
         "precision": lambda: precision(ranks),
-        "skip": lambda: skip_steps(ranks),
+        "skip": lambda: skip_steps(ranks, SKIP),
+        "offload": lambda: skip_steps(ranks, OFFLOAD),
         "resume": lambda: resume_exactly(ranks, folder),
         "reshard": lambda: reshard(ranks, folder),
         "average": lambda: change_average(ranks, folder),
