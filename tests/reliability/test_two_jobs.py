@@ -67,13 +67,14 @@ def test_a_second_job_is_refused_touches_nothing_and_follows_when_the_first_was_
     assert not list(tmp_path.glob(".partial_step*")) and len(list(tmp_path.glob(".lease_*_free"))) == 1
 
 
-def test_a_finished_run_started_again_ends_cleanly_each_time_and_changes_no_checkpoint(data, tmp_path):
+@pytest.mark.parametrize("times", [2, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_finished_run_started_again_ends_cleanly_each_time_and_changes_no_checkpoint(data, tmp_path, times):
     overrides = ("train.num_steps=1",)
     process = start(data, tmp_path, *overrides)
     errors = process.communicate(timeout=TIMEOUT_S)[1]
     assert process.returncode == 0, errors
     before = {name: each for name, each in tree(tmp_path).items() if name.startswith("step_")}
-    for _ in range(2):
+    for _ in range(times):
         process = start(data, tmp_path, *overrides)
         output, errors = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 0 and "terminate called" not in errors and "done: 1 steps" in output, errors
