@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ofa_ds.checkpoint.format import MANIFEST, TensorInfo
+from ofa_ds.checkpoint.from_state import write_checkpoint
 from ofa_ds.checkpoint.loading import open_checked, open_stream
 from ofa_ds.checkpoint.runs import find, step_directories
 from ofa_ds.checkpoint.state import ForeignState, Reader
-from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.config import Recipe, recipe_from_dict, recipe_to_dict
 from ofa_ds.convert import port
 from ofa_ds.convert.architecture import architecture

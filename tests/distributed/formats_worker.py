@@ -30,9 +30,9 @@ from torch import Tensor
 from toy import Toy
 
 from ofa_ds import checkpoint
+from ofa_ds.checkpoint.from_state import write_checkpoint
 from ofa_ds.checkpoint.manifest import read_manifest
 from ofa_ds.checkpoint.state import Reader, TrainingState
-from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.convert.deepspeed_folder import read_deepspeed, write_deepspeed
 from ofa_ds.convert.universal import read_universal, write_universal
 from ofa_ds.engine.config import load_deepspeed_config

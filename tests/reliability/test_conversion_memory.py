@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ofa_ds.checkpoint.format import NO_STEPS, Facts, TensorInfo
+from ofa_ds.checkpoint.from_state import write_checkpoint
 from ofa_ds.checkpoint.state import ForeignState
-from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.config import load_recipe, recipe_to_dict
 from ofa_ds.convert.weights import shapes_of
 from ofa_ds.model.config import preset

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ofa_ds.checkpoint.format import Facts, TensorInfo
+from ofa_ds.checkpoint.from_state import write_checkpoint
 from ofa_ds.checkpoint.manifest import read_manifest
 from ofa_ds.checkpoint.state import ForeignState, Reader
-from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.config import load_recipe, recipe_from_dict, recipe_to_dict
 from ofa_ds.convert.architecture import recipe_change
 from ofa_ds.model.config import ModelConfig

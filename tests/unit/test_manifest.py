@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ofa_ds.checkpoint.format import FORMAT, KINDS, MANIFEST, MAX_RANKS
+from ofa_ds.checkpoint.from_state import write_checkpoint
 from ofa_ds.checkpoint.loading import load_model_weights, open_stream
 from ofa_ds.checkpoint.manifest import FormatVersionError, read_manifest, write_document
 from ofa_ds.checkpoint.reshard import reshard
 from ofa_ds.checkpoint.verifying import verify
-from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.cli import main
 from ofa_ds.storage import safetensors_file
 from ofa_ds.storage.safetensors_file import DamagedError

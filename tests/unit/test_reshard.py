@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ofa_ds.checkpoint.format import FORMAT, KINDS, MANIFEST, VERSION, Facts
+from ofa_ds.checkpoint.from_state import write_checkpoint
 from ofa_ds.checkpoint.loading import open_stream
 from ofa_ds.checkpoint.manifest import read_manifest, write_document
 from ofa_ds.checkpoint.reshard import reshard
@@ -24,7 +25,6 @@ from ofa_ds.checkpoint.runs import prune
 from ofa_ds.checkpoint.state import ForeignState, Reader
 from ofa_ds.checkpoint.tensor_file import write_tensors
 from ofa_ds.checkpoint.verifying import describe, verify
-from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.cli import main
 from ofa_ds.convert.weights import shapes_of
 from ofa_ds.engine.partition import even_range, flat_parts

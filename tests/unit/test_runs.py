@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ofa_ds.checkpoint.format import COUNTS, MANIFEST, RUN
+from ofa_ds.checkpoint.from_state import write_checkpoint
 from ofa_ds.checkpoint.manifest import FormatVersionError, read_manifest
 from ofa_ds.checkpoint.reshard import reshard
 from ofa_ds.checkpoint.runs import (
@@ -28,7 +29,6 @@ from ofa_ds.checkpoint.runs import (
     set_aside,
     step_directories,
 )
-from ofa_ds.checkpoint.write import write_checkpoint
 from ofa_ds.cli.main import main
 from ofa_ds.storage.lease import LeaseError, held
 
