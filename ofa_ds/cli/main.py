@@ -7,6 +7,7 @@ prints. Failures are one line (`ofa_ds.cli.failure`).
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ _GROUPS = (add_scenes, add_shards, add_vocab, add_pretrain, add_evaluate, add_ge
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _write_whole_lines()
     try:
         try:
             options = parsed(_parser(), arguments)
@@ -39,6 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(error, arguments, 2)
     except Exception as error:
         return _failed(error, arguments, 1)
+
+
+def _write_whole_lines() -> None:
+    """Launchers start ranks with `python -u`, which writes a line and its end apart: those of two ranks would mix."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.write_through:
+            stream.reconfigure(line_buffering=True, write_through=False)
 
 
 def _flush() -> None:

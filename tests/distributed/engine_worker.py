@@ -215,7 +215,7 @@ def resume_exactly(ranks: Any, folder: Path) -> list[dict[str, Any]]:
         wrong = different(state_of(engine), want)
         counts = engine.all_reduce(torch.tensor(float(len(wrong))))
         results.append({
-            "name": name, "different": int(counts), "first": wrong[:3], "extra": manifest.extra,
+            "name": name, "different": int(counts), "first": wrong[:3], "extra": manifest.facts.extra,
             "step": manifest.step, "saved": manifest.state, "problems": checkpoint.verify(path),
             "tensors": len(want), "background": meanwhile is not None and same_files(path, meanwhile),
         })  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,17 @@ from ofa_ds.config import load_recipe
 from ofa_ds.data.order import Permutation
 from ofa_ds.data.pool import run_jobs
 from ofa_ds.storage.safetensors_file import DamagedError
+
+
+def test_a_rank_writes_each_line_whole_so_that_those_of_several_do_not_mix():
+    """Each write to such a socket arrives as a message of its own."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-u", "-m", "ofa_ds.pretrain", "no-such-recipe"]
+    with ours, theirs:
+        assert subprocess.run(command, stderr=theirs, stdout=subprocess.DEVNULL).returncode == 2
+        theirs.close()
+        messages = list(iter(lambda: ours.recv(65536), b""))
+    assert len(messages) == 1 and messages[0].startswith(b"ofa-ds: ") and messages[0].endswith(b"\n")
 
 
 @pytest.fixture
