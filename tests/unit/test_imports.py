@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "ofa_kernels": set(),
     "terms": set(),
     "progress": set(),
+    "beat": set(),
     "storage": set(),
     "config": {"terms"},
     "data": {"config", "progress", "storage", "terms"},
@@ -27,17 +28,18 @@ ALLOWED: dict[str, set[str]] = {
     "inference": {"batch", "checkpoint", "config", "data", "model", "progress", "storage", "tasks", "terms"},
     "convert": {"checkpoint", "config", "data", "engine", "model", "progress", "storage", "terms"},
     "train": {
-        "batch", "checkpoint", "config", "data", "engine", "inference", "model", "progress", "storage", "tasks",
+        "batch", "beat", "checkpoint", "config", "data", "engine", "inference", "model", "progress", "storage", "tasks",
         "terms",
     },
-    "cluster": {"config", "engine", "model", "storage", "terms"},
+    "cluster": {"beat", "config", "engine", "model", "progress", "storage", "terms"},
+    "plan": {"config", "progress", "terms"},
     "bench": {
         "batch", "checkpoint", "config", "data", "engine", "inference", "model", "progress", "storage", "tasks",
         "terms", "train",
     },
     "cli": {
-        "bench", "checkpoint", "cluster", "config", "convert", "data", "engine", "inference", "model", "progress",
-        "storage", "tasks", "terms", "train",
+        "beat", "bench", "checkpoint", "cluster", "config", "convert", "data", "engine", "inference", "model", "plan",
+        "progress", "storage", "tasks", "terms", "train",
     },
     "pretrain": {"cli", "cluster"},
 }  # fmt: skip
