@@ -26,7 +26,8 @@ class Beat(NamedTuple):
     rank: int
     pid: int
     phase: str
-    """`start` until the first step, then `step`, `save`, `sample`, `end`."""
+    """`start` until the first step, then `step`, `save`, `sample`, `end`. In all but `step` a rank may be busy for as
+    long as a checkpoint, its reading, or pictures take, without a newer beat."""
     step: int
     """Optimizer steps finished."""
     at_s: float

@@ -39,6 +39,19 @@ def tell(message: object) -> None:
         print(f"ofa-ds: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+def keep_error(error: Exception) -> None:
+    """What went wrong, with its traceback, where `ofa-ds launch` watches this rank (ofa_ds.beat)."""
+    from ofa_ds.beat import write_error
+
+    write_error(_rank(), error)
+
+
+def _rank() -> int:
+    """0 where this is no rank."""
+    said = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0")
+    return int(re.sub(r"\D", "", said) or "0")
+
+
 def tell_error(error: Exception, arguments: Sequence[str]) -> None:
     """What went wrong, and where the traceback is if nobody foresaw it."""
     if is_foreseen(error):
@@ -103,8 +116,7 @@ def who() -> str:
 
 def _saved(text: str) -> Path:
     """A new file in TMPDIR that no one else has, readable by this user alone."""
-    rank = re.sub(r"\D", "", next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0")) or "0"
-    handle, path = tempfile.mkstemp(prefix=f"ofa-ds-{time.strftime('%Y%m%d-%H%M%S')}-rank{rank}-", suffix=".txt")
+    handle, path = tempfile.mkstemp(prefix=f"ofa-ds-{time.strftime('%Y%m%d-%H%M%S')}-rank{_rank()}-", suffix=".txt")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)

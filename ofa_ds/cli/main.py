@@ -38,8 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed(UsageError("stopped by Ctrl-C"), arguments, 130)
     except UsageError as error:
+        _keep(error)
         return _failed(error, arguments, 2)
     except Exception as error:
+        _keep(error)
         return _failed(error, arguments, 1)
 
 
@@ -54,6 +56,15 @@ def _flush() -> None:
     """A full disk or a closed pipe is an error of the command, not of Python on its way out."""
     if sys.stdout is not None:
         sys.stdout.flush()
+
+
+def _keep(error: Exception) -> None:
+    """For whoever watches the ranks of this host, if anybody does."""
+    try:
+        from ofa_ds.cli.failure import keep_error
+    except (OSError, MemoryError):
+        return
+    keep_error(error)
 
 
 def _failed(error: Exception, arguments: Sequence[str], code: int) -> int:

@@ -32,20 +32,34 @@ def add_pretrain(commands: Commands) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    recipe = _checked(recipe_of(options.recipe, options.set))
+    from ofa_ds.beat import Pulse
+
+    rank, world_size = _place()
+    pulse = Pulse(rank)  # before anything that takes time
+    recipe = _checked(recipe_of(options.recipe, options.set), world_size)
     with heavy_imports():
         from ofa_ds.train.trainer import run
 
-    return run(recipe)
+    return run(recipe, pulse)
 
 
-def _checked(recipe: Recipe) -> Recipe:
-    """Raises UsageError for what every rank would refuse, before any of them imports torch."""
-    from ofa_ds.cluster.check_recipe import check_run
+def _place() -> tuple[int, int]:
+    """(rank, number of ranks) of this process. Raises UsageError where its launcher left it unclear."""
     from ofa_ds.engine.rendezvous import rendezvous
 
     try:
-        check_run(recipe, int(rendezvous(os.environ)["WORLD_SIZE"]))
+        found = rendezvous(os.environ)
+    except ValueError as error:
+        raise UsageError(error) from error
+    return int(found["RANK"]), int(found["WORLD_SIZE"])
+
+
+def _checked(recipe: Recipe, world_size: int) -> Recipe:
+    """Raises UsageError for what every rank would refuse, before any of them imports torch."""
+    from ofa_ds.cluster.check_recipe import check_run
+
+    try:
+        check_run(recipe, world_size)
     except ValueError as error:
         raise UsageError(error) from error
     return recipe

@@ -81,7 +81,8 @@ def _end_with(parent: int) -> None:
 
 
 def main(descriptor: int, size: int, share: float) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the trainer, which then still needs its files written
+    # Meant for the trainer, which then still needs its files written.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
     os.nice(5)  # what training needs comes first

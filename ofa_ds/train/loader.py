@@ -37,6 +37,9 @@ from ofa_ds.tasks.task import examples
 PREFETCH = 2
 """Micro-batches that each worker keeps ready."""
 
+STOP_GRACE_S = 120
+"""How long a worker lives on after SIGTERM, which schedulers send to all: the trainer saves after one more step."""
+
 SHARED_MEMORY = Path("/dev/shm")
 
 ALIGNMENT = 64
@@ -205,7 +208,9 @@ def _need_shared_memory(size: int) -> None:
 
 
 def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business; it ends its workers
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # the trainer's business; it ends its workers
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(STOP_GRACE_S))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

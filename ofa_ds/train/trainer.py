@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ofa_ds import checkpoint
+from ofa_ds import beat, checkpoint
 from ofa_ds.checkpoint.run_lease import RunLease, run_lease
 from ofa_ds.checkpoint.runs import newest_good
 from ofa_ds.checkpoint.saver import Saver
@@ -46,21 +47,22 @@ STOPPED = 130
 """Exit code after a signal: the state is saved, the run is not finished."""
 
 
-def run(recipe: Recipe) -> int:
+def run(recipe: Recipe, pulse: beat.Pulse) -> int:
     """Train to `train.num_steps`, from the newest checkpoint of `run_dir` where there is one. Returns the exit code.
 
-    What one rank raises before the first step, all raise; LeaseError, before anything is written, where another job is
-    at work in `run_dir`. Later a rank that fails just ends: its connections break, and the launcher ends the others.
+    pulse: this rank's; beats after each step, and where something begins that may take long. What one rank raises
+    before the first step, all raise; LeaseError, before anything is written, where another job is at work in
+    `run_dir`. Later a rank that fails just ends: its connections break, and the launcher ends the others.
     """
     ranks = init_distributed()
     recipe.batch.accumulation_steps(ranks.world_size)  # a wrong batch shape is told before anything heavy starts
     with run_lease(recipe.run_dir, ranks.rank, functools.partial(gather, ranks)) as lease:
-        code = _run(recipe, ranks, lease)
+        code = _run(recipe, ranks, lease, pulse)
     leave_distributed()
     return code
 
 
-def _run(recipe: Recipe, ranks: Ranks, lease: RunLease) -> int:
+def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse) -> int:
     with together(ranks):
         shards, vocab = Shards(recipe.data.shards), load_vocab(recipe.data.vocab)
         config = model_config(recipe, vocab.size)
@@ -74,8 +76,10 @@ def _run(recipe: Recipe, ranks: Ranks, lease: RunLease) -> int:
         zero_init=_needs_pieces(recipe, config),
     )
     _say(ranks, engine.describe())
+    pulse.beat("start", 0)
     identity = {"data": shards.fingerprint, "vocab": vocab.fingerprint}
     first_step = resume(engine, recipe, identity, lease)
+    pulse.beat("start", first_step)
     loader = Loader(
         shards=shards,
         vocab=vocab,
@@ -90,7 +94,21 @@ def _run(recipe: Recipe, ranks: Ranks, lease: RunLease) -> int:
         writer = _open_writer(recipe, first_step, vocab.fingerprint) if ranks.rank == 0 else None
     with StopSignal().listening() as stop:
         saver = Saver(engine, recipe, {"recipe": recipe_to_dict(recipe), "identity": identity}, lease=lease)
-        return _train(engine, loader, saver, writer, recipe=recipe, first_step=first_step, stop=stop)
+        parts = _Parts(engine, loader, saver, writer, recipe, stop, pulse)
+        return _train(parts, first_step)
+
+
+class _Parts(NamedTuple):
+    """What the loop works with."""
+
+    engine: Engine
+    loader: Loader
+    saver: Saver
+    writer: MetricsWriter | None
+    """Rank 0's."""
+    recipe: Recipe
+    stop: StopSignal
+    pulse: beat.Pulse
 
 
 def _say(ranks: Ranks, text: str) -> None:
@@ -106,16 +124,8 @@ def _needs_pieces(recipe: Recipe, config: ModelConfig) -> bool:
         return sum(parameter.numel() for parameter in OFA(config).parameters()) > MAX_WHOLE_PARAMETERS
 
 
-def _train(
-    engine: Engine,
-    loader: Loader,
-    saver: Saver,
-    writer: MetricsWriter | None,
-    *,
-    recipe: Recipe,
-    first_step: int,
-    stop: StopSignal,
-) -> int:
+def _train(parts: _Parts, first_step: int) -> int:
+    engine, loader, saver, writer, recipe, stop, pulse = parts
     train, smoothing = recipe.train, recipe.optim.label_smoothing
     window, source = Window(engine.device), loader.steps(first_step)
     bad = BadSteps(engine, loader.micro_batches, limit=train.max_bad_steps, run_dir=Path(recipe.run_dir))
@@ -127,6 +137,7 @@ def _train(
             voted, losses = train_step(engine, micro_batches, window, label_smoothing=smoothing, votes=votes)
             stopping, writing, is_lost = voted
             step += 1
+            pulse.beat("step", step)
             if is_lost:
                 saver.lease.check_together(engine.gather)  # before anything more is written there
             bad.judge(step, losses)
@@ -139,11 +150,18 @@ def _train(
             if engine.device.type == "cpu" and step % RELEASE_EVERY == 0:
                 release_freed_memory()
             if train.sample_every and step % train.sample_every == 0:
+                pulse.beat("sample", step)  # and no `step` before the next: the others wait in it for rank 0
                 _show_samples(engine, recipe, loader, writer, step)
             if not writing:
                 saver.commit()
             if last or (step % train.save_every == 0 and not bad.in_a_row):
+                pulse.beat("save", step)
                 saver.save(step, wait=last, counts=not bad.in_a_row)
+                pulse.beat("step", step)
+        pulse.beat("end", step)
+    except Exception as error:  # what follows may take its time, or hang
+        beat.write_error(engine.ranks.rank, error)
+        raise
     finally:
         source.close()  # ends the workers
         saver.close()
