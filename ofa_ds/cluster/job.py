@@ -34,3 +34,9 @@ class Job:
     @property
     def num_ranks(self) -> int:
         return sum(host.slots for host in self.hosts)
+
+    def environment_on(self, host: Host) -> dict[bytes, bytes]:
+        """What each rank of that host gets: rank 0's place, and the GPUs where a filter chose some of them."""
+        place = {b"MASTER_ADDR": self.master_address.encode(), b"MASTER_PORT": str(self.master_port).encode()}
+        devices = ",".join(map(str, host.devices)).encode()
+        return {**self.environment, **place, **({b"CUDA_VISIBLE_DEVICES": devices} if devices else {})}
