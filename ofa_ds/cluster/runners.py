@@ -16,6 +16,9 @@ from dataclasses import dataclass
 
 from ofa_ds.cluster.job import RUNNERS, Job
 
+OF_AGENTS = ("OFA_AGENT", "PYTHONPATH")
+"""Variables of the launching process that agents started by a central runner need; ranks get theirs from the agents."""
+
 
 @dataclass(frozen=True)
 class Runner:
@@ -101,13 +104,14 @@ def _openmpi(job: Job) -> list[str]:
     command += ["--map-by", "seq", "--bind-to", "none"]
     for name, value in (("time", 2), ("intvl", 1), ("probes", 3)):
         command += ["--mca", f"oob_tcp_keepalive_{name}", str(value)]
-    return command
+    return [*command, *(word for name in OF_AGENTS for word in ("-x", name))]
 
 
 def _mpich(job: Job) -> list[str]:
-    """Without `-genvnone` every variable of this shell would go to all hosts, passwords too."""
+    """Without `-genvlist` every variable of this shell would go to all hosts, passwords too."""
     places = ",".join(f"{host.name}:{host.slots}" for host in job.hosts)
-    return ["-launcher", "ssh", "-hosts", places, "-n", str(job.num_ranks), "-genvnone", "-bind-to", "none"]
+    command = ["-launcher", "ssh", "-hosts", places, "-n", str(job.num_ranks)]
+    return [*command, "-genvlist", ",".join(OF_AGENTS), "-bind-to", "none"]
 
 
 TABLE: dict[str, Runner] = {

@@ -45,11 +45,11 @@ GOLDEN_CENTRAL = {
         "mpirun.openmpi", "--allow-run-as-root", "-np", "6",
         "--host", "gpu-2,gpu-2,gpu-2,gpu-2,gpu-1,gpu-1", "--map-by", "seq", "--bind-to", "none",
         "--mca", "oob_tcp_keepalive_time", "2", "--mca", "oob_tcp_keepalive_intvl", "1",
-        "--mca", "oob_tcp_keepalive_probes", "3", *RANK,
+        "--mca", "oob_tcp_keepalive_probes", "3", "-x", "OFA_AGENT", "-x", "PYTHONPATH", *RANK,
     ],
     "mpich": [
-        "mpirun.mpich", "-launcher", "ssh", "-hosts", "gpu-2:4,gpu-1:2", "-n", "6", "-genvnone", "-bind-to", "none",
-        *RANK,
+        "mpirun.mpich", "-launcher", "ssh", "-hosts", "gpu-2:4,gpu-1:2", "-n", "6",
+        "-genvlist", "OFA_AGENT,PYTHONPATH", "-bind-to", "none", *RANK,
     ],
 }  # fmt: skip
 
