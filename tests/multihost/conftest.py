@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import faults
 import hosts
 import pytest
+import slurm
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +32,16 @@ def healed(three_hosts: hosts.Cluster) -> Iterator[hosts.Cluster]:
         yield three_hosts
     finally:
         faults.heal(three_hosts)
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster(three_hosts: hosts.Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Slurm]:
+    """Slurm on three hosts, its controller on the login host."""
+    lack = slurm.missing_requirement()
+    if lack is not None:
+        pytest.skip(f"no Slurm on this machine: {lack}")
+    with slurm.started(three_hosts, tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
 
 
 @pytest.hookimpl(wrapper=True)

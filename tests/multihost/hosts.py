@@ -77,8 +77,8 @@ class Cluster:
         return Cluster(self.hosts[:num_hosts], self.login, self.bridge, self.tools)
 
     def hostfile(self, path: Path, *, slots: int = 1) -> Path:
-        """Writes one for all hosts, by address."""
-        path.write_text("".join(f"{address} slots={slots}\n" for address in self.addresses))
+        """Writes one for all hosts, by name."""
+        path.write_text("".join(f"{host.name} slots={slots}\n" for host in self.hosts))
         return path
 
     def run(
