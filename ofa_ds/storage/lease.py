@@ -149,26 +149,6 @@ def take(directory: Path, *, beat_s: float = BEAT_S, limit_s: float = LIMIT_S) -
             return Lease(directory, number + 1, owner, beat_s)
 
 
-def give_back_for_dead(directory: Path, host: str, pid: int) -> bool:
-    """Give the lease back for an owner of which the caller knows that it is no more; returns whether it had it.
-
-    host, pid: as the owner itself saw them (`socket.gethostname`, `os.getpid`). For whoever started the owner and saw
-    its end: another host can only wait and watch. If it lives after all, it finds its lease lost and stops. OSError.
-    """
-    newest = _newest(directory) if directory.is_dir() else None
-    if newest is None or newest[1]:
-        return False
-    path = directory / _name(newest[0])
-    owner = _read(path)
-    if owner is None or (owner.host, owner.pid) != (host, pid):
-        return False
-    try:
-        os.rename(path, directory / _name(newest[0], free=True))
-    except FileNotFoundError:  # it was given back, or another one took it, just now
-        return False
-    return True
-
-
 def this_process(run: str) -> Owner:
     since = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return Owner(host=socket.gethostname(), pid=os.getpid(), start=_start(os.getpid()) or "", since=since, run=run)
