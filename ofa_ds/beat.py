@@ -46,6 +46,8 @@ class Pulse:
     def __init__(self, rank: int) -> None:
         """Also lets STACKS_SIGNAL write the stacks of this process from now on."""
         self.rank = rank
+        self.since_s = time.time()
+        """When this rank began, by its host's clock."""
         self._file: int | None = None
         beat, stacks = place(rank, "beat"), place(rank, "stacks")
         if beat is None or stacks is None:

@@ -20,6 +20,9 @@ class Saver:
     def __init__(self, engine: Engine, recipe: Recipe, extra: dict[str, Any], *, lease: RunLease) -> None:
         """lease: the job's, of its run directory."""
         self._engine, self._recipe, self._extra, self.lease = engine, recipe, extra, lease
+        self.saved: dict[int, bool] = {}
+        """The newest save that has ended, and whether it became a checkpoint: {step: it did}."""
+        self._started = 0
         self._background: BackgroundSaver | None = None
         if recipe.train.save_in_background:
             self._background = BackgroundSaver(engine, recipe.run_dir, keep=recipe.train.keep, lease=lease)
@@ -39,8 +42,10 @@ class Saver:
         if self._background is None:
             run_dir = self._recipe.run_dir
             save(self._engine, run_dir, step, self._extra, keep=train.keep, lease=self.lease, counts=counts)
+            self.saved = {step: True}
             return
         self.commit()  # the one before, which is waited for
+        self._started = step
         try:
             self._background.start(step, self._extra, counts=counts)
         except LeaseError:
@@ -48,19 +53,23 @@ class Saver:
         except RuntimeError as error:  # on all ranks: no room on the disk, or no directory
             if wait:
                 raise
+            self.saved = {step: False}
             self._tell(str(error))
-        if wait:
-            self._background.finish()
-            if self._background.failure:
-                raise RuntimeError(self._background.failure)
+        if wait and (failure := self._finish(self._background)):
+            raise RuntimeError(failure)
 
     def commit(self) -> None:
         """Every rank has written: make it a checkpoint. A failed one is told; training goes on to the next."""
         if self._background is None or not self._background.is_pending:
             return
-        self._background.finish()
-        if self._background.failure:
-            self._tell(self._background.failure)
+        if failure := self._finish(self._background):
+            self._tell(failure)
+
+    def _finish(self, background: BackgroundSaver) -> str | None:
+        """Wait for the pending save; returns why it did not become a checkpoint."""
+        background.finish()
+        self.saved = {self._started: background.failure is None}
+        return background.failure
 
     def _tell(self, why: str) -> None:
         if self._engine.ranks.rank == 0:

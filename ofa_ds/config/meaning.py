@@ -54,6 +54,7 @@ FREE = (
     "train.num_steps",
     "train.init_from",
     "train.accept_changed",
+    "train.skip_steps",
     "train.max_bad_steps",
     "train.log_every",
     "train.save_every",
@@ -62,7 +63,8 @@ FREE = (
     "train.sample_every",
 )
 """Where and how it is computed and saved; what the fingerprints of data and vocabulary judge; and what people turn
-while a run is under way: its length and the optimizer, which acts from the next step on. Those changes are told."""
+while a run is under way: its length, the optimizer, and steps to pass over, which act from the next step on. Those
+changes are told."""
 
 
 def differences(saved: Recipe, now: Recipe, keys: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:

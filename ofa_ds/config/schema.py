@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
@@ -172,6 +172,8 @@ class TrainConfig:
     """A checkpoint, or a run directory, whose weights a new run starts from; without moments, at step 0."""
     accept_changed: tuple[Changeable, ...] = ()
     """What may differ from the run that is gone on with: data, vocab, or a key of `ofa_ds.config.meaning.MEANING`."""
+    skip_steps: tuple[Annotated[Count, Field(ge=1)], ...] = ()
+    """Numbers of steps, from 1 on, that are passed over: nobody reads their rows, the weights stay as they are."""
     max_bad_steps: Count = Field(10, ge=1)
     """Steps in a row whose loss or gradient may be not finite (they are skipped); then the run stops."""
     log_every: Count = Field(10, ge=1)

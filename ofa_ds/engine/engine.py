@@ -186,6 +186,12 @@ class Engine:
         elif self._average is not None:
             self._average.update()
 
+    def pass_over(self) -> None:
+        """Count a step that nobody takes: what follows has its own number's randomness, all else stays as it is."""
+        self._wrapped.global_steps += 1
+        self._wrapped.skipped_steps += 1
+        self._wrapped.global_samples += self._wrapped.train_batch_size()
+
     @property
     def skipped(self) -> bool:
         """Whether the last step changed nothing, because a loss or the gradient was not finite; equal on all ranks."""

@@ -8,6 +8,7 @@ server, not by forking the trainer, whose RDMA buffers and threads do not surviv
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -15,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -138,10 +139,14 @@ class Loader:
             image_bucket_size=self.model.image_bucket_size,
         )  # fmt: skip
 
-    def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
-        """Closing the generator ends the workers."""
+    def steps(self, start_step: int = 0, *, without: Container[int] = ()) -> Iterator[list[Batch]]:
+        """From 0-based step `start_step` on, except those in `without`, whose rows are not read.
+
+        Closing the generator ends the workers.
+        """
         accumulation = self.batch.accumulation_steps(self.world_size)
-        source = self._prepared(start_step) if self.config.workers else self._in_process(start_step)
+        keys = self._keys(start_step, without)
+        source = self._prepared(keys) if self.config.workers else self._in_process(keys)
         try:
             while True:
                 began = time.perf_counter()
@@ -162,25 +167,25 @@ class Loader:
             )
         self.num_cut += len(cut)
 
-    def _keys(self, step: int) -> Iterator[tuple[int, int]]:
+    def _keys(self, first: int, without: Container[int]) -> Iterator[tuple[int, int]]:
         """(step, micro-batch number) for this rank, in order, without end: number j of a step is rank j % world's."""
-        while True:
-            for number in range(self.rank, self.batch.global_rows // self.batch.micro_rows, self.world_size):
-                yield step, number
-            step += 1
+        for step in itertools.count(first):
+            if step not in without:
+                for number in range(self.rank, self.batch.global_rows // self.batch.micro_rows, self.world_size):
+                    yield step, number
 
-    def _in_process(self, start_step: int) -> Iterator[Batch]:
-        for key in self._keys(start_step):
+    def _in_process(self, keys: Iterator[tuple[int, int]]) -> Iterator[Batch]:
+        for key in keys:
             batch, cut = self.micro_batches.prepare(*key)
             self._count_cut(cut)
             yield batch
 
-    def _prepared(self, start_step: int) -> Iterator[Batch]:
+    def _prepared(self, keys: Iterator[tuple[int, int]]) -> Iterator[Batch]:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         loader = DataLoader(
             self.micro_batches,
-            sampler=self._keys(start_step),
+            sampler=keys,
             batch_size=None,
             num_workers=self.config.workers,
             prefetch_factor=PREFETCH,

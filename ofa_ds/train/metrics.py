@@ -43,7 +43,7 @@ class Window:
     def reset(self) -> None:
         self.start = time.perf_counter()
         self.num_steps = 0
-        self.num_counted = 0
+        self.num_counted = self.num_passed_over = 0
         size = 1 + 2 + 2 * len(TASKS)  # loss; tokens, examples; nll and tokens of each task
         self._sums = torch.zeros(size, device=self.device, dtype=torch.float64)
         self._step = torch.zeros_like(self._sums)
@@ -62,6 +62,10 @@ class Window:
             self._sums += self._step
         self._step.zero_()
 
+    def pass_over(self) -> None:
+        """A step that was not taken."""
+        self.num_passed_over += 1
+
     def close(self, sum_over_ranks: Any, *, waited_s: float = 0.0) -> dict[str, float]:
         """Means over the window and all ranks, then a new window. `sum_over_ranks` reduces one flat tensor in place.
 
@@ -76,6 +80,7 @@ class Window:
         values["tokens_per_s"] = num_tokens / seconds
         values["examples_per_s"] = num_examples / seconds
         values["data_wait_fraction"] = (waited_s - self._waited_s) / seconds
+        values["skipped_steps"] = float(self.num_steps - self.num_counted + self.num_passed_over)
         values["step_ms"] = 1000 * seconds / max(self.num_steps, 1)
         self._waited_s = waited_s
         self.reset()

@@ -15,7 +15,7 @@ from ofa_ds.config.meaning import FREE, MEANING, differences
 from ofa_ds.config.values import shown
 from ofa_ds.engine.engine import Engine
 
-TOLD = tuple(key for key in FREE if key.startswith("optim.") or key == "train.num_steps")
+TOLD = tuple(key for key in FREE if key.startswith("optim.") or key in ("train.num_steps", "train.skip_steps"))
 """May change, but acts on what is learnt."""
 
 

@@ -10,29 +10,35 @@ from contextlib import contextmanager
 from types import FrameType
 
 DUPLICATE_S = 5.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignal:
-    """SIGINT or SIGTERM asks for a checkpoint after the running step; a later one ends the process at once.
+    """SIGINT, SIGTERM or SIGUSR1 asks for a checkpoint after the running step.
 
-    A launcher passes a signal on that the ranks have had already: what comes within DUPLICATE_S is the same request.
+    A later SIGINT or SIGTERM ends the process at once; what comes within DUPLICATE_S is the same request: a launcher
+    passes a signal on that the ranks have had already. SIGUSR1 is a scheduler's early word, which no repetition and no
+    first SIGTERM after it turns into impatience.
     """
 
     def __init__(self) -> None:
         self.asked = False
-        self._asked_at_s = 0.0
+        self._urged_at_s: float | None = None
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if number == signal.SIGUSR1:
+            return
         now_s = time.monotonic()
-        if not self.asked:
-            self.asked, self._asked_at_s = True, now_s
-        elif now_s - self._asked_at_s > DUPLICATE_S:
+        if self._urged_at_s is None:
+            self._urged_at_s = now_s
+        elif now_s - self._urged_at_s > DUPLICATE_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     @contextmanager
     def listening(self) -> Iterator[StopSignal]:
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
         try:
             yield self
         finally:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ofa_ds import beat, checkpoint
+from ofa_ds.batch import Batch
 from ofa_ds.checkpoint.run_lease import RunLease, run_lease
 from ofa_ds.checkpoint.runs import newest_good
 from ofa_ds.checkpoint.saver import Saver
@@ -35,6 +36,7 @@ from ofa_ds.train.metrics import MetricsWriter, Window, peak_memory_MiB
 from ofa_ds.train.resuming import resume
 from ofa_ds.train.step import train_step
 from ofa_ds.train.stop_signal import StopSignal
+from ofa_ds.train.switches import Switches
 
 RELEASE_EVERY = 10
 """Steps between two returns of freed memory on a CPU."""
@@ -92,23 +94,39 @@ def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse) -> in
     )
     with together(ranks):
         writer = _open_writer(recipe, first_step, vocab.fingerprint) if ranks.rank == 0 else None
+    switches = Switches(recipe.run_dir, ranks.rank, pulse.since_s)
     with StopSignal().listening() as stop:
         saver = Saver(engine, recipe, {"recipe": recipe_to_dict(recipe), "identity": identity}, lease=lease)
-        parts = _Parts(engine, loader, saver, writer, recipe, stop, pulse)
+        bad = BadSteps(engine, loader.micro_batches, limit=recipe.train.max_bad_steps, run_dir=Path(recipe.run_dir))
+        parts = _Parts(recipe, engine, loader, Window(engine.device), bad, saver, writer, stop, switches, pulse)
         return _train(parts, first_step)
 
 
 class _Parts(NamedTuple):
     """What the loop works with."""
 
+    recipe: Recipe
     engine: Engine
     loader: Loader
+    window: Window
+    bad: BadSteps
     saver: Saver
     writer: MetricsWriter | None
     """Rank 0's."""
-    recipe: Recipe
     stop: StopSignal
+    switches: Switches
     pulse: beat.Pulse
+
+
+class _Voted(NamedTuple):
+    """What any rank wants, or says, known to all."""
+
+    stop: bool = False
+    save: bool = False
+    writing: bool = True
+    """The files of the save before are not all written; unknown after a step that was passed over."""
+    is_lost: bool = False
+    """The lease of the run's directory."""
 
 
 def _say(ranks: Ranks, text: str) -> None:
@@ -125,49 +143,82 @@ def _needs_pieces(recipe: Recipe, config: ModelConfig) -> bool:
 
 
 def _train(parts: _Parts, first_step: int) -> int:
-    engine, loader, saver, writer, recipe, stop, pulse = parts
-    train, smoothing = recipe.train, recipe.optim.label_smoothing
-    window, source = Window(engine.device), loader.steps(first_step)
-    bad = BadSteps(engine, loader.micro_batches, limit=train.max_bad_steps, run_dir=Path(recipe.run_dir))
-    step, stopping = first_step, False
+    recipe, engine, saver = parts.recipe, parts.engine, parts.saver
+    passed_over = frozenset(recipe.train.skip_steps)
+    source = parts.loader.steps(first_step, without={number - 1 for number in passed_over})
+    step, voted = first_step, _Voted()
     try:
-        while step < train.num_steps and not stopping:
-            micro_batches = next(source)
-            votes = (stop.asked, saver.is_writing, saver.lease.is_lost)
-            voted, losses = train_step(engine, micro_batches, window, label_smoothing=smoothing, votes=votes)
-            stopping, writing, is_lost = voted
+        while step < recipe.train.num_steps and not voted.stop:
             step += 1
-            pulse.beat("step", step)
-            if is_lost:
-                saver.lease.check_together(engine.gather)  # before anything more is written there
-            bad.judge(step, losses)
-            if bad.too_many:
-                saver.commit()
-                raise bad.error(step, newest_good(recipe.run_dir))
-            last = stopping or step == train.num_steps
-            if step % train.log_every == 0 or step == train.num_steps:
-                _log(engine, window, writer, step, loader.wait_seconds)
-            if engine.device.type == "cpu" and step % RELEASE_EVERY == 0:
-                release_freed_memory()
-            if train.sample_every and step % train.sample_every == 0:
-                pulse.beat("sample", step)  # and no `step` before the next: the others wait in it for rank 0
-                _show_samples(engine, recipe, loader, writer, step)
-            if not writing:
-                saver.commit()
-            if last or (step % train.save_every == 0 and not bad.in_a_row):
-                pulse.beat("save", step)
-                saver.save(step, wait=last, counts=not bad.in_a_row)
-                pulse.beat("step", step)
-        pulse.beat("end", step)
+            if step in passed_over:
+                voted = _pass_over(parts, step)
+            else:
+                voted = _take(parts, step, next(source))
+            parts.pulse.beat("step", step)
+            _report(parts, step)
+            _save(parts, step, voted)
+        parts.pulse.beat("end", step)
+        parts.switches.ended(step)
     except Exception as error:  # what follows may take its time, or hang
         beat.write_error(engine.ranks.rank, error)
         raise
     finally:
         source.close()  # ends the workers
         saver.close()
-        if writer is not None:
-            writer.close()
+        if parts.writer is not None:
+            parts.writer.close()
     return _ended(engine.ranks, recipe, step)
+
+
+def _take(parts: _Parts, step: int, micro_batches: list[Batch]) -> _Voted:
+    """Optimizer step number `step`, from 1 on."""
+    engine, saver, bad, switches = parts.engine, parts.saver, parts.bad, parts.switches
+    mine = _Voted(parts.stop.asked or switches.stop, switches.save, saver.is_writing, saver.lease.is_lost)
+    smoothing = parts.recipe.optim.label_smoothing
+    result = train_step(engine, micro_batches, parts.window, label_smoothing=smoothing, votes=mine)
+    voted = _Voted(*result.voted)
+    if voted.is_lost:
+        saver.lease.check_together(engine.gather)  # before anything more is written there
+    bad.judge(step, result.losses)
+    if bad.too_many:
+        saver.commit()
+        raise bad.error(step, newest_good(parts.recipe.run_dir))
+    return voted
+
+
+def _pass_over(parts: _Parts, step: int) -> _Voted:
+    parts.engine.pass_over()
+    parts.window.pass_over()
+    told = "is passed over, as train.skip_steps says: its rows are not read, the weights stay as they are"
+    _say(parts.engine.ranks, f"step {step} {told}")
+    return _Voted()
+
+
+def _report(parts: _Parts, step: int) -> None:
+    """After step `step`: numbers, pictures."""
+    train, engine, loader, writer = parts.recipe.train, parts.engine, parts.loader, parts.writer
+    if step % train.log_every == 0 or step == train.num_steps:
+        _log(engine, parts.window, writer, step, loader.wait_seconds)
+    if engine.device.type == "cpu" and step % RELEASE_EVERY == 0:
+        release_freed_memory()
+    if train.sample_every and step % train.sample_every == 0:
+        parts.pulse.beat("sample", step)  # and no `step` before the next: the others wait in it for rank 0
+        _show_samples(engine, parts.recipe, loader, writer, step)
+
+
+def _save(parts: _Parts, step: int, voted: _Voted) -> None:
+    """After step `step`: make the save before a checkpoint, and begin one where it is time or somebody asked."""
+    train, saver, bad = parts.recipe.train, parts.saver, parts.bad
+    if not voted.writing:
+        saver.commit()
+    last = voted.stop or step == train.num_steps
+    if last or voted.save or (step % train.save_every == 0 and not bad.in_a_row):
+        parts.pulse.beat("save", step)
+        if voted.save:
+            parts.switches.serve_save(step)
+        saver.save(step, wait=last, counts=not bad.in_a_row)
+        parts.pulse.beat("step", step)
+    parts.switches.settle(saver.saved)
 
 
 def _ended(ranks: Ranks, recipe: Recipe, step: int) -> int:

@@ -264,3 +264,23 @@ def _alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_rows_of_steps_that_are_left_out_are_read_by_nobody(make, monkeypatch, workers):
+    loader, wanted = make(replace(DATA, workers=workers)), make()
+    if not workers:
+        read, prepare = [], type(loader.micro_batches).prepare
+        monkeypatch.setattr(
+            type(loader.micro_batches), "prepare", lambda self, *key: (read.append(key[0]), prepare(self, *key))[1]
+        )
+    source = loader.steps(3, without={4, 5})
+    found = [next(source) for _ in range(2)]
+    source.close()
+    if not workers:
+        assert set(read) == {3, 6}
+    whole = wanted.steps(3)
+    steps = [next(whole) for _ in range(4)]
+    for one, other in zip(found, (steps[0], steps[3]), strict=True):
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
