@@ -149,6 +149,22 @@ def take(directory: Path, *, beat_s: float = BEAT_S, limit_s: float = LIMIT_S) -
             return Lease(directory, number + 1, owner, beat_s)
 
 
+def give_back_for(directory: Path, *, host: str, pid: int) -> bool:
+    """Give the lease back for an owner that is known to have ended, so that nobody has to watch whether it lives.
+
+    True where it was that owner's. Should the process be there after all, it finds its lease lost, publishes nothing.
+    """
+    try:
+        newest = _newest(directory)
+        owner = _read(directory / _name(*newest)) if newest and not newest[1] else None
+        if owner is None or (owner.host, owner.pid) != (host, pid):
+            return False
+        os.rename(directory / _name(*newest), directory / _name(newest[0], free=True))
+    except OSError:
+        return False
+    return True
+
+
 def this_process(run: str) -> Owner:
     since = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return Owner(host=socket.gethostname(), pid=os.getpid(), start=_start(os.getpid()) or "", since=since, run=run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,6 +143,28 @@ def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:
         heavy = {"torch", "deepspeed", "numpy", "pyarrow", "pydantic", "ofa_ds", "ofa_kernels"}
         found = {module for module in at_start if module.split(".")[0] in heavy}
         assert {module for module in found if ".".join(module.split(".")[:2]) not in light} == set(), file.name
+
+
+def test_the_agent_and_the_shim_of_a_rank_start_with_the_standard_library_alone() -> None:
+    pending, seen = ["ofa_ds.cluster.agent", "ofa_ds.cluster.rank"], set()
+    while pending:
+        module = pending.pop()
+        seen.add(module)
+        file = ROOT / Path(*module.split(".")).with_suffix(".py")
+        tree = ast.parse(file.read_text())
+        found = {each for _, each in imports(tree, module.rpartition(".")[0], lazy=False)}
+        for node in ast.walk(tree):  # `from ofa_ds.cluster import processes`
+            if isinstance(node, ast.ImportFrom) and node.module == "ofa_ds.cluster":
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        found -= {"ofa_ds.cluster"}
+        outside = {each.split(".")[0] for each in found} - {"__future__", "ofa_ds", *sys.stdlib_module_names}
+        assert not outside, f"{module} imports {outside}"
+        pending += [each for each in found if each.startswith("ofa_ds.") and each not in seen]
+    assert seen <= {f"ofa_ds.{each}" for each in ("beat", "engine.rendezvous")} | {
+        f"ofa_ds.cluster.{each}" for each in ("agent", "rank", "link", "processes")
+    }
+    for package in ("ofa_ds", "ofa_ds.cluster", "ofa_ds.engine"):
+        assert not list(imports(ast.parse((ROOT / Path(*package.split(".")) / "__init__.py").read_text()), package))
 
 
 @pytest.mark.parametrize(
