@@ -74,6 +74,17 @@ def closed_port(host: hosts.Host, port: int) -> Iterator[None]:
         _on_network(host, "nft", "delete", "table", "inet", _TABLE, check=False)
 
 
+@contextmanager
+def unreachable_from(host: hosts.Host, others: list[hosts.Host]) -> Iterator[None]:
+    """Nothing that `others` send reaches the host, as through a switch that fails; the rest of the world does."""
+    addresses = ", ".join(other.address for other in others)
+    _nft(host, f"type filter hook input priority 0; iif eth0 ip saddr {{ {addresses} }} counter drop")
+    try:
+        yield
+    finally:
+        _on_network(host, "nft", "delete", "table", "inet", _TABLE, check=False)
+
+
 def _nft(host: hosts.Host, chain: str) -> None:
     """Replaces what was there, in one transaction."""
     text = f"add table inet {_TABLE}\ndelete table inet {_TABLE}\ntable inet {_TABLE} {{\nchain c {{\n{chain}\n}}\n}}\n"

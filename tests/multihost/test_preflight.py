@@ -55,31 +55,21 @@ def test_healthy_hosts_pass_and_what_they_lack_is_absent(healed: hosts.Cluster, 
 def test_each_fault_is_told_of_its_host_and_the_healthy_hostfile_leaves_them_out(
     healed: hosts.Cluster, desk: Path
 ) -> None:
-    (desk / "hosts").write_text("# three\n10.77.0.1 slots=1\n10.77.0.2 slots=1\n10.77.0.3 slots=1  # spare\n")
+    (desk / "hosts").write_text("# three\nh1 slots=1\nh2 slots=1\nh3 slots=1  # spare\n")
     runs = desk / "runs"
     runs.mkdir()
     with faults.small_disk(healed.hosts[1], runs, 1024):
         stopped = time.monotonic()
         healed.hosts[2].power_off()
-        report = run(
-            healed,
-            desk,
-            "--skip-bandwidth",
-            "--directory",
-            "runs",
-            "--write-healthy",
-            "healthy",
-            "--timeout",
-            "20",
-            code=1,
-        )
+        options = ["--directory", "runs", "--write-healthy", "healthy", "--timeout", "20"]
+        report = run(healed, desk, "--skip-bandwidth", *options, code=1)
     assert time.monotonic() - stopped < 40
-    assert report["bad_hosts"] == ["10.77.0.2", "10.77.0.3"]
+    assert report["bad_hosts"] == ["h2", "h3"]
     assert failing(report, 1) == set()
     assert failing(report, 2) == {"shared", "write_speed", "disk"}
     assert "No space left" in verdicts(report, 2)["write_speed"]["text"]
     assert failing(report, 3) == {"ssh"} and len(report["hosts"][2]["checks"]) == 1
-    assert (desk / "healthy").read_text() == "# three\n10.77.0.1 slots=1\n"
+    assert (desk / "healthy").read_text() == "# three\nh1 slots=1\n"
     assert list(runs.iterdir()) == []
 
 
@@ -94,6 +84,29 @@ def test_two_names_of_one_machine_and_a_closed_port_are_told(healed: hosts.Clust
     assert failing(report, 2) == {"identity", "port"} and failing(report, 3) == {"identity", "port"}
     assert "same machine as 10.77.0.2" in verdicts(report, 2)["identity"]["text"]
     assert "timed out" in verdicts(report, 3)["port"]["text"]
+
+
+def test_a_host_with_a_slow_link_is_found_by_halving(healed: hosts.Cluster, desk: Path) -> None:
+    with faults.slow_link(healed.hosts[1]):
+        report = run(healed, desk, "--write-healthy", "healthy", code=1)
+    assert report["bad_hosts"] == ["h2"] and failing(report, 2) == {"exchange"}
+    search = report["exchange"]
+    assert search["bad"] == ["h2"] and search["rounds"] <= search["most_rounds"] == 3
+    for number in (1, 3):
+        assert verdicts(report, number)["exchange"]["state"] == "pass"
+        assert verdicts(report, number)["all_reduce"]["state"] == "pass"
+    assert verdicts(report, 2)["host_all_reduce"]["state"] == "absent"
+    assert (desk / "healthy").read_text() == "h1 slots=1\nh3 slots=1\n"
+
+
+def test_a_host_in_whose_rings_nobody_finishes_is_found_too(healed: hosts.Cluster, desk: Path) -> None:
+    with faults.unreachable_from(healed.hosts[2], healed.hosts[:2]):
+        report = run(healed, desk, code=1)
+    assert report["bad_hosts"] == ["h3"] and failing(report, 3) == {"exchange", "port"}
+    assert "not finished" in verdicts(report, 3)["exchange"]["text"]
+    assert report["exchange"]["rounds"] <= report["exchange"]["most_rounds"]
+    assert verdicts(report, 1)["all_reduce"]["state"] == verdicts(report, 2)["all_reduce"]["state"] == "pass"
+    healed.wait_until_nothing_is_left(10)
 
 
 def test_ctrl_c_ends_every_ssh_and_every_probe(healed: hosts.Cluster, desk: Path) -> None:

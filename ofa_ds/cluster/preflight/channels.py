@@ -16,7 +16,7 @@ from typing import Any
 from ofa_ds.cluster.hostfile import Host
 
 PACKAGE = "ofa_ds.cluster.preflight"
-_MODULES = ("machine", "probe")
+_MODULES = ("machine", "exchange", "probe")
 _START = (
     "import json,sys,types\n"
     "sent=json.loads(sys.stdin.buffer.readline())\n"

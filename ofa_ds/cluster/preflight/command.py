@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ofa_ds.cluster.hostfile import read_hostfile, split_spares
+from ofa_ds.cluster.preflight.bandwidth import measure
 from ofa_ds.cluster.preflight.healthy import write_healthy
 from ofa_ds.cluster.preflight.report import Report, as_json, made, tell
 from ofa_ds.cluster.preflight.survey import Wanted, look, opened
@@ -46,6 +47,7 @@ def preflight(options: Options) -> int:
         tell(report)
     if options.write_healthy is not None:
         left = write_healthy(options.hostfile, options.write_healthy, report.bad_hosts)
+        sys.stdout.flush()  # where both go to one file, the report is whole
         print(f"{options.write_healthy}: {left} hosts", file=sys.stderr)
     return 1 if report.bad_hosts else 0
 
@@ -56,6 +58,8 @@ async def examined(hostfile: str, wanted: Wanted, progress: Progress) -> Report:
     exchange: dict[str, Any] = {}
     async with opened(wanted, progress.tell) as survey:
         await look(survey)
+        if wanted.bandwidth:
+            exchange = await measure(survey)
     return made(hostfile, time.monotonic() - started, survey.fleet(), exchange)
 
 

@@ -98,8 +98,7 @@ def gpu_nodes() -> dict[str, int | None]:
 
 def modules() -> list[str]:
     """Those of the loaded kernel modules that let a NIC read a GPU's memory."""
-    names = [line.split()[0] for line in Path("/proc/modules").read_text().splitlines()]
-    return [name for name in names if name in ("nvidia_peermem", "nv_peer_mem", "gdrdrv")]
+    return [name for name in ("nvidia_peermem", "nv_peer_mem", "gdrdrv") if Path("/sys/module", name).is_dir()]
 
 
 def nvml_records() -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ofa_ds.cluster.preflight.exchange import take_part
 from ofa_ds.cluster.preflight.machine import gpu_nodes, infiniband, interface_of, modules, nvml_records
 
 _PROGRAMS = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -62,6 +63,8 @@ def _ask(
     if what == "write":
         files.callback(_delete, question["path"])
         return write(**question)
+    if what == "exchange":
+        return take_part(question)
     answers = {
         "facts": facts, "connect": connect, "read": read, "speed": speed,
         "load": load,
@@ -290,6 +293,7 @@ def speed(directory: str, name: str, num_bytes: int) -> float:
 def load() -> float:
     """Import torch here, once, for exchanges; seconds it took."""
     started = time.monotonic()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch.distributed  # noqa: F401
 
     return time.monotonic() - started
