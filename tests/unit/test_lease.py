@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ofa_ds.storage import lease as leases
-from ofa_ds.storage.lease import LeaseError, held, take
+from ofa_ds.storage.lease import LeaseError, give_back_for, held, take
 
 HOLDER = """
 import sys, time
@@ -239,3 +239,26 @@ def test_of_eight_that_ask_again_and_again_at_once_one_at_a_time_gets_it(tmp_pat
     assert {racer.returncode for racer in racers} <= {0, 7}, outputs  # 9: two were inside
     numbers = [int(name[7:15]) for name in os.listdir(directory) if leases._NAME.fullmatch(name)]
     assert max(numbers) >= 8, "it changed hands"
+
+
+def test_who_saw_the_end_of_an_owner_elsewhere_gives_its_lease_back_and_nobody_waits(tmp_path):
+    assert not give_back_for(tmp_path / "nowhere", host="gpu7", pid=1)
+    elsewhere(tmp_path)
+    assert not give_back_for(tmp_path, host="gpu8", pid=os.getpid())
+    assert not give_back_for(tmp_path, host="gpu7", pid=os.getpid() + 1)
+    assert give_back_for(tmp_path, host="gpu7", pid=os.getpid())
+    assert not give_back_for(tmp_path, host="gpu7", pid=os.getpid())  # it is free
+    begun = time.monotonic()
+    take(tmp_path).release()
+    assert time.monotonic() - begun < 5
+
+
+def test_an_owner_that_was_taken_for_dead_finds_its_lease_lost(tmp_path):
+    lease = take(tmp_path)
+    try:
+        assert give_back_for(tmp_path, host=lease.owner.host, pid=lease.owner.pid)
+        assert lease.is_lost
+        with pytest.raises(LeaseError, match="its lease is gone"):
+            lease.check()
+    finally:
+        lease.release()
