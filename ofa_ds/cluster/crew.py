@@ -101,6 +101,9 @@ class Crew:
         port = await self._server.open()
         addresses = own_addresses([self.job.hosts[0].machine])
         path = _with_checkout(os.environ.get("PYTHONPATH", ""))
+        # First of all: MPICH 4.0's `-genvlist` loses the last variable that there is.
+        ours = {PARENT: pack(addresses, port, self.token), "PYTHONPATH": path}
+        others = {name: value for name, value in os.environ.items() if name not in ours}
         parent = os.getpid()
 
         def in_child() -> None:
@@ -110,7 +113,7 @@ class Crew:
 
         self.engine = await asyncio.create_subprocess_exec(
             *self._runners.central_argv(self.job, agent_argv()),
-            env={**os.environ, PARENT: pack(addresses, port, self.token), "PYTHONPATH": path},
+            env={**ours, **others},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
