@@ -137,7 +137,7 @@ class Desk:
         def append() -> None:
             if path not in self._handles:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._handles[path] = open(path, "ab", buffering=0)
+                self._handles[path] = _opened(path)
             self._handles[path].write(data)
 
         self._guarded(append)
@@ -157,6 +157,16 @@ class Desk:
         for handle in self._handles.values():
             with contextlib.suppress(OSError):
                 handle.close()
+
+
+def _opened(path: Path) -> Any:
+    """To append to; a last line that a killed launch cut off is ended first."""
+    file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed with the desk
+    if file.seek(0, os.SEEK_END):
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
 
 
 def _put(path: Path, content: bytes) -> None:

@@ -119,7 +119,7 @@ def _fault(directory: Path, number: int, step: int) -> None:
         at, word, *rest = file.read_text().split(maxsplit=2)
         if int(at) != step:
             return
-        if "always" not in rest:
+        if "always" not in " ".join(rest):
             file.unlink()
         if word == "raise":
             raise RuntimeError("the lamp is broken")
@@ -128,6 +128,9 @@ def _fault(directory: Path, number: int, step: int) -> None:
         if word == "daemon" and os.fork() == 0:  # a process that gets away from its rank
             os.setsid()
             time.sleep(600)
+        if word == "chatter":
+            print("chatter " * 10 + "\n" * 1, end="", flush=True)
+            print("\n".join(["chatter"] * 19_990), flush=True)
         if word == "sleep":
             time.sleep(600)
         if word == "exit":

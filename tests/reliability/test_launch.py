@@ -36,7 +36,7 @@ class Launched:
     process: subprocess.Popen[bytes] | None = None
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def start(self, **settings: object) -> None:
+    def start(self, *, stdout: int | None = None, **settings: object) -> None:
         tools = self.directory / "tools"
         if not tools.exists():
             tools.mkdir()
@@ -57,7 +57,7 @@ class Launched:
         self.process = subprocess.Popen(
             [sys.executable, stand_in.__file__, "launch", json.dumps({**given, "policy": policy})],
             env=environment,
-            stdout=open(self.directory / "stdout", "ab"),
+            stdout=stdout or open(self.directory / "stdout", "ab"),
             stderr=open(self.directory / "stderr", "ab"),
             start_new_session=True,
         )
@@ -285,3 +285,92 @@ def test_agents_of_a_central_runner_come_back_and_are_supervised(launched: Launc
     assert launched.report()["rank"] == 2
     launched.start(runner="mpich", steps="10")
     assert launched.wait() == 0, launched.said()
+
+
+def test_a_failure_is_retried_from_the_newest_checkpoint_with_a_new_token_and_port(launched: Launched) -> None:
+    (launched.directory / "step_00000010").mkdir()
+    launched.fault(1, "12 SIGKILL")
+    launched.start(steps="60", policy={"retries": 2})
+    assert launched.wait() == 0, launched.said()
+    launched.assert_nothing_left(1)
+    starts = [event for event in launched.events() if event["event"] == "start"]
+    assert [(start["attempt"], start["from_step"]) for start in starts] == [(1, 10), (2, 10)]
+    assert [event["outcome"] for event in launched.events() if event["event"] == "end"] == ["failed", "done"]
+    assert len({path.name.split("-")[1] for path in launched.directory.glob("up-*")}) == 2
+    assert launched.report(1)["rank"] == 1
+
+
+def test_retries_are_bounded(launched: Launched) -> None:
+    launched.fault(1, "5 SIGKILL always")
+    launched.start(policy={"retries": 2})
+    assert launched.wait(60) == 137, launched.said()
+    assert [event["attempt"] for event in launched.events() if event["event"] == "end"] == [1, 2, 3]
+    assert "no retries are left" in launched.said()
+
+
+def test_a_wrong_use_is_not_retried(launched: Launched) -> None:
+    launched.fault(1, "0 exit 2")
+    launched.start(policy={"retries": 5})
+    assert launched.wait() == 2, launched.said()
+    assert len(launched.events()) == 2
+
+
+def test_what_fails_twice_before_the_first_step_is_not_tried_a_third_time(launched: Launched) -> None:
+    launched.fault(1, "0 raise always")
+    launched.start(policy={"retries": 5})
+    assert launched.wait(60) == 1, launched.said()
+    assert len([event for event in launched.events() if event["event"] == "start"]) == 2
+
+
+def test_a_host_that_does_not_answer_is_left_out_and_a_spare_takes_its_place(launched: Launched) -> None:
+    hosts = [["alpha", 1], ["beta", 1], ["gamma", 1]]
+    launched.start(hosts=hosts, spares=[["delta", 1]], steps="4000", policy={"retries": 3})
+    launched.until_step(3)
+    for name, victim in (("beta", "delta"), ("gamma", "")):
+        (launched.directory / "down").open("a").write(f"{name}\n")
+        os.kill(launched.agent(name), signal.SIGKILL)
+        attempt = launched.status()["attempt"]
+        while launched.status()["attempt"] == attempt:
+            time.sleep(0.1)
+        names = [host["name"] for host in launched.status()["hosts"]]
+        assert (victim in names) == bool(victim) and name not in names, launched.said()
+        launched.until_step(3)
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait() == 130, launched.said()
+    launched.assert_nothing_left(1)
+    sizes = [event["world_size"] for event in launched.events() if event["event"] == "start"]
+    assert sizes == [3, 3, 2]
+    assert [event["bad_hosts"] for event in launched.events() if event["event"] == "end"] == [["beta"], ["gamma"], []]
+
+
+def test_a_step_that_fails_twice_is_skipped_and_stays_skipped_in_later_launches(launched: Launched) -> None:
+    launched.fault(1, "5 raise always")
+    launched.start(policy={"retries": 2})
+    assert launched.wait(60) == 1, launched.said()
+    starts = [event for event in launched.events() if event["event"] == "start"]
+    assert [start["skip_steps"] for start in starts] == [[], [], [6]]
+    assert "step 6 failed twice" in launched.said()
+    (launched.directory / "fault-1").unlink()
+    launched.start()
+    assert launched.wait() == 0, launched.said()
+    assert launched.events()[-2]["skip_steps"] == [6]
+
+
+def test_a_disk_that_is_full_loses_logs_and_not_the_run(launched: Launched) -> None:
+    (launched.directory / "launch").mkdir()
+    (launched.directory / "launch" / "logs").write_text("no directory can be made here")
+    launched.start(steps="10")
+    assert launched.wait() == 0, launched.said()
+    assert launched.said().count("cannot be written") == 1
+
+
+def test_a_terminal_that_nobody_reads_stops_nothing(launched: Launched) -> None:
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"x" * 60_000)  # nearly full
+    launched.fault(0, "5 chatter")
+    launched.start(steps="60", stdout=write_end)
+    assert launched.wait() == 0, launched.said()
+    log = (launched.directory / "launch" / "logs" / "attempt-001" / "alpha.log").read_bytes()
+    assert log.count(b"chatter") == 20_000
+    os.close(read_end)
+    os.close(write_end)
