@@ -47,6 +47,7 @@ setup(
             "psutil>=5.9",
             "pycocoevalcap>=1.2",
             "pytest>=8",
+            "pytest-xdist>=3.6",  # tests/run.sh runs several at once
             "ruff>=0.5",
             "safetensors>=0.4.3",
             "triton>=3.2",  # its interpreter and its compiler need no GPU

@@ -98,3 +98,9 @@ def kernels(request: pytest.FixtureRequest) -> str:
 def golden_dir(request: pytest.FixtureRequest) -> Path:
     """The folder of the fixture files."""
     return golden_folders(request.config)[0]
+
+
+@pytest.fixture(scope="session")
+def golden_manifests(request: pytest.FixtureRequest) -> Path:
+    """The folder of the manifests."""
+    return golden_folders(request.config)[1]

@@ -4,6 +4,8 @@
 #   bash tests/run.sh [PYTEST ARGUMENT ...]       such as: tests/unit, -k resume, -x
 #   bash tests/run.sh --slow -m slow              the tests that take minutes each
 #
+# Without a file or folder: first what needs one process a test, as many at once as there are cores (at most 8; -n 0: one
+# by one), then what starts ranks, one by one. What is named runs by itself, in one process: -n 2 for two.
 # tests/multihost needs root, pdsh, sshd and ip, and says so where it is skipped. OFA_DS_VENV: another environment.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -13,22 +15,43 @@ venv=${OFA_DS_VENV:-$root/.venv}
 export PATH=$venv/bin:$PATH
 # Tests start several ranks; one thread each keeps them from fighting over the cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONPATH=$root:$root/kernels
+
+existing() { for folder in "$@"; do if [ -d "$folder" ]; then echo "$folder"; fi; done; }
 # Quick ones first: a mistake in a unit shows before the trainings start.
-folders=()
-for folder in tests/unit tests/kernels tests/parity tests/distributed tests/reliability tests/multihost; do
-  if [ -d "$folder" ]; then folders+=("$folder"); fi
-done
+mapfile -t at_once < <(existing tests/unit tests/kernels tests/parity)
+mapfile -t one_by_one < <(existing tests/distributed tests/reliability tests/multihost tests/chaos)
+is_named=false stops_at_first=false before=
 for argument in "$@"; do
-  if [ -e "${argument%%::*}" ]; then folders=(); fi
+  if [ -e "${argument%%::*}" ] && [ "$before" != --golden ]; then is_named=true; fi
+  before=$argument
+  case $argument in -x | --exitfirst | --maxfail*) stops_at_first=true ;; esac
 done
+
 log=$(mktemp "${TMPDIR:-/tmp}/ofa-ds-tests.XXXXXX")
 trap 'rm -f "$log"' EXIT
-code=0
-python -m pytest -q --durations=10 "${folders[@]}" "$@" </dev/null 2>&1 | tee "$log" || code=$?
-summary=$(grep . "$log" | tail -n 1 || true)
-if [ "$code" -eq 0 ]; then
-  echo "tests: passed ($summary)"
+code=0 summaries=()
+run() {
+  local ended=0 last
+  python -m pytest -q --durations=10 "$@" </dev/null 2>&1 | tee "$log" || ended=$?
+  last=$(grep . "$log" | tail -n 1 || true)
+  summaries+=("$last")
+  # 5: nothing here has what -k or -m asks for; only where no part has it that is a failure.
+  if [ "$ended" -ne 5 ]; then found=true; fi
+  if [ "$ended" -ne 5 ] && [ "$code" -eq 0 ]; then code=$ended; fi
+}
+found=false
+if $is_named; then
+  run "$@"
 else
-  echo "tests: FAILED ($summary); the failures are above" >&2
+  run -n logical --maxprocesses 8 --dist worksteal "${at_once[@]}" "$@"
+  if [ "$code" -eq 0 ] || { [ "$code" -eq 1 ] && ! $stops_at_first; }; then run "${one_by_one[@]}" "$@"; fi
+fi
+if ! $found; then code=5; fi
+
+printf -v summary '%s; ' "${summaries[@]}"
+if [ "$code" -eq 0 ]; then
+  echo "tests: passed (${summary%; })"
+else
+  echo "tests: FAILED (${summary%; }); the failures are above" >&2
 fi
 exit "$code"

@@ -86,11 +86,13 @@ def rendezvous(env: Mapping[str, str]) -> dict[str, str]:
     else:
         found = _from_claims(env, claims)
     _check(found)
-    crowd = [claim for claim in claims if (claim.size or 1) > 1]
+    is_told = "RANK" in env
+    crowd = [claim for claim in claims if (claim.size or 1) > 1 or (claim.rank and not is_told)]
     if int(found["WORLD_SIZE"]) == 1 and crowd:
+        name = crowd[0].launcher.size if crowd[0].size else crowd[0].launcher.rank
         raise ValueError(
             f"this process would train alone, but its environment has {crowd[0]}: each of those would train the same; "
-            f"start them with one launcher, or unset {crowd[0].launcher.size} where they are separate runs"
+            f"start them with one launcher, or unset {name} where they are separate runs"
         )
     return found
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from ofa_ds.engine.rendezvous import _MPI, _SLURM, STANDARD, first_host, rendezvous
@@ -149,6 +149,7 @@ surroundings = st.fixed_dictionaries(
 
 @settings(max_examples=300)
 @given(surroundings, st.booleans())
+@example({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "1"}, False)
 def test_no_process_trains_alone_where_anything_says_that_there_are_more(env: dict[str, str], standard: bool) -> None:
     if standard:
         env = {**env, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
