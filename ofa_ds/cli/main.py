@@ -16,12 +16,16 @@ from ofa_ds.cli.cluster import add_preflight
 from ofa_ds.cli.data import add_scenes, add_shards, add_vocab
 from ofa_ds.cli.inference import add_evaluate, add_generate
 from ofa_ds.cli.parser import UsageError, parsed
+from ofa_ds.cli.plan import add_plan
 from ofa_ds.cli.pretrain import add_pretrain
 
 READER_GONE = 141
 """As if the signal SIGPIPE had ended it, which is what a shell expects of `ofa-ds ... | head`."""
 
-_GROUPS = (add_scenes, add_shards, add_vocab, add_pretrain, add_evaluate, add_generate, add_checkpoint, add_preflight)
+_GROUPS = (
+    add_scenes, add_shards, add_vocab, add_pretrain, add_evaluate, add_generate, add_checkpoint,
+    add_preflight, add_plan,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
