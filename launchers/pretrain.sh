@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Pretrains on every host of a hostfile, through DeepSpeed's launcher over ssh (pdsh).
+# Pretrains on every host of a hostfile: `ofa-ds launch` with the interpreter of this checkout.
 #
-#   bash launchers/pretrain.sh [--env FILE] HOSTFILE RECIPE [KEY=VALUE ...]
+#   bash launchers/pretrain.sh [OPTION ...] HOSTFILE RECIPE [KEY=VALUE ...]
 #   bash launchers/pretrain.sh --env launchers/rdma/infiniband.env hosts pretrain-6b run_dir=/shared/runs/6b
 #
 # HOSTFILE   one "[USER@]HOST slots=N" a line (launchers/hostfile.example); checked before anything starts
 # RECIPE     a TOML file or a shipped name, with KEY=VALUE overrides, as in `ofa-ds pretrain`
-# --env      a shell script of network settings such as launchers/rdma/*.env, which fill in what nothing else sets;
-#            it is sourced: this shell runs whatever it holds, so it must be a file you trust
+# OPTION     those of `ofa-ds launch` (its --help has them all), such as --env FILE, --retries N, --runner torchrun
+# --env      a shell script of network settings such as launchers/rdma/*.env, which fill in what nothing else sets; without
+#            it the one that fits the first host's adapters. It is sourced: this shell runs whatever it holds, so it must
+#            be a file you trust
 #
 # The same command with a hostfile of fewer or more hosts goes on from the newest checkpoint of run_dir: nothing to convert.
 #
@@ -15,24 +17,26 @@
 # What the ranks see of the environment: NCCL_ GLOO_ UCX_ FI_ MV2_ TORCH_ PYTORCH_ TRITON_ OMP_ DS_ OFA_ MLFLOW_ PYTHON*
 # CUDA_DEVICE_ORDER TMPDIR, then ~/.deepspeed_env and ./.deepspeed_env (left as they are), then --env: the first to set a
 # variable wins. Arguments, directory and values arrive byte for byte, whatever they hold: no shell reads them on the way.
-# MASTER_ADDR, MASTER_PORT choose the rendezvous (else the first host's first address, 29500); PYTHON the interpreter.
+# MASTER_ADDR, MASTER_PORT choose the rendezvous (else the first host's first address, a free port); PYTHON the interpreter.
+# The exit code is that of the first rank that failed, 128 + N where signal N ended it.
 set -euo pipefail
 root=$(CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-fail() { echo "pretrain.sh: $1" >&2; exit "${2:-2}"; }
+fail() { echo "pretrain.sh: $1" >&2; exit 2; }
+usage="want [OPTION ...] HOSTFILE RECIPE [KEY=VALUE ...]"
 
-env_file=
-while [[ ${1:-} == --* ]]; do
+options=()
+while [[ ${1:-} == -* ]]; do
   case $1 in
-    --env) [ $# -ge 2 ] || fail "--env: want a file"; env_file=$2; shift 2 ;;
-    --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
-    *) fail "$1: unknown option; want [--env FILE] HOSTFILE RECIPE [KEY=VALUE ...]" ;;
+    --help | -h) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    --dry-run | --*=*) options+=("$1"); shift ;;
+    --hostfile | -H) fail "$1: the hostfile is the first argument; $usage" ;;
+    *) [ $# -ge 2 ] || fail "$1: want a value"; options+=("$1" "$2"); shift 2 ;;
   esac
 done
-[ $# -ge 2 ] || fail "want [--env FILE] HOSTFILE RECIPE [KEY=VALUE ...]"
-hostfile=$1 recipe=$2
-shift 2
-[ -z "$env_file" ] || [ -r "$env_file" ] || fail "--env $env_file: no such file; launchers/rdma/ has two"
+[ $# -ge 2 ] || fail "$usage"
+hostfile=$1
+shift
 
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
@@ -42,20 +46,4 @@ PYTHON=$(command -v "$PYTHON") || fail "PYTHON=$PYTHON: no such program"
 case $PYTHON in /*) ;; *) PYTHON=$PWD/$PYTHON ;; esac
 export PYTHONPATH=$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}
 
-size=$("$PYTHON" -m ofa_ds.cluster.hostfile "$hostfile") || exit 2
-read -r num_hosts num_ranks <<<"$size"
-"$PYTHON" -m ofa_ds.cluster.check_recipe "$num_ranks" "$recipe" "$@" || exit 2
-command -v pdsh >/dev/null || fail "want pdsh to start ranks over ssh; on Debian and Ubuntu: apt-get install pdsh" 1
-
-plan=$("$PYTHON" -m ofa_ds.cluster.launch prepare "$hostfile" "$env_file" "$recipe" "$@") || exit $?
-read -r address port word <<<"$plan"
-echo "pretrain.sh: $recipe on $num_hosts hosts, $num_ranks ranks"
-"$PYTHON" -m ofa_ds.cluster.launch start "$hostfile" "$address" "$port" "$word" </dev/null &
-child=$!
-trap 'kill -TERM "$child" 2>/dev/null' TERM
-trap 'kill -INT "$child" 2>/dev/null' INT
-code=0
-wait "$child" || code=$?
-while kill -0 "$child" 2>/dev/null; do code=0; wait "$child" || code=$?; done
-[ "$code" -eq 0 ] || fail "the job on $num_hosts hosts ended with exit code $code; the first error above says why" 1
-echo "pretrain.sh: done on $num_hosts hosts, $num_ranks ranks"
+exec "$PYTHON" -m ofa_ds.cli launch --hostfile "$hostfile" ${options[@]+"${options[@]}"} -- pretrain "$@" </dev/null

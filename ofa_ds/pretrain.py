@@ -1,6 +1,6 @@
 """`deepspeed --module ofa_ds.pretrain RECIPE [KEY=VALUE ...]`: the same as `ofa-ds pretrain`, as launchers want it.
 
-launchers/pretrain.sh hands over `--encoded=WORD` instead (ofa_ds/cluster/parcel.py): no shell can misread that.
+`--encoded=WORD` instead (ofa_ds/cluster/parcel.py) has all of it in one word that no shell of another host misreads.
 """
 
 import sys

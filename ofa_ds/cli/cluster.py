@@ -1,11 +1,14 @@
-"""`ofa-ds preflight`: many hosts from one. Light: heavy modules come with the command."""
+"""`ofa-ds preflight`, `launch`: many hosts from one. Light: heavy modules come with the command."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from ofa_ds.cli.parser import Commands, UsageError, command, positive
+from ofa_ds.cli.parser import Commands, UsageError, command, natural, positive
+
+_RUNNERS = ("deepspeed", "torchrun", "slurm", "openmpi", "mpich")
 
 
 def add_preflight(commands: Commands) -> None:
@@ -36,3 +39,59 @@ def _preflight(options: argparse.Namespace) -> int:
             write_healthy=options.write_healthy, bandwidth=not options.skip_bandwidth, timeout_s=options.timeout,
         )
     )  # fmt: skip
+
+
+def add_launch(commands: Commands) -> None:
+    about = (
+        "Start a command on every rank of the hosts of a hostfile, watch it, and start it again where hosts or ranks "
+        "fail: launch --hostfile FILE [options] -- pretrain RECIPE [KEY=VALUE ...]"
+    )
+    example = "ofa-ds launch --hostfile hosts --retries 3 -- pretrain pretrain-6b run_dir=/shared/runs/6b"
+    parser = command(commands, "launch", _launch, about, example=example)
+    parser.usage = "ofa-ds launch --hostfile FILE [options] -- pretrain RECIPE [KEY=VALUE ...]"
+    add = parser.add_argument
+    add("-H", "--hostfile", default="", metavar="FILE", help="one `[USER@]HOST slots=N` a line; `# spare` ends spares")
+    add("--runner", choices=_RUNNERS, default="deepspeed", help="what starts the ranks")
+    add("-i", "--include", default="", metavar="FILTER", help="only these, such as HOST@HOST:0,2")
+    add("-e", "--exclude", default="", metavar="FILTER", help="all but these")
+    add("--env", default="", metavar="FILE", help="settings for bash to source, instead of a profile chosen by itself")
+    add("--preflight", default="", metavar="FILE", help="what `ofa-ds preflight --json` printed: chooses the profile")
+    add("--retries", type=natural, default=0, metavar="N", help="starts after a failure")
+    add("--hang-after", type=positive, default=300, metavar="S", help="seconds without a step that are a hang")
+    add("--start-within", type=positive, default=1800, metavar="S", help="seconds for a start, or a checkpoint")
+    add("--grace", type=positive, default=120, metavar="S", help="seconds for a checkpoint after SIGTERM")
+    add("--dry-run", action="store_true", help="print the exact commands and variables, start nothing")
+    add("program", nargs=argparse.REMAINDER, metavar="-- pretrain RECIPE [KEY=VALUE ...]", help="what each rank runs")
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from ofa_ds.cluster import attempts, launch, runners
+
+    program = options.program[options.program[:1] == ["--"] :]
+    request = launch.Request(
+        program=tuple(program),
+        hostfile=options.hostfile,
+        runner=options.runner,
+        include=options.include,
+        exclude=options.exclude,
+        env_file=options.env,
+        preflight=options.preflight,
+        retries=options.retries,
+    )
+    try:
+        plan = launch.prepare(request)
+        if options.dry_run:
+            print(launch.dry_run(plan))
+            return 0
+        for warning in plan.warnings:
+            print(f"ofa-ds: {warning}", file=sys.stderr)
+        policy = attempts.Policy(
+            retries=options.retries,
+            hang_after_s=options.hang_after,
+            start_within_s=options.start_within,
+            grace_s=options.grace,
+            spares=plan.spares,
+        )
+        return attempts.run(plan.job, policy, runners)
+    except ValueError as error:
+        raise UsageError(error) from error

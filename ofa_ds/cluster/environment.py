@@ -1,12 +1,14 @@
 """Which variables the ranks get: those of this environment, then of .deepspeed_env files, then of a script of settings.
 
-The first to set a variable wins. Everything is bytes: a value may hold anything but NUL.
+The first to set a variable wins. Where nobody names a script, a profile of launchers/rdma/ fills what is left, but for
+what a host sets itself. Everything is bytes: a value may hold anything but NUL.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +21,7 @@ _TO_RANKS = re.compile(
 )
 _NEVER_TO_RANKS = re.compile(rb"DS_ENV_FILE|MV2_COMM_WORLD_.*")
 """A setting of the launch itself; who this process is in a job of MPI."""
+_SECRET = re.compile(rb"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY|KEY_", re.IGNORECASE)
 _NAME = re.compile(rb"[A-Za-z_][A-Za-z0-9_]*")
 _FOR_A_SHELL = re.compile(rb"[\"'\\`$]")
 
@@ -38,6 +41,27 @@ def gather(environment: Mapping[bytes, bytes], script: str) -> tuple[Environment
         merged = _sourced(script, merged)
     names |= {name for name in merged if _TO_RANKS.fullmatch(name)}
     return merged, {name: merged[name] for name in sorted(names & merged.keys()) if not _NEVER_TO_RANKS.fullmatch(name)}
+
+
+def filled(of_ranks: Environment, profile: str, set_there: frozenset[str]) -> Environment:
+    """What the ranks get, with a profile in the gaps; a variable that a host sets itself is no gap."""
+    merged = _sourced(profile, dict(of_ranks) | _for_bash())
+    kept = {os.fsencode(name) for name in set_there}
+    new = {name: value for name, value in merged.items() if _TO_RANKS.fullmatch(name) and name not in kept}
+    return dict(sorted({**new, **of_ranks}.items()))
+
+
+def lines(environment: Environment) -> list[str]:
+    """One line a variable, as a shell would take it; values of what by its name is a password or a key stay away."""
+    shown = []
+    for name, value in sorted(environment.items()):
+        text = "(not shown)" if _SECRET.search(name) else shlex.quote(os.fsdecode(value))
+        shown.append(f"{os.fsdecode(name)}={text}".encode("utf-8", "backslashreplace").decode().replace("\n", "\\n"))
+    return shown
+
+
+def _for_bash() -> Environment:
+    return {b"PATH": os.environb.get(b"PATH", b"/usr/bin:/bin")}
 
 
 def _deepspeed_files(environment: Mapping[bytes, bytes]) -> list[Path]:

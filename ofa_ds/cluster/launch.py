@@ -1,147 +1,190 @@
-"""Starts ranks on the hosts of a hostfile through DeepSpeed's launcher (pdsh over ssh), which quotes nothing.
+"""From the options of `ofa-ds launch` to a job: everything that can be known to be wrong is said before a rank starts.
 
-The launcher makes one line for the shell of each host from: the path of the interpreter, its own working directory,
-names and addresses of hosts, every variable whose name begins with PYTHON, MLFLOW, MV2, UCX (NCCL on GPUs), and the
-arguments of the program. So it gets few of them, checked, and a word that holds all the rest (`parcel`).
-
-    python -m ofa_ds.cluster.launch prepare HOSTFILE SCRIPT [ARGUMENT ...]   checks; prints "ADDRESS PORT WORD"
-    python -m ofa_ds.cluster.launch start HOSTFILE ADDRESS PORT WORD         becomes the launcher
-
-SCRIPT: settings that bash is to source; empty for none.
-Exit code 2 and one line: wrong input; 1 and one line: a host that ssh does not reach.
+What is refused is one line: ValueError for the user's mistake, RuntimeError for a machine that does not answer.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
-from ofa_ds.cluster import parcel
-from ofa_ds.cluster.environment import Environment, gather
-from ofa_ds.cluster.hostfile import Host, parse_hostfile
+from ofa_ds.cluster import environment, rdma, reaching, runners, shrinking
+from ofa_ds.cluster.check_recipe import check_run
+from ofa_ds.cluster.hostfile import Host, choose, read_hostfile, split_spares
+from ofa_ds.cluster.job import Job
+from ofa_ds.config import Recipe, load_recipe
 
 CHECKOUT = Path(__file__).absolute().parents[2]
+LAUNCHABLE = ("pretrain",)
+"""Commands of `ofa-ds` that run on all ranks at once."""
 
-_DEEPSPEED_FORWARDS = ("MLFLOW", "PYTHON", "MV2", "UCX")
-
-_PYTHON = re.compile(r"PYTHON[A-Za-z0-9_]+")
 _SAFE = re.compile(r"[\w@+=:,./-]+")
-"""What neither a shell nor pdsh (which replaces %h, %n, %u) reads as anything but itself."""
-_DEFAULT_PORT = 29500
-_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-_MAX_COMMAND = 128 * 1024
-"""Bytes of one argument on Linux: the shell of the other host gets the whole command as one."""
 
 
-def prepare(hosts: Sequence[Host], script: str, arguments: Sequence[bytes]) -> tuple[str, int, str]:
-    """(address of rank 0, port, word), all safe in a shell, from this process's environment and directory.
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was asked for; "" for what was not."""
 
-    Raises ValueError for what the launcher cannot carry, RuntimeError where ssh does not reach the first host.
-    """
-    for what, path in (("the interpreter (PYTHON)", sys.executable), ("this checkout", str(CHECKOUT))):
-        if not _SAFE.fullmatch(path):
-            reason = f"DeepSpeed's launcher cannot carry {_first_unsafe(path)!r} in its path"
-            raise ValueError(f"{what} {path!r}: {reason}; use a path of letters, digits and _@+=:,./- on every host")
-    if _log_level() not in _LOG_LEVELS:
-        raise ValueError(f"OFA_LAUNCH_LOG {_log_level()!r}: want one of {', '.join(_LOG_LEVELS)}")
-    here, of_ranks = gather(os.environb, script)
-    port = _port(os.fsdecode(here.get(b"MASTER_PORT", b"")))
-    word = parcel.pack(parcel.Parcel(directory=os.getcwdb(), arguments=tuple(arguments), environment=of_ranks))
-    _refuse_long(hosts, word, of_ranks)
-    return _address(hosts[0].name, os.fsdecode(here.get(b"MASTER_ADDR", b""))), port, word
+    program: tuple[str, ...]
+    """`pretrain`, RECIPE, KEY=VALUE ..."""
+    hostfile: str = ""
+    runner: str = "deepspeed"
+    include: str = ""
+    exclude: str = ""
+    env_file: str = ""
+    """A script of settings for bash to source."""
+    preflight: str = ""
+    """What `ofa-ds preflight --json` printed."""
+    retries: int = 0
 
 
-def _refuse_long(hosts: Sequence[Host], word: str, environment: Environment) -> None:
-    """DeepSpeed also lists all hosts and their slots in the command: JSON in base64."""
-    listing = sum(len(host.name) + 8 + 5 * host.slots for host in hosts) * 4 // 3
-    size = len(word) + listing + 4 * len(str(CHECKOUT)) + 2048
-    if size > _MAX_COMMAND:
-        longest = max(environment, key=lambda name: len(environment[name])).decode()
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    job: Job
+    spares: tuple[Host, ...]
+    settings: str
+    """Where the network's settings come from, one line."""
+    warnings: tuple[str, ...]
+
+
+def prepare(request: Request) -> Plan:
+    """The job, from the options, this process's environment and directory. Asks the first host for its address."""
+    recipe = _recipe(request.program)
+    hosts, spares = _hosts(request)
+    num_ranks = sum(host.slots for host in hosts)
+    check_run(recipe, num_ranks)
+    if Path(recipe.run_dir).exists() and not Path(recipe.run_dir).is_dir():
+        raise ValueError(f"run_dir {recipe.run_dir}: is a file; name a directory that all hosts share")
+    merged, of_ranks = environment.gather(os.environb, _env_file(request.env_file))
+    draft = Job(
+        hosts=tuple(hosts),
+        runner=request.runner,
+        program=tuple(map(os.fsencode, request.program)),
+        directory=os.getcwdb(),
+        environment=of_ranks,
+        master_address=os.fsdecode(merged.get(b"MASTER_ADDR", b"")),
+        master_port=_port(os.fsdecode(merged.get(b"MASTER_PORT", b""))),
+        run_dir=Path(recipe.run_dir).absolute(),
+    )
+    runners.check(draft)
+    address, facts = reaching.ask(draft)
+    of_ranks, settings = _with_profile(request, draft, facts)
+    losses = shrinking.warnings(hosts, spares, request.retries, _fits(recipe))
+    job = replace(draft, environment=_with_checkout(of_ranks), master_address=_address(address, hosts[0]))
+    return Plan(job=job, spares=tuple(spares), settings=settings, warnings=tuple(losses))
+
+
+def _recipe(program: tuple[str, ...]) -> Recipe:
+    """The recipe that all ranks will load."""
+    wanted = f"-- {'|'.join(LAUNCHABLE)} RECIPE [KEY=VALUE ...]"
+    if not program:
+        raise ValueError(f"launch: nothing to run; want {wanted}")
+    if program[0] not in LAUNCHABLE:
+        raise ValueError(f"launch: {program[0]!r} does not run on all ranks; want {wanted}")
+    if len(program) == 1 or program[1].startswith("-"):
+        raise ValueError(f"launch: {program[0]} without a recipe; want {wanted}")
+    for word in program[2:]:
+        if "=" not in word or word.startswith("-"):
+            raise ValueError(f"launch: {word!r} after the recipe: want KEY=VALUE; options of launch stand before --")
+    return load_recipe(program[1], program[2:])
+
+
+def _hosts(request: Request) -> tuple[list[Host], list[Host]]:
+    """(those that take part, spares), filtered."""
+    if request.hostfile:
+        source, found = request.hostfile, read_hostfile(request.hostfile)
+    elif request.runner == "slurm" and "SLURM_JOB_ID" in os.environ:
+        source, found = "this allocation", reaching.hosts_of_allocation(os.environ)
+    else:
         raise ValueError(
-            f"the command for each host would have {size} bytes, {len(word)} of them arguments, directory and "
-            f"variables; Linux takes {_MAX_COMMAND}: use a recipe file for long overrides, shorten {longest}"
+            "--hostfile: want a file with one 'HOST slots=N' a line; without one nothing is started, here neither "
+            "(--runner slurm inside an allocation takes its nodes)"
         )
+    return split_spares(choose(found, request.include, request.exclude), source)
 
 
-def _log_level() -> str:
-    return os.environ.get("OFA_LAUNCH_LOG", "warning")
+def _env_file(path: str) -> str:
+    if path and not os.access(path, os.R_OK):
+        shipped = ", ".join(sorted(file.name for file in rdma.PROFILES.glob("*.env"))) or "none"
+        raise ValueError(f"--env {path}: no such file; {rdma.PROFILES} has {shipped}")
+    return path
 
 
-def _first_unsafe(text: str) -> str:
-    return next(character for character in text if not _SAFE.fullmatch(character))
+def _with_profile(request: Request, job: Job, facts: rdma.Facts | None) -> tuple[environment.Environment, str]:
+    """(what the ranks get, where the settings come from)."""
+    if request.env_file:
+        return job.environment, f"{request.env_file} (--env)"
+    if request.preflight:
+        seen = rdma.facts_of_preflight(request.preflight, [host.name for host in job.hosts])
+        name, why = rdma.choose_for_all(seen)
+    elif facts is not None:
+        name, why = rdma.choose(facts)
+    else:
+        return job.environment, "none: the first host was not asked; name one with --env"
+    profile = rdma.PROFILES / f"{name}.env"
+    if not profile.is_file():
+        return job.environment, f"none: {profile} is not installed; {why}"
+    is_set = facts.is_set if facts is not None else frozenset()
+    return environment.filled(job.environment, str(profile), is_set), f"{profile} ({why})"
+
+
+def _with_checkout(of_ranks: environment.Environment) -> environment.Environment:
+    """Ranks import the code of this checkout, wherever the interpreter of a host would look."""
+    if not (CHECKOUT / "kernels" / "ofa_kernels").is_dir():
+        return of_ranks  # installed
+    ours = [os.fsencode(CHECKOUT), os.fsencode(CHECKOUT / "kernels")]
+    theirs = [each for each in of_ranks.get(b"PYTHONPATH", b"").split(b":") if each and each not in ours]
+    return {**of_ranks, b"PYTHONPATH": b":".join([*ours, *theirs])}
 
 
 def _port(text: str) -> int:
+    """0, a free port of the first host at each start, where none is asked for."""
     if not text:
-        return _DEFAULT_PORT
+        return 0
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 65536:
         raise ValueError(f"MASTER_PORT {text!r}: want a number from 1 to 65535")
     return int(text)
 
 
-def _address(first_host: str, wanted: str) -> str:
-    """`wanted`, else the first address that the first host says it has. Either way ssh must reach the host."""
-    command = ["ssh", "-n", "-o", "BatchMode=yes", "--", first_host, "hostname -I"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    except OSError as error:
-        raise RuntimeError(f"want ssh to start ranks on other hosts: {error}") from error
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise RuntimeError(f"{first_host}: ssh does not get there by key: {lines[-1]}")
-    address = wanted or next(iter(done.stdout.split()), "")
+def _address(address: str, first: Host) -> str:
     if not _SAFE.fullmatch(address):
-        raise ValueError(f"MASTER_ADDR {address!r}: want a name or address of {first_host} that all hosts know")
+        raise ValueError(f"MASTER_ADDR {address!r}: want a name or address of {first.name} that all hosts know")
     return address
 
 
-def start(hosts: Sequence[Host], address: str, port: int, word: str) -> NoReturn:
-    """Become DeepSpeed's launcher. It gets the hosts that were checked, not the file: its reader takes other lines."""
-    listing = os.memfd_create("hosts", 0)  # kept over exec
-    os.write(listing, "".join(f"{host.name} slots={host.slots}\n" for host in hosts).encode())
-    environment = _environment_of_launcher(os.environ)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", f"/proc/self/fd/{listing}"]
-    # --force_multi: with one host DeepSpeed would run here instead of there. ssh was tried by `prepare`.
-    command += ["--launcher", "pdsh", "--force_multi", "--no_ssh_check", "--master_addr", address]
-    command += ["--master_port", str(port), "--log_level", _log_level()]
-    os.chdir(CHECKOUT)  # where the launcher says `cd` to
-    os.execve(sys.executable, [*command, "--module", "ofa_ds.pretrain", f"{parcel.OPTION}{word}"], environment)
+def _fits(recipe: Recipe) -> Callable[[int], bool]:
+    def fits(num_ranks: int) -> bool:
+        try:
+            recipe.batch.accumulation_steps(num_ranks)
+        except ValueError:
+            return False
+        return True
+
+    return fits
 
 
-def _environment_of_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """Of the variables that it would forward, only PYTHON* with values that no shell changes: perhaps it needs them to
-    find DeepSpeed. The ranks start anew with those of the word, which has them all.
-    """
-    safe = {
-        name: value
-        for name, value in environment.items()
-        if not name.startswith(_DEEPSPEED_FORWARDS) or (_PYTHON.fullmatch(name) and _SAFE.fullmatch(value))
-    }
-    safe["PYTHONPATH"] = ":".join(filter(_SAFE.fullmatch, environment.get("PYTHONPATH", "").split(":")))
-    # The launcher itself computes nothing, and a GPU's would forward NCCL*. The null device is no file of settings.
-    return {**safe, "DS_ACCELERATOR": "cpu", "DS_ENV_FILE": os.devnull}
+def dry_run(plan: Plan) -> str:
+    """The exact commands and variables, as a shell would take them; nothing is started."""
+    from ofa_ds.cluster.supervisor import agent_argv, rank_argv
 
-
-def main(arguments: Sequence[str]) -> int:
-    """Run one of the two commands; returns the exit code."""
-    command, hostfile, *rest = arguments
-    try:
-        hosts = parse_hostfile(hostfile)
-        if command == "start":
-            address, port, word = rest
-            start(hosts, address, int(port), word)
-        script, *words = rest
-        print(*prepare(hosts, script, [os.fsencode(word) for word in words]))
-    except (ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    job = plan.job
+    out = [
+        f"# {len(job.hosts)} hosts, {job.num_ranks} ranks, {len(plan.spares)} spares, --runner {job.runner}",
+        f"# network settings: {plan.settings}",
+        f"# rank 0: {job.hosts[0].name}, {job.master_address} port {job.master_port or '(a free one, at each start)'}",
+        f"# run_dir: {job.run_dir}",
+        "# each rank gets, beside its own host's variables:",
+        *environment.lines(job.environment),
+        f"cd {shlex.quote(os.fsdecode(job.directory))}",
+    ]
+    if runners.is_central(job):
+        return "\n".join([*out, "# here:", shlex.join(runners.central_argv(job, agent_argv()))])
+    for number, host in enumerate(job.hosts):
+        own = {name: value for name, value in job.environment_on(host).items() if name not in job.environment}
+        out += [f"# on {host.name}:", *environment.lines(own)]
+        out.append(shlex.join(runners.node_argv(job, number, rank_argv(job))))
+    return "\n".join(out)

@@ -1,8 +1,12 @@
 """What a rank on another host needs - directory, arguments, environment - as one word that no shell can misread.
 
-DeepSpeed's launcher joins words into a command for the shell of the other host, quoting nothing. The word has letters,
-digits, `-` and `_` only; `ofa_ds.pretrain --encoded=WORD` opens it on the other side. Everything inside is bytes, so it
-arrives as it was typed whatever the locale of either host.
+`ofa-ds launch` needs none of this. It is for DeepSpeed's own launcher, which joins words into a command for the shell
+of the other host and quotes next to nothing:
+
+    deepspeed --hostfile HOSTS --module ofa_ds.pretrain $(python -m ofa_ds.cluster.parcel RECIPE [KEY=VALUE ...])
+
+The word has letters, digits, `-` and `_` only; `ofa_ds.pretrain --encoded=WORD` opens it on the other side. Everything
+inside is bytes, so it arrives as it was typed whatever the locale of either host.
 """
 
 from __future__ import annotations
@@ -13,10 +17,15 @@ import os
 import re
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from ofa_ds.cluster.environment import gather
+
 OPTION = "--encoded="
+_MAX_WORD = 96 * 1024
+"""Bytes. Linux takes 128 KiB as one argument: the shell of the other host gets its whole command as one."""
 
 _OF_THE_LAUNCHER = frozenset(
     b"RANK LOCAL_RANK WORLD_SIZE LOCAL_SIZE CROSS_RANK CROSS_SIZE MASTER_ADDR MASTER_PORT CUDA_VISIBLE_DEVICES".split()
@@ -57,7 +66,7 @@ def unpack(word: str) -> Parcel:
             },
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{OPTION}{word[:40]!r}: not what launchers/pretrain.sh writes: {error}") from error
+        raise ValueError(f"{OPTION}{word[:40]!r}: not what ofa_ds.cluster.parcel prints: {error}") from error
 
 
 def start(word: str) -> NoReturn:
@@ -78,3 +87,24 @@ def start(word: str) -> NoReturn:
     except OSError as error:
         where = f"host {socket.gethostname()}, directory {os.fsdecode(parcel.directory)!r}"
         raise RuntimeError(f"{where}: {error.strerror}; every host needs the directory of the launch") from error
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the word for these arguments, this directory and this environment; 0, or 2 and one line on stderr."""
+    try:
+        _, of_ranks = gather(os.environb, "")
+        inside = Parcel(directory=os.getcwdb(), arguments=tuple(map(os.fsencode, arguments)), environment=of_ranks)
+        word = pack(inside)
+        if len(word) > _MAX_WORD:
+            longest = max(of_ranks, key=lambda name: len(of_ranks[name]), default=b"").decode()
+            what = f"arguments, directory and variables (the longest: {longest}) make a word of {len(word)} bytes"
+            raise ValueError(f"{what}, {_MAX_WORD} are sure to arrive; use a recipe file, or ofa-ds launch")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{OPTION}{word}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

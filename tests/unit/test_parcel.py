@@ -13,8 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ofa_ds.cluster.launch import _SAFE, _environment_of_launcher
-from ofa_ds.cluster.parcel import OPTION, Parcel, pack, unpack
+from ofa_ds.cluster.parcel import OPTION, Parcel, main, pack, unpack
 
 values = st.one_of(
     st.binary(max_size=20), st.text(max_size=20).map(lambda text: os.fsencode(text.encode("utf-8", "surrogatepass")))
@@ -54,7 +53,7 @@ def test_every_byte_comes_out_of_a_word_that_no_shell_reads(parcel: Parcel) -> N
 @example("eyJkaXJlY3RvcnkiOiAxfQ")  # {"directory": 1}
 @example("8J-YgA")  # not JSON
 def test_a_word_of_another_hand_is_refused_in_one_line(word: str) -> None:
-    with pytest.raises(ValueError, match="not what launchers/pretrain.sh writes") as caught:
+    with pytest.raises(ValueError, match="not what ofa_ds.cluster.parcel prints") as caught:
         unpack(word)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -105,20 +104,20 @@ def test_a_host_without_the_directory_says_so_in_one_line(tmp_path: Path) -> Non
     assert len(result.stderr.splitlines()) == 1
 
 
-forwarded = st.sampled_from(["PYTHON", "MLFLOW", "MV2", "UCX", "PYTHONPATH", "NCCL"])
-texts = st.text(st.characters(exclude_characters="\0=", exclude_categories=("Cs",)), max_size=6)
+def test_the_command_prints_one_word_with_directory_arguments_and_forwarded_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NCCL_A", "it's; `id`")
+    monkeypatch.setenv("MY_PASSWORD", "x")
+    assert main(["pretrain-nano", "run_dir=a b"]) == 0
+    (word,) = capsys.readouterr().out.split()
+    parcel = unpack(word.removeprefix(OPTION))
+    assert (parcel.directory, parcel.arguments) == (os.fsencode(tmp_path), (b"pretrain-nano", b"run_dir=a b"))
+    assert parcel.environment[b"NCCL_A"] == b"it's; `id`" and b"MY_PASSWORD" not in parcel.environment
 
 
-@given(st.dictionaries(st.builds(str.__add__, forwarded, texts), st.one_of(texts, st.just("/a:b c:/d")), max_size=5))
-def test_what_deepspeed_would_export_is_safe_in_a_shell(environment: dict[str, str]) -> None:
-    given_to_launcher = _environment_of_launcher({**environment, "HOME": "/root it's"})
-    assert given_to_launcher["HOME"] == "/root it's"
-    for name, value in given_to_launcher.items():
-        if name.startswith(("MLFLOW", "PYTHON", "MV2", "UCX")):
-            assert name.isascii() and name.isidentifier() and (not value or _SAFE.fullmatch(value)), (name, value)
-
-
-def test_the_launcher_still_finds_deepspeed_where_the_user_has_it() -> None:
-    given_to_launcher = _environment_of_launcher({"PYTHONPATH": "/a:/b c:/d", "PYTHONUSERBASE": "/shared/py", "X": "1"})
-    assert given_to_launcher["PYTHONPATH"] == "/a:/d"
-    assert given_to_launcher["PYTHONUSERBASE"] == "/shared/py" and given_to_launcher["X"] == "1"
+def test_what_a_shell_would_not_take_as_one_word_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain-nano", "run_dir=" + "x" * 100_000]) == 2
+    assert "use a recipe file, or ofa-ds launch" in capsys.readouterr().err
