@@ -1,4 +1,4 @@
-"""Pretraining from a hostfile, on two hosts, through launchers/pretrain.sh: real sshd, pdsh, DeepSpeed and trainer."""
+"""Pretraining from a hostfile, on two hosts, through launchers/pretrain.sh: real sshd, agents, DeepSpeed, trainer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_two_hosts_give_the_losses_of_one_process(desk: Path, two_hosts: hosts.C
     command = [*script, "hosts", "pretrain-nano", "run_dir=two", *OVERRIDES]
     result = two_hosts.run(command, timeout=300, cwd=desk, env=hosts.launch_env(two_hosts))
     assert result.returncode == 0, result.stdout
-    assert result.stdout.splitlines()[-1] == "pretrain.sh: done on 2 hosts, 2 ranks"
+    assert "ofa-ds launch: attempt 1 done" in result.stdout.splitlines()
 
     alone = [sys.executable, "-m", "ofa_ds.pretrain", "pretrain-nano", "run_dir=one", *OVERRIDES]
     subprocess.run(alone, cwd=desk, env=hosts.run_env(), check=True, timeout=300)
@@ -72,6 +72,6 @@ def test_a_failure_on_one_host_fails_the_command(desk: Path, two_hosts: hosts.Cl
     overrides = [override for override in OVERRIDES if not override.startswith("data.vocab=")]
     command = [*script, "hosts", "pretrain-nano", "run_dir=no", *overrides, "data.vocab=nowhere"]
     result = two_hosts.run(command, timeout=120, cwd=desk, env=hosts.launch_env(two_hosts))
-    assert result.returncode == 1, result.stdout
+    assert result.returncode in (1, 2), result.stdout
     assert "nowhere" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("pretrain.sh: the job on 2 hosts ended with exit code")
+    assert f"ofa-ds launch: ended with exit code {result.returncode}: " in result.stdout
