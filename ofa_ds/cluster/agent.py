@@ -50,7 +50,8 @@ class Agent:
         address: of this host, as far as it is known; else "".
         """
         self.link, self.attempt, self.ranks, self.address = link, attempt, ranks, address
-        self.beats = Path(tempfile.mkdtemp(prefix="ofa-ds-beat-", dir=_place()))
+        self.beats = _beats(attempt)
+        self.beats.mkdir(mode=0o700)  # nobody else can know its name beforehand
         self.engine: int | None = None
         self.output: int | None = None
         self.started_at_s = 0.0
@@ -161,7 +162,7 @@ class Agent:
         ours = [os.fsencode(path) for path in (CHECKOUT, CHECKOUT / "kernels")]
         environment[b"PYTHONPATH"] = b":".join([*found, *(path for path in ours if path not in found)])
         for name, value in {  # what NCCL did last, for a hang: a pipe that asks for it, the file that it then writes
-            "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+            "TORCH_FR_BUFFER_SIZE": "2000",
             "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": f"{self.beats}/nccl_pipe_",
             "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{self.beats}/nccl_trace_",
         }.items():
@@ -259,9 +260,10 @@ class Agent:
         return 0
 
 
-def _place() -> str | None:
-    """Memory of the host where there is some: a full or slow disk does not silence the ranks. None: TMPDIR."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+def _beats(attempt: str) -> Path:
+    """In the host's memory where there is some: a full or slow disk does not silence the ranks. Else in TMPDIR."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+    return Path(place, f"ofa-ds-{attempt}")
 
 
 def _hello(attempt: str, ranks: dict[str, str], address: str) -> dict[str, Any]:
@@ -301,8 +303,9 @@ def main(arguments: list[str]) -> int:
         if "." not in attempt:
             print(f"want {processes.ATTEMPT}=TOKEN.HOST", file=sys.stderr)
             return 2
-        os.environ.pop(processes.ATTEMPT)
-        return 1 if processes.end_all(attempt, limit_s=END_S) else 0
+        left = processes.end_all(attempt, limit_s=END_S)
+        shutil.rmtree(_beats(attempt), ignore_errors=True)
+        return 1 if left else 0
     with contextlib.suppress(OSError):
         os.setsid()
     processes.adopt_orphans()

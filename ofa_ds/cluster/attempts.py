@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import resource
 import secrets
 import signal
 import sys
@@ -76,12 +77,20 @@ def run(job: Job, policy: Policy, runners: Runners, *, desk: Desk | None = None)
         print(f"ofa-ds launch: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     desk = desk or Desk(job.run_dir)
+    _raise_limit()
     try:
         with _signals() as stop:
             return Launch(job, policy, runners, desk, stop).run()
     finally:
         desk.close()
         _release(lease)
+
+
+def _raise_limit() -> None:
+    """Of open files: a connection or three for each agent, where shells often give 1,024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _release(lease: Lease) -> None:
@@ -144,7 +153,7 @@ class Launch:
             self.failures.append(outcome)
             reason = no_retry(self.failures, retries)
             if reason is None and not self._pause():
-                return 128 + self.stop.first
+                reason = "asked to stop"
             reason = reason or self._choose_hosts(outcome)
             if reason is not None:
                 self.desk.say(f"ended with exit code {found.exit_code}: {reason}")

@@ -44,6 +44,8 @@ def launch(settings: dict) -> int:
             return [sys.executable, "-u", __file__, "engine", *numbers, *rank_argv]
 
         def central_argv(self, job: Job, agent_argv: list[str]) -> list[str]:
+            if settings.get("many"):
+                return [sys.executable, str(Path(__file__).with_name("many_agents.py")), str(job.num_ranks)]
             return [sys.executable, "-u", __file__, "central", str(job.num_ranks), *agent_argv]
 
     job = Job(

@@ -374,3 +374,27 @@ def test_a_terminal_that_nobody_reads_stops_nothing(launched: Launched) -> None:
     assert log.count(b"chatter") == 20_000
     os.close(read_end)
     os.close(write_end)
+
+
+def test_a_thousand_ranks_are_heard_and_asked_to_stop_and_strangers_are_dropped(launched: Launched) -> None:
+    hosts = [[f"node{number}", 8] for number in range(125)]
+    launched.start(hosts=hosts, runner="slurm", many=True, policy={"silence_s": 8.0})
+    for rank in (0, 999):
+        launched.until_step(4, rank)
+    silence = max(host["silence_s"] for host in launched.status()["hosts"])
+    assert len(launched.status()["hosts"]) == 125 and silence < 6
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait() == 130, launched.said()
+    launched.assert_nothing_left(1)
+    assert "[999] step 4" in (launched.directory / "launch" / "logs" / "attempt-001" / "node124.log").read_text()
+
+
+def test_nothing_of_an_attempt_stays_in_the_memory_of_a_host(launched: Launched) -> None:
+    before = set(Path("/dev/shm").glob("ofa-ds-*"))
+    launched.start(steps="4000")
+    launched.until_step(3)
+    assert set(Path("/dev/shm").glob("ofa-ds-*.beta")) - before
+    os.kill(launched.agent("beta"), signal.SIGKILL)
+    assert launched.wait() == 1, launched.said()
+    names = {path.name for path in set(Path("/dev/shm").glob("ofa-ds-*")) - before}
+    assert not {name for name in names if name.endswith((".alpha", ".beta"))}
