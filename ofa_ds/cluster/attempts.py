@@ -30,7 +30,8 @@ from ofa_ds.cluster.crew import OVER_SSH, Runners
 from ofa_ds.cluster.desk import Desk
 from ofa_ds.cluster.hostfile import Host
 from ofa_ds.cluster.job import Job
-from ofa_ds.cluster.skipping import read_history, recipe_problem, repeated_step, with_skips
+from ofa_ds.cluster.rank import STOPPED
+from ofa_ds.cluster.skipping import read_history, read_rank_0, recipe_problem, repeated_step, with_skips
 from ofa_ds.cluster.supervisor import Attempt, Outcome, StopRequest, now
 from ofa_ds.cluster.verdict import Limits
 from ofa_ds.storage.lease import Lease, LeaseError, give_back_for, take
@@ -134,11 +135,14 @@ class Launch:
     stop: StopRequest
     spares: list[Host] = field(default_factory=list)
     failures: list[Outcome] = field(default_factory=list)
+    began_at: float = field(default_factory=time.time)
+    """By the clock, as files have it."""
 
     def run(self) -> int:
         self.spares = list(self.policy.spares)
         history = read_history(self.desk.directory / "attempts.jsonl")
         skips = set(history.skip_steps)
+        self._give_back(read_rank_0(self.desk.directory / "status.json"))  # of a launch that was killed
         number, retries = history.last_attempt, self.policy.retries
         if skips:
             self.desk.say(f"steps {sorted(skips)} failed twice in earlier launches and are skipped")
@@ -151,6 +155,8 @@ class Launch:
                 self.desk.say(f"attempt {number} {found.outcome}{': ' if found.error else ''}{found.error}")
                 return found.exit_code
             self.failures.append(outcome)
+            if self._is_switched_off():
+                return STOPPED
             reason = no_retry(self.failures, retries)
             if reason is None and not self._pause():
                 reason = "asked to stop"
@@ -191,11 +197,27 @@ class Launch:
             keep_port=not self.failures,
         )
         outcome = asyncio.run(attempt.run())
-        if outcome.first_rank is not None:
-            host, pid = outcome.first_rank
-            give_back_for(job.run_dir, host=host, pid=pid)  # a rank 0 elsewhere would watch it for minutes
+        self._give_back(outcome.first_rank)
         self.desk.event(_end_event(number, outcome))
         return outcome
+
+    def _is_switched_off(self) -> bool:
+        """Whether somebody made RUN_DIR/STOP while there may have been no rank that sees it."""
+        switch = self.job.run_dir / "STOP"
+        try:
+            if switch.stat().st_mtime < self.began_at:
+                return False  # an old one: the ranks remove it
+            switch.unlink()
+        except OSError:
+            return False
+        self.desk.say(f"{switch}: stopped as asked, after a failure; the same command goes on from there")
+        return True
+
+    def _give_back(self, rank_0: Any) -> None:
+        """The lease of a rank 0 that has ended: one on another host would watch it for minutes whether it lives."""
+        with contextlib.suppress(TypeError, ValueError):
+            host, pid = rank_0
+            give_back_for(self.job.run_dir, host=str(host), pid=int(pid))
 
     def _pause(self) -> bool:
         """Back off; False where a signal came meanwhile."""

@@ -48,10 +48,13 @@ class Channel:
             with contextlib.suppress(OSError, RuntimeError):
                 self.writer.write(json.dumps(message).encode() + b"\n")
 
-    def close(self) -> None:
+    def hang_up(self) -> None:
         if self.writer is not None:
             with contextlib.suppress(OSError, RuntimeError):
                 self.writer.close()
+
+    async def close(self) -> None:
+        self.hang_up()
 
 
 async def pass_on(channel: Channel, reader: asyncio.StreamReader, inbox: Inbox, rest: bytes = b"") -> None:
@@ -118,14 +121,16 @@ class SshChannel(Channel):
             self._words = (self._words + text)[-2000:]
             self._on_words(text)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End ssh: at the other end that is the end of the line too."""
-        super().close()
-        for task in self._tasks:
-            task.cancel()
+        self.hang_up()
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+        await self._process.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 async def run_there(host: str, attempt: str, *arguments: str, limit_s: float) -> tuple[int, str]:
@@ -176,18 +181,21 @@ class Server:
             self._ranks.add(rank)
             channel = Channel(str(hello["host"]), writer)
             rest = line[line.index(b"\n") + 1 :]
-        except (OSError, ValueError, KeyError, TypeError, asyncio.TimeoutError):
+        except (OSError, ValueError, KeyError, TypeError, asyncio.TimeoutError, asyncio.CancelledError):
             writer.close()
             return
         await self._inbox.put((channel, hello))
-        await pass_on(channel, reader, self._inbox, rest)
-        await self._inbox.put((channel, None))
+        with contextlib.suppress(asyncio.CancelledError):  # asyncio's own task: it would complain of an end by that
+            await pass_on(channel, reader, self._inbox, rest)
+            await self._inbox.put((channel, None))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         if self._server is not None:
             self._server.close()
-        for task in self._tasks:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _first_line(reader: asyncio.StreamReader) -> bytes:

@@ -220,7 +220,7 @@ class Crew:
         if agent is None:  # it came back over TCP, as one rank
             rank = hello["rank"]
             if not isinstance(rank, int) or not 0 <= rank < len(self.agents):
-                channel.close()
+                channel.hang_up()
                 return
             agent = self.agents[rank]
             names = {host.machine: host.name for host in self.job.hosts}
@@ -274,16 +274,17 @@ class Crew:
             self._say(f"{name}: cannot be reached for cleaning up ({said}); {ends}")
         return code in (0, 1)
 
-    def close(self) -> None:
-        for channel in self._channels:
-            channel.close()
-        if self._server is not None:
-            self._server.close()
+    async def close(self) -> None:
+        """Nothing of this process is left of it either."""
         for task in self._tasks:
             task.cancel()
         if self.engine is not None and self.engine.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.engine.pid, signal.SIGKILL)
+            await self.engine.wait()
+        await asyncio.gather(*self._tasks, *(channel.close() for channel in self._channels), return_exceptions=True)
+        if self._server is not None:
+            await self._server.close()
 
 
 def _with_checkout(path: str) -> str:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ofa_ds.cluster.supervisor import Outcome
@@ -40,6 +40,14 @@ def read_history(path: Path) -> History:
         except (ValueError, KeyError, TypeError):
             continue
     return History(last, skips)
+
+
+def read_rank_0(path: Path) -> Any:
+    """[host, pid] of the first rank of the last attempt, as status.json has it; None where it does not."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["rank_0"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def repeated_step(failures: Sequence[Outcome]) -> int | None:

@@ -85,7 +85,7 @@ class Attempt:
             self._state = "stopping"
             unreachable = await self.crew.end(found.bad_hosts, self.limits.silence_s)
         finally:
-            self.crew.close()
+            await self.crew.close()
         self._tell(found)
         rows = self.crew.rows()
         return Outcome(
@@ -237,6 +237,7 @@ class Attempt:
             "retries_left": self.retries_left,
             "runner": self.job.runner,
             "state": self._state,
+            "rank_0": self.crew.rank_0(),
             "hosts": list(hosts.values()),
         }
 

@@ -398,3 +398,22 @@ def test_nothing_of_an_attempt_stays_in_the_memory_of_a_host(launched: Launched)
     assert launched.wait() == 1, launched.said()
     names = {path.name for path in set(Path("/dev/shm").glob("ofa-ds-*")) - before}
     assert not {name for name in names if name.endswith((".alpha", ".beta"))}
+
+
+def test_a_stop_file_between_two_attempts_is_served(launched: Launched) -> None:
+    launched.fault(1, "5 SIGKILL always")
+    launched.start(policy={"retries": 5, "backoff_s": 3.0})
+    while len(launched.status()) == 0 or launched.status()["state"] != "ended":
+        time.sleep(0.1)
+    (launched.directory / "STOP").touch()
+    assert launched.wait() == 130, launched.said()
+    assert not (launched.directory / "STOP").exists()
+    assert len([event for event in launched.events() if event["event"] == "end"]) <= 2
+
+
+def test_nothing_of_asyncio_is_said(launched: Launched) -> None:
+    for runner in ("torchrun", "mpich"):
+        launched.start(runner=runner, steps="5")
+        assert launched.wait() == 0
+    said = (launched.directory / "stderr").read_text()
+    assert all(line.startswith("ofa-ds launch: ") for line in said.splitlines() if "lease" not in line), said
