@@ -255,6 +255,7 @@ class Agent:
         while self.output is not None and not self.link.is_closed and time.monotonic() < until:
             if not self._read_output() and self.output is not None:
                 break
+        shutil.rmtree(self.beats, ignore_errors=True)  # before that word: a batch system may end this agent after it
         self.link.send({"kind": "gone", "left": sorted(left), "gave_up": self._gave_up}, is_output=True)
         self.link.flush_all(limit_s=3.0)
         return 0

@@ -76,7 +76,10 @@ class Slurm:
 
 @contextmanager
 def started(cluster: hosts.Cluster, directory: Path) -> Iterator[Slurm]:
-    """All nodes are idle; its processes are residents of their hosts, and ended afterwards."""
+    """All nodes are idle; its processes are residents of their hosts, and ended afterwards.
+
+    A job in the partition `urgent` takes the nodes of jobs in `train`, the default one, which are told so first.
+    """
     slurm = Slurm(cluster, directory)
     _write_files(cluster, directory)
     with ExitStack() as stack:
@@ -112,7 +115,7 @@ def _wait_until_idle(slurm: Slurm) -> None:
     wanted = ["idle"] * len(slurm.cluster.hosts)
     while True:
         try:
-            states = slurm.ask("sinfo", "--noheader", "--Node", "--format=%t").split()
+            states = slurm.ask("sinfo", "--noheader", "--Node", "--partition=train", "--format=%t").split()
         except RuntimeError as error:  # slurmctld does not listen yet
             states = [str(error)]
         if states == wanted:
@@ -162,11 +165,15 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/linear
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,sched_min_interval=100000,bf_interval=1
+SlurmctldParameters=preempt_send_user_signal
 ReturnToService=2
 SlurmdTimeout=20
 KillWait=5
 JobRequeue=1
-{nodes}PartitionName=train Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{nodes}PartitionName=train Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=300
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
     )
     (directory / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nConstrainCores=no\nConstrainRAMSpace=no\n")
