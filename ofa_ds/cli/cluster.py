@@ -1,4 +1,4 @@
-"""`ofa-ds preflight`, `launch`: many hosts from one. Light: heavy modules come with the command."""
+"""`ofa-ds preflight`, `launch`, `runs watch`: many hosts from one. Light: heavy modules come with the command."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ofa_ds.cli.parser import Commands, UsageError, command, natural, positive
+from ofa_ds.cli.parser import Commands, UsageError, command, group, natural, positive
 
 _RUNNERS = ("deepspeed", "torchrun", "slurm", "openmpi", "mpich")
 
@@ -93,5 +93,27 @@ def _launch(options: argparse.Namespace) -> int:
             spares=plan.spares,
         )
         return attempts.run(plan.job, policy, runners)
+    except ValueError as error:
+        raise UsageError(error) from error
+
+
+def add_runs(commands: Commands) -> None:
+    """Add `runs` and its actions."""
+    actions = group(commands, "runs", "Runs: what every host and rank of one is doing.")
+    about = "One screen: progress, speed, loss, checkpoint, attempts, hosts and ranks, warnings. Only reads files."
+    watch = command(actions, "watch", _watch, about, example="ofa-ds runs watch runs/6b")
+    watch.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run, from any host that sees it")
+    watch.add_argument("--json", action="store_true", help="one JSON object a line")
+    watch.add_argument("--once", action="store_true", help="show it once; else until the run is over, or Ctrl-C")
+    watch.add_argument("--every", type=positive, default=2, metavar="SECONDS", help="from one look to the next")
+
+
+def _watch(options: argparse.Namespace) -> int:
+    try:
+        from ofa_ds.cluster.watch_screen import watch
+
+        return watch(options.run_dir, as_json=options.json, once=options.once, every_s=options.every)
+    except KeyboardInterrupt:  # while this was imported
+        return 0
     except ValueError as error:
         raise UsageError(error) from error

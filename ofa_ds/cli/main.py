@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from ofa_ds.cli.checkpoint import add_checkpoint
-from ofa_ds.cli.cluster import add_launch, add_preflight
+from ofa_ds.cli.cluster import add_launch, add_preflight, add_runs
 from ofa_ds.cli.data import add_scenes, add_shards, add_vocab
 from ofa_ds.cli.inference import add_evaluate, add_generate
 from ofa_ds.cli.parser import UsageError, parsed
@@ -23,8 +23,8 @@ READER_GONE = 141
 """As if the signal SIGPIPE had ended it, which is what a shell expects of `ofa-ds ... | head`."""
 
 _GROUPS = (
-    add_scenes, add_shards, add_vocab, add_pretrain, add_preflight, add_launch, add_plan, add_evaluate, add_generate,
-    add_checkpoint,
+    add_scenes, add_shards, add_vocab, add_pretrain, add_preflight, add_launch, add_runs, add_plan, add_evaluate,
+    add_generate, add_checkpoint,
 )  # fmt: skip
 
 
