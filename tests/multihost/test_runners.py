@@ -131,7 +131,9 @@ def test_a_job_that_is_preempted_saves_goes_back_into_the_queue_and_finishes(
     log = desk.path / "job.log"
     desk.wait_for_step("preempted", 1)
     with paused(desk.cluster.hosts[1], "preempted"):
-        urgent = slurm_cluster.ask("sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--wrap=hostname")
+        urgent = slurm_cluster.ask(
+            "sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--wrap=hostname", cwd=desk.path
+        )
         deadline = time.monotonic() + 60
         while "asked to make room" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()

@@ -69,8 +69,8 @@ def gpu_facts(number: int) -> dict[str, Any]:
 def seen(number: int, facts: dict[str, Any], slots: int = 8) -> Seen:
     fine = Verdict(PASS, "measured")
     return Seen(
-        Host(f"h{number}", slots), login_s=0.5, facts=copy.deepcopy(facts), clock=(0.001, 0.0005), shared="",
-        write_speed=1e9, port=0.001, exchange=fine, host_all_reduce=fine, all_reduce=fine,
+        Host(f"h{number}", slots), login_s=0.5, facts=copy.deepcopy(facts), clock=(0.001, 0.0005),
+        shared={"h1": "", "h2": ""}, write_speed=1e9, port=0.001, exchange=fine, host_all_reduce=fine, all_reduce=fine,
     )  # fmt: skip
 
 

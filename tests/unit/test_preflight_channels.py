@@ -56,6 +56,7 @@ def test_a_chatty_login_shell_is_noticed_and_harms_nothing(far_end: Callable[[st
     assert noise == b"Welcome!no newline at the end"
     assert facts["python"]["executable"] == sys.executable and len(facts["code"]) == 16
     assert facts["packages"]["torch"] and facts["memory"]["all"] > 0
+    assert facts["python"]["version"] == sys.version.split()[0]
     assert not {name: part for name, part in facts.items() if isinstance(part, dict) and "error" in part}
 
 
@@ -113,18 +114,55 @@ def test_a_fault_of_the_far_end_is_told_and_the_channel_stays(far_end: Callable[
     assert not (tmp_path / "seen").exists()
 
 
+async def clock(channel: Channel) -> tuple[float, float]:
+    seen = Seen(channel.host)
+    survey = Survey(Wanted(hosts=[channel.host], directory="/tmp"), [seen], {"there": channel}, lambda text: None)
+    await _clock(survey, seen)
+    assert seen.clock is not None
+    return seen.clock
+
+
 def test_clocks_are_compared_to_within_half_a_round_trip(far_end: Callable[[str], None]) -> None:
     far_end("")
-
-    async def work(channel: Channel) -> tuple[float, float]:
-        seen = Seen(channel.host)
-        survey = Survey(Wanted(hosts=[channel.host], directory="/tmp"), [seen], {"there": channel}, lambda text: None)
-        await _clock(survey, seen)
-        assert seen.clock is not None
-        return seen.clock
-
-    ahead, error = through(work)
+    ahead, error = through(clock)
     assert abs(ahead) <= error < 1  # both ends have one clock
+
+
+def test_a_clock_that_is_ahead_is_told_to_within_half_a_round_trip(
+    far_end: Callable[[str], None], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import time\nreal = time.time\ntime.time = lambda: real() + 100\n")
+    far_end(f"PYTHONPATH={tmp_path}; export PYTHONPATH")
+    ahead, error = through(clock)
+    assert abs(ahead - 100) <= error < 1
+
+
+def test_without_this_interpreter_another_python_answers_and_says_so(
+    far_end: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far_end("")
+    monkeypatch.setattr(sys, "executable", "/nowhere/bin/python")
+    facts = through(lambda channel: channel.ask("facts", 60, checkout="/", python=sys.executable, directory="/tmp"))
+    assert facts["python"]["executable"] != facts["python"]["wanted"] == "/nowhere/bin/python"
+
+
+def test_two_that_look_at_once_both_get_the_port(far_end: Callable[[str], None]) -> None:
+    far_end("")
+
+    async def work(channel: Channel) -> None:
+        other = Channel(Host("there", 1))
+        try:
+            await other.open(sources(), 30)
+            port = await other.ask("listen", 10, port=0, within_s=0)
+            with pytest.raises(RuntimeError, match="Address already in use"):
+                await channel.ask("listen", 10, port=port, within_s=0)
+            waiting = asyncio.create_task(channel.ask("listen", 10, port=port, within_s=5))
+            await other.ask("close", 10)
+            assert await waiting == port
+        finally:
+            await other.close()
+
+    through(work)
 
 
 def test_a_shell_gets_nothing_but_fixed_words_and_the_interpreter() -> None:

@@ -61,7 +61,7 @@ def space(**changes: Any) -> dict[str, Any]:
 
 CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     # check, state, words, facts of the second of five hosts
-    ("identity", FAIL, "the same machine as h1", {"identity": ["one boot", 1]}),
+    ("identity", FAIL, "the same machine as h1, which stands before it", {"identity": ["one boot", 1]}),
     ("python", FAIL, "3.10.1; most hosts have 3.11.7", {"python": {"version": "3.10.1", "executable": 1, "wanted": 1}}),
     ("python", FAIL, "no /a", {"python": {"version": "3.11.7", "executable": "/b", "wanted": "/a"}}),
     ("torch", FAIL, "torch 2.5.1; most", {"packages": {"torch": "2.5.1", "deepspeed": "0.17.0"}}),
@@ -136,7 +136,6 @@ def test_a_fault_is_told_of_its_host_alone(check: str, state: str, words: str, f
         ("clock", FAIL, "+9.999 s from the median", {"clock": (10.0, 0.5)}),
         ("clock", WARN, "+1.999 s", {"clock": (2.0, 0.5)}),
         ("clock", PASS, "+1.999 s", {"clock": (2.0, 3.0)}),
-        ("shared", FAIL, "does not see", {"shared": "does not see the file"}),
         ("write_speed", FAIL, "No space left", {"write_speed": "cannot write 16 MiB: OSError: No space left"}),
         ("write_speed", WARN, "95 MiB/s", {"write_speed": 1e8}),
         ("port", FAIL, "refused", {"port": "does not reach it: refused"}),
@@ -149,6 +148,42 @@ def test_what_was_tried_is_judged_too(check: str, state: str, words: str, change
         setattr(hosts.seen[1], name, value)
     verdicts = {each.name: verdict for each, verdict in judge(hosts.seen[1], hosts)}
     assert verdicts[check].state == state and words in verdicts[check].text, verdicts[check]
+
+
+def test_a_machine_that_is_named_twice_keeps_its_first_line() -> None:
+    hosts = fleet(cpu_facts)
+    hosts.seen[3].facts["identity"] = hosts.seen[1].facts["identity"]
+    assert [states(seen, hosts)["identity"] for seen in hosts.seen] == [PASS, WARN, PASS, FAIL, PASS]
+
+
+def test_a_second_host_whose_mount_is_another_one_is_told() -> None:
+    hosts = fleet(cpu_facts)
+    for seen in hosts.seen:
+        seen.shared = {"h1": "", "h2": "does not see it"}
+    hosts.seen[1].shared = {"h1": "does not see it", "h2": ""}
+    assert [states(seen, hosts)["shared"] for seen in hosts.seen] == [PASS, FAIL, PASS, PASS, PASS]
+
+
+def test_a_first_host_that_nobody_sees_or_reaches_is_at_fault_itself() -> None:
+    hosts = fleet(cpu_facts)
+    for seen in hosts.seen[1:]:
+        seen.shared = {"h1": "does not see it", "h2": ""}
+        seen.port = "timed out"
+    hosts.seen[0].shared = {"h1": "", "h2": "does not see it"}
+    found = [states(seen, hosts) for seen in hosts.seen]
+    assert [each["shared"] for each in found] == [FAIL, PASS, PASS, PASS, PASS]
+    assert [each["port"] for each in found] == [FAIL, WARN, WARN, WARN, WARN]
+    hosts.seen[0].port = "port 29500 is not free there"
+    for seen in hosts.seen[1:]:
+        seen.port = None
+    assert [states(seen, hosts)["port"] for seen in hosts.seen] == [FAIL, WARN, WARN, WARN, WARN]
+
+
+def test_a_directory_that_is_not_shared_at_all_fails_all_but_its_writer() -> None:
+    hosts = fleet(cpu_facts)
+    for seen in hosts.seen:
+        seen.shared = {name: "" if name == seen.host.name else "does not see it" for name in ("h1", "h2")}
+    assert [states(seen, hosts)["shared"] for seen in hosts.seen] == [PASS, FAIL, FAIL, FAIL, FAIL]
 
 
 def test_a_host_that_does_not_answer_is_one_line_and_no_example_for_others() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,50 @@ def test_ports_are_read_from_sysfs(tmp_path: Path) -> None:
     assert [(index, kind) for index, _, kind in found["gids"]] == [(0, "IB/RoCE v1"), (3, "RoCE v2")]
     assert (parsers.state(found["state"]), parsers.rate(found["rate"])) == ("ACTIVE", 200)
     assert machine.infiniband(str(tmp_path / "none")) is None
+
+
+class NVMLError(Exception):
+    pass
+
+
+class Nvml(types.ModuleType):
+    """NVML with one GPU that has two uncorrected errors, a link down, and knows nothing of MIG."""
+
+    NVMLError, NVML_MEMORY_ERROR_TYPE_UNCORRECTED, NVML_VOLATILE_ECC = NVMLError, 1, 0
+
+    def __init__(self) -> None:
+        super().__init__("pynvml")
+        self.is_on = False
+        for name, value in {
+            "SystemGetDriverVersion": b"550.54.14", "DeviceGetCount": 1, "DeviceGetHandleByIndex": "handle",
+            "DeviceGetName": "NVIDIA A100-SXM4-80GB", "DeviceGetUUID": b"GPU-1", "DeviceGetRemappedRows": (0, 1, 1, 0),
+            "DeviceGetCurrentClocksThrottleReasons": 0x1 | 0x8 | 0x40, "DeviceGetTotalEccErrors": 2,
+            "DeviceGetEccMode": (1, 1), "DeviceGetTemperature": 91,
+        }.items():  # fmt: skip
+            setattr(self, f"nvml{name}", lambda *arguments, value=value: value)
+
+    def nvmlInit(self) -> None:
+        self.is_on = True
+
+    def nvmlShutdown(self) -> None:
+        self.is_on = False
+
+    def nvmlDeviceGetNvLinkState(self, handle: str, link: int) -> int:
+        if link >= 12:
+            raise NVMLError("Not Supported")
+        return int(link != 3)
+
+    def nvmlDeviceGetMigMode(self, handle: str) -> tuple[int, int]:
+        raise NVMLError("Not Supported")
+
+
+def test_nvml_gives_the_records_that_nvidia_smi_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = Nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    (gpu,) = machine.nvml_records()
+    assert gpu.keys() == parsers.gpus_of_xml(fixture("nvidia-smi-a100-healthy.xml"))[0].keys() and not nvml.is_on
+    assert gpu == {
+        "name": "NVIDIA A100-SXM4-80GB", "uuid": "GPU-1", "driver": "550.54.14", "ecc": True, "uncorrected": 2,
+        "remap_pending": True, "remap_failed": False, "throttle": ["hw_slowdown", "hw_thermal_slowdown"], "mig": None,
+        "nvlinks_up": 11, "nvlinks_down": 1, "temperature": 91,
+    }  # fmt: skip

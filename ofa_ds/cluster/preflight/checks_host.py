@@ -24,9 +24,13 @@ def identity(seen: Seen, fleet: Fleet) -> Verdict:
     mine = seen.fact("identity")
     if mine is None:
         return Verdict(WARN, f"cannot tell which machine it is: {seen.trouble('identity')}")
-    twins = [each.host.name for each in fleet.answering if each is not seen and each.fact("identity") == mine]
+    order = list(fleet.seen)
+    twins = [each for each in fleet.answering if each is not seen and each.fact("identity") == mine]
+    for twin in twins:
+        if order.index(twin) < order.index(seen):
+            return Verdict(FAIL, f"is the same machine as {twin.host.name}, which stands before it")
     if twins:
-        return Verdict(FAIL, f"is the same machine as {', '.join(twins[:3])}")
+        return Verdict(WARN, f"is named a second time, as {twins[0].host.name}")
     return Verdict(PASS, "a machine of its own")
 
 
@@ -79,11 +83,16 @@ def clock(seen: Seen, fleet: Fleet) -> Verdict:
 
 
 def shared(seen: Seen, fleet: Fleet) -> Verdict:
-    if seen.shared is None:
-        return Verdict(WARN, "nobody could look: the first host's file was not written")
-    if seen.shared:
-        return Verdict(FAIL, seen.shared)
-    return Verdict(PASS, "sees what the first host writes")
+    """Two hosts write; who is seen by most is the measure, so that the first host's own mount may be the wrong one."""
+    seen_by = {writer: 0 for each in fleet.answering for writer in each.shared}
+    for each in fleet.answering:
+        for writer, why_not in each.shared.items():
+            seen_by[writer] += not why_not
+    if not seen_by:
+        return Verdict(WARN, "nobody could look: no file was written there")
+    writer = max(seen_by, key=lambda name: seen_by[name])
+    why_not = seen.shared.get(writer, "was not asked")
+    return Verdict(FAIL, why_not) if why_not else Verdict(PASS, f"sees what {writer} writes")
 
 
 def write_speed(seen: Seen, fleet: Fleet) -> Verdict:
@@ -170,6 +179,13 @@ def network_mtu(seen: Seen, fleet: Fleet) -> Verdict:
 
 
 def port(seen: Seen, fleet: Fleet) -> Verdict:
+    """Where no host reaches the first one, that one is at fault."""
+    first, *others = fleet.answering
+    nobody = len(others) > 1 and not any(isinstance(each.port, float) for each in others)
     if isinstance(seen.port, float):
+        if seen is first and nobody:
+            return Verdict(FAIL, f"no other host reaches {fleet.rank_0}")
         return Verdict(PASS, f"reaches {fleet.rank_0} in {1000 * seen.port:.1f} ms")
-    return Verdict(FAIL, seen.port or f"nobody tried to reach {fleet.rank_0}")
+    if seen.port is None:
+        return Verdict(WARN, f"not tried: {fleet.rank_0}")
+    return Verdict(WARN if nobody and seen is not first else FAIL, seen.port)

@@ -57,7 +57,7 @@ def _ask(
     if what == "clock":
         return received, time.time()
     if what == "listen":
-        return listeners.enter_context(_listener(question["port"])).getsockname()[1]
+        return listeners.enter_context(_listener(**question)).getsockname()[1]
     if what == "close":
         return listeners.close()
     if what == "write":
@@ -228,16 +228,21 @@ def _acs() -> str | None:
     return "\n".join(line for line in text.splitlines() if line[:1].strip() or "ACSCtl" in line)
 
 
-def _listener(port: int) -> socket.socket:
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(("", port))
-        listener.listen(512)
-    except OSError:
-        listener.close()
-        raise
-    return listener
+def _listener(port: int, within_s: float) -> socket.socket:
+    """Waits a while for a port that is taken: another preflight may be about to give it back."""
+    deadline = time.monotonic() + within_s
+    while True:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+            listener.listen(512)
+            return listener
+        except OSError:
+            listener.close()
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
 
 
 def connect(address: str, port: int, within_s: float) -> float:

@@ -36,12 +36,12 @@ class Seen:
     """As `probe.facts` makes them."""
     clock: tuple[float, float] | None = None
     """(seconds ahead of the launching machine, largest error of that)."""
-    shared: str | None = None
-    """Why the first host's file is not seen here; "" where it is; None where nobody looked."""
+    shared: dict[str, str] = field(default_factory=dict)
+    """Host that wrote a file -> why that is not seen here, "" where it is."""
     write_speed: float | str | None = None
     """Bytes a second, or why nothing can be written."""
     port: float | str | None = None
-    """Seconds to rank 0's port, or why it is not reached."""
+    """Seconds to rank 0's port, or why it is not reached; None where that was not tried."""
     exchange: Verdict | None = None
     host_all_reduce: Verdict | None = None
     all_reduce: Verdict | None = None

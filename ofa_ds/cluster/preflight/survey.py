@@ -101,6 +101,7 @@ async def look(survey: Survey) -> None:
         seen.noise = survey.channel(seen).noise
     if survey.answering():
         await _shared(survey)
+        await _writing(survey)
         await _ports(survey)
 
 
@@ -128,40 +129,44 @@ async def _facts(survey: Survey, seen: Seen) -> None:
 
 
 async def _shared(survey: Survey) -> None:
-    """The first host writes a file, all read it; then all write at once, timed."""
-    first, wait_s = survey.answering()[0], survey.wanted.timeout_s
-    path = f"{survey.wanted.directory}/.ofa-preflight-{survey.token}"
-    written = False
+    """The first two hosts write a file each, all read both. Each goes with its writer's channel."""
+    wait_s = survey.wanted.timeout_s
+    base = f"{survey.wanted.directory}/.ofa-preflight-{survey.token}"
+    written: dict[str, str] = {}
+
+    async def begin(seen: Seen) -> None:
+        path = f"{base}-{survey.seen.index(seen)}"
+        try:
+            await survey.channel(seen).ask("write", wait_s, path=path, text=survey.token)
+            written[seen.host.name] = path
+        except RuntimeError as error:
+            _pass_on(error)  # that it cannot write, `_writing` will tell
 
     async def read(seen: Seen) -> None:
-        try:
-            text = await survey.channel(seen).ask("read", wait_s, path=path, within_s=5.0)
-            seen.shared = "" if text == survey.token else f"sees another content of {path}"
-        except RuntimeError as error:
-            _pass_on(error)
-            seen.shared = f"does not see the file that {first.host.name} wrote: {error}"
+        for writer, path in sorted(written.items(), key=lambda each: each[1]):
+            try:
+                text = await survey.channel(seen).ask("read", wait_s, path=path, within_s=3.0)
+                seen.shared[writer] = "" if text == survey.token else f"sees another content of {path}"
+            except RuntimeError as error:
+                _pass_on(error)
+                seen.shared[writer] = f"does not see the file that {writer} wrote: {error}"
+
+    await survey.each("shared directory", begin, survey.answering()[:2])
+    await survey.each("shared directory", read, survey.answering())
+
+
+async def _writing(survey: Survey) -> None:
+    """All hosts write at once, as ranks do when they save."""
 
     async def write(seen: Seen) -> None:
-        name = f".ofa-preflight-{survey.token}-{survey.seen.index(seen)}"
-        details = {"directory": survey.wanted.directory, "name": name}
+        name = f".ofa-preflight-{survey.token}-speed-{survey.seen.index(seen)}"
+        details = {"directory": survey.wanted.directory, "name": name, "num_bytes": WRITE_PROBE_BYTES}
         try:
-            seen.write_speed = await survey.channel(seen).ask("speed", wait_s, num_bytes=WRITE_PROBE_BYTES, **details)
+            seen.write_speed = await survey.channel(seen).ask("speed", survey.wanted.timeout_s, **details)
         except RuntimeError as error:
             _pass_on(error)
             seen.write_speed = f"cannot write {WRITE_PROBE_BYTES >> 20} MiB: {error}"
 
-    async def begin(seen: Seen) -> None:
-        nonlocal written
-        try:
-            await survey.channel(seen).ask("write", wait_s, path=path, text=survey.token)
-            written = True
-        except RuntimeError as error:
-            _pass_on(error)
-            seen.shared = f"cannot write there: {error}"
-
-    await survey.each("shared directory", begin, [first])
-    if written:
-        await survey.each("shared directory", read, survey.answering())
     await survey.each("writing", write, survey.answering())
 
 
@@ -177,15 +182,13 @@ async def _ports(survey: Survey) -> None:
     told = wanted.master_address if first is survey.seen[0] else ""
     address = told or (first.fact("network") or {}).get("address", "")
     survey.rank_0 = f"{address} port {wanted.master_port}"
-    refused = ""
 
     async def listen(seen: Seen) -> None:
-        nonlocal refused
         try:
-            await survey.channel(seen).ask("listen", wanted.timeout_s, port=wanted.master_port)
+            await survey.channel(seen).ask("listen", wanted.timeout_s, port=wanted.master_port, within_s=5.0)
         except RuntimeError as error:
             _pass_on(error)
-            refused = f"port {wanted.master_port} is not free on {seen.host.name}: {error}"
+            seen.port = f"port {wanted.master_port} is not free there: {error}"
 
     async def connect(seen: Seen) -> None:
         try:
@@ -200,9 +203,7 @@ async def _ports(survey: Survey) -> None:
         await survey.channel(seen).ask("close", wanted.timeout_s)
 
     await survey.each("ports", listen, [first])
-    if refused or first.problem:
-        for seen in survey.answering():
-            seen.port = refused if seen is first or not refused else f"not tried: {refused}"
+    if isinstance(first.port, str) or first.problem:
         return
     await survey.each("ports", connect, survey.answering())
     await survey.each("ports", close, [first])
