@@ -26,19 +26,17 @@ def add_preflight(commands: Commands) -> None:
 
 
 def _preflight(options: argparse.Namespace) -> int:
-    from ofa_ds.cluster.hostfile import parse_hostfile
-    from ofa_ds.cluster.preflight.command import Options, preflight
+    from ofa_ds.cluster.preflight.command import Options, preflight, wanted_of
 
+    chosen = Options(
+        hostfile=options.hostfile, directory=options.directory, as_json=options.json,
+        write_healthy=options.write_healthy, bandwidth=not options.skip_bandwidth, timeout_s=options.timeout,
+    )  # fmt: skip
     try:
-        parse_hostfile(options.hostfile)
+        wanted = wanted_of(chosen)
     except ValueError as error:
         raise UsageError(error) from error
-    return preflight(
-        Options(
-            hostfile=options.hostfile, directory=options.directory, as_json=options.json,
-            write_healthy=options.write_healthy, bandwidth=not options.skip_bandwidth, timeout_s=options.timeout,
-        )
-    )  # fmt: skip
+    return preflight(chosen, wanted)
 
 
 def add_launch(commands: Commands) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from preflight_hosts import GiB, cpu_facts, fixture, fleet, gpu_facts
 
+from ofa_ds.cli.main import main
 from ofa_ds.cluster.preflight.checks import CHECKS, judge
 from ofa_ds.cluster.preflight.healthy import write_healthy
 from ofa_ds.cluster.preflight.report import as_json, made, rdma, tell
 from ofa_ds.cluster.preflight.seen import ABSENT, FAIL, PASS, WARN, Fleet, Seen, Verdict
+from ofa_ds.cluster.rdma import choose_for_all, facts_of_preflight
 
 GPU_CHECKS = {check.name for check in CHECKS if check.name in "gpu_count ecc xid throttle nvlink mig".split()}
 FABRIC_CHECKS = set("hca hca_rate gid mtu peermem acs numa".split())
@@ -214,6 +216,26 @@ def test_the_report_for_programs_has_every_verdict_and_the_fabric() -> None:
     assert first["ports"][0]["link_layer"] == "InfiniBand" and first["ports"][0]["rate"] == 200
 
 
+@pytest.mark.parametrize("facts, profile", [(gpu_facts, "infiniband"), (cpu_facts, "tcp")])
+def test_a_launch_chooses_its_network_profile_from_the_report(facts: Any, profile: str, tmp_path: Path) -> None:
+    hosts = fleet(facts, 2)
+    (tmp_path / "preflight.json").write_text(json.dumps(as_json(made("hosts", 1.5, hosts, {}))))
+    assert choose_for_all(facts_of_preflight(tmp_path / "preflight.json", ["h1", "h2"]))[0] == profile
+
+
+@pytest.mark.parametrize(
+    "hostfile, port, words", [("h1 slots=x", "1", "hosts:1: "), ("h1 slots=1", "0", "MASTER_PORT '0'")]
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    hostfile: str, port: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "hosts").write_text(hostfile)
+    monkeypatch.setenv("MASTER_PORT", port)
+    assert main(["preflight", "--hostfile", str(tmp_path / "hosts")]) == 2
+    said = capsys.readouterr().err
+    assert words in said and len(said.splitlines()) == 1
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -229,6 +251,8 @@ def test_a_line_a_check_elsewhere_and_alike_hosts_together_on_a_terminal() -> No
     lines = plain.getvalue().splitlines()
     assert len(lines) == 8 * len(CHECKS) + 1 and "\033" not in plain.getvalue()
     assert lines[-1] == "preflight: all 8 hosts pass; 1.0 s"
+    absent = [line for line in terminal.getvalue().splitlines() if "absent: " in line]
+    assert len(absent) == 1 and "h1, h2, h3, h4 and 4 more: absent: cuda, nccl, driver, gpu_count" in absent[0]
     shown = [line for line in terminal.getvalue().splitlines() if "warn shell" in line]
     assert len(shown) == 1 and "h3, h4, h5, h6 and 2 more: warn shell" in shown[0] and "; do: " in shown[0]
 

@@ -30,14 +30,22 @@ class Options:
     timeout_s: float = 60.0
 
 
-def preflight(options: Options) -> int:
-    """0 where every host passes or is only warned of, 1 where one fails. Raises ValueError for a wrong hostfile."""
+def wanted_of(options: Options) -> Wanted:
+    """Raises ValueError, one line, for a wrong hostfile, MASTER_PORT, or place of the healthy hostfile."""
+    healthy = options.write_healthy
+    if healthy is not None and (healthy.is_dir() or not healthy.parent.is_dir()):
+        problem = "is a directory" if healthy.is_dir() else f"there is no directory {str(healthy.parent)!r}"
+        raise ValueError(f"--write-healthy {str(healthy)!r}: {problem}; want a file to write")
     working, spares = split_spares(read_hostfile(options.hostfile), str(options.hostfile))
-    wanted = Wanted(
+    return Wanted(
         hosts=[*working, *spares], directory=os.path.abspath(options.directory),
         master_address=os.environ.get("MASTER_ADDR", ""), master_port=_port(os.environ.get("MASTER_PORT", "29500")),
         bandwidth=options.bandwidth, timeout_s=options.timeout_s,
     )  # fmt: skip
+
+
+def preflight(options: Options, wanted: Wanted) -> int:
+    """0 where every host passes or is only warned of, 1 where one fails."""
     progress = Progress()
     report = asyncio.run(examined(str(options.hostfile), wanted, progress))
     progress.clear()

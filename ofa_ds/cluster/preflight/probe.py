@@ -110,14 +110,23 @@ def _text(path: str) -> str:
 
 def _run(*command: str) -> str | None:
     """What a program prints; None where it is missing. Raises TimeoutExpired where it hangs."""
+    return _ended(*command)[1]
+
+
+def _ended(*command: str) -> tuple[int, str | None]:
+    """(exit code, what it printed)."""
     program = shutil.which(command[0], path=_PROGRAMS)
     if program is None:
-        return None
-    done = subprocess.run(
-        [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        timeout=_PROGRAM_S,
-    )  # fmt: skip
-    return done.stdout.decode(errors="replace")
+        return 0, None
+    process = subprocess.Popen(
+        [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        output, _ = process.communicate(timeout=_PROGRAM_S)
+    except subprocess.TimeoutExpired:
+        process.kill()  # nobody waits for it: one that hangs in the driver does not die
+        raise
+    return process.returncode, output.decode(errors="replace")
 
 
 def _version(package: str) -> str | None:
@@ -211,13 +220,10 @@ def _gpus() -> dict[str, Any] | None:
 
 def _kernel_log() -> list[str] | None:
     """The lines that tell of a GPU's faults; None where this user may not read the log."""
-    program = shutil.which("dmesg", path=_PROGRAMS)
-    if program is None:
+    code, text = _ended("dmesg")
+    if code or text is None:
         return None
-    done = subprocess.run([program], stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROGRAM_S)
-    if done.returncode:
-        return None
-    return [line for line in done.stdout.decode(errors="replace").splitlines() if "NVRM: Xid" in line][-50:]
+    return [line for line in text.splitlines() if "NVRM: Xid" in line][-50:]
 
 
 def _acs() -> str | None:

@@ -41,7 +41,7 @@ def as_json(report: Report) -> dict[str, Any]:
         verdicts = report.verdicts[seen.host.name]
         checks = [
             {"check": check.name, "state": verdict.state, "text": verdict.text}
-            | ({"do": check.way_out} if verdict.state in (WARN, FAIL) else {})
+            | ({"do": _way_out(check, seen.host.name)} if verdict.state in (WARN, FAIL) else {})
             for check, verdict in verdicts
         ]
         ok = seen.host.name not in report.bad_hosts
@@ -78,9 +78,16 @@ def tell(report: Report, stream: TextIO = sys.stdout) -> None:
 
 
 def _line(names: Sequence[str], check: Check, verdict: Verdict) -> str:
-    hosts = ", ".join(names[:_HOSTS_NAMED]) + (f" and {len(names) - _HOSTS_NAMED} more" * (len(names) > _HOSTS_NAMED))
-    way_out = f"; do: {check.way_out}" if verdict.state in (WARN, FAIL) else ""
-    return " ".join(f"{hosts}: {verdict.state} {check.name}: {verdict.text}{way_out}".split())
+    way_out = f"; do: {_way_out(check, names[0])}" if verdict.state in (WARN, FAIL) else ""
+    return " ".join(f"{_named(names)}: {verdict.state} {check.name}: {verdict.text}{way_out}".split())
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:_HOSTS_NAMED]) + (f" and {len(names) - _HOSTS_NAMED} more" * (len(names) > _HOSTS_NAMED))
+
+
+def _way_out(check: Check, name: str) -> str:
+    return check.way_out.replace("HOST", name)
 
 
 def _tell_table(report: Report, stream: TextIO) -> None:
@@ -91,7 +98,13 @@ def _tell_table(report: Report, stream: TextIO) -> None:
         worst = FAIL if counts[FAIL] else WARN if counts[WARN] else PASS
         cells = "  ".join(f"{counts[state]:{len(state)}}" for state in (PASS, WARN, FAIL, ABSENT))
         print(f"\033[{_COLOURS[worst]}m{name:{width}}  {cells}\033[0m", file=stream)
-    for state in (ABSENT, WARN, FAIL):  # the worst last, where eyes are
+    lacking: dict[tuple[str, ...], list[str]] = {}
+    for (check, _), names in _alike(report, ABSENT).items():
+        lacking.setdefault(tuple(names), []).append(check.name)
+    for names, checks in lacking.items():
+        line = f"{_named(names)}: absent: {', '.join(checks)}"
+        print(f"\033[{_COLOURS[ABSENT]}m{line}\033[0m", file=stream)
+    for state in (WARN, FAIL):  # the worst last, where eyes are
         for (check, text), names in _alike(report, state).items():
             line = _line(names, check, Verdict(state, text))
             print(f"\033[{_COLOURS[state]}m{line}\033[0m", file=stream)
