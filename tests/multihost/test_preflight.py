@@ -122,3 +122,19 @@ def test_ctrl_c_ends_every_ssh_and_every_probe(healed: hosts.Cluster, desk: Path
     faults.link_up(healed.hosts[1])
     healed.wait_until_nothing_is_left(10)
     assert not list(desk.glob(".ofa-preflight*"))
+
+
+def test_of_a_preflight_that_is_killed_in_the_middle_of_an_exchange_nothing_is_left(
+    healed: hosts.Cluster, desk: Path
+) -> None:
+    with faults.unreachable_from(healed.hosts[2], healed.hosts[:2]):  # the first ring hangs
+        running = healed.start(PREFLIGHT, host=healed.login, log=desk / "log", cwd=desk, env=hosts.launch_env(healed))
+        deadline, sightings = time.monotonic() + 60, 0
+        while sightings < 3:  # the probe and, for a while, the rank that it forked
+            assert time.monotonic() < deadline and running.process.poll() is None, running.output
+            sightings = sightings + 1 if len(healed.hosts[0].find("ofa_ds.cluster.preflight")) > 1 else 0
+            time.sleep(0.2)
+        running.send(signal.SIGKILL)
+        running.wait(10)
+        healed.wait_until_nothing_is_left(10)
+    assert not list(desk.glob(".ofa-preflight*"))
