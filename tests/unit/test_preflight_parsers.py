@@ -154,3 +154,30 @@ def test_nvml_gives_the_records_that_nvidia_smi_gives(monkeypatch: pytest.Monkey
         "remap_pending": True, "remap_failed": False, "throttle": ["hw_slowdown", "hw_thermal_slowdown"], "mig": None,
         "nvlinks_up": 11, "nvlinks_down": 1, "temperature": 91,
     }  # fmt: skip
+
+
+def test_recorded_ports_of_other_peoples_hosts_are_read() -> None:
+    healthy = parsers.ibstat(fixture("recorded/ibstat-h100-healthy.txt"))
+    assert [port["rate"] for port in healthy] == [*[400] * 8, 200] and {port["state"] for port in healthy} == {"Active"}
+    assert [port["link_layer"] for port in healthy] == [*["InfiniBand"] * 8, "Ethernet"]
+    assert healthy[8]["device"] == "mlx5_bond_0" and healthy[0]["firmware"] == "28.41.1000"
+    sick = parsers.ibstat(fixture("recorded/ibstat-h100-roce-two-down.txt"))
+    down = {port["device"]: (port["physical"], port["rate"]) for port in sick if port["state"] == "Down"}
+    assert len(sick) == 12 and down == {"mlx5_11": ("Polling", 40), "mlx5_5": ("Disabled", 40)}
+    (hdr,) = parsers.ibv_devinfo(fixture("recorded/ibv_devinfo-hdr.txt"))
+    assert (hdr["state"], hdr["active_mtu"], hdr["link_layer"]) == ("PORT_ACTIVE", 4096, "InfiniBand")
+    azure = parsers.ibv_devinfo(fixture("recorded/ibv_devinfo-azure-two-fabrics.txt"))
+    assert [(port["device"], port["active_mtu"], port["max_mtu"]) for port in azure] == [
+        ("mlx5_0", 4096, 4096),
+        ("mlx5_1", 1024, 4096),
+    ]
+
+
+def test_recorded_gpus_bridges_and_xids_are_read() -> None:
+    (gpu,) = parsers.gpus_of_xml(fixture("recorded/nvidia-smi-a100-mig.xml"), fixture("recorded/nvlink-a100.txt"))
+    assert gpu["name"] == "NVIDIA A100-SXM4-80GB" and gpu["driver"] == "535.54.03" and gpu["mig"] is True
+    assert gpu["ecc"] is True and gpu["uncorrected"] == 0 and gpu["throttle"] == [] and gpu["temperature"] == 27
+    assert gpu["remap_pending"] is None and gpu["remap_failed"] is None, "this driver does not say"
+    assert (gpu["nvlinks_up"], gpu["nvlinks_down"]) == (12, 0)
+    assert parsers.acs_redirects(fixture("recorded/lspci-acs-on.txt")) == ["00:01.1", "00:01.2"]
+    assert parsers.xids(fixture("recorded/xid.txt").splitlines()) == [("0000:01:00", 13), ("0000:01:00", 79)]
