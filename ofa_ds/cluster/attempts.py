@@ -239,7 +239,8 @@ class Launch:
         if self.job.runner not in OVER_SSH:
             bad |= set(outcome.verdict.bad_hosts)
         if self.job.runner != "slurm":
-            bad |= asyncio.run(unanswering([host.name for host in (*self.job.hosts, *self.spares)]))
+            asked = [host.name for host in (*self.job.hosts, *self.spares) if host.name not in bad]
+            bad |= asyncio.run(unanswering(asked))
         self.spares = [spare for spare in self.spares if spare.name not in bad]
         bad |= {name for name in [repeated_host(self.failures)] if name and self.spares}
         before = self.job.hosts

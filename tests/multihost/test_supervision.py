@@ -25,10 +25,12 @@ DETECT_S, DEAD_S = 15, 10
 class Launched:
     """On the login host, for ranks on h1, h2, h3."""
 
-    def __init__(self, cluster: hosts.Cluster, directory: Path, **settings: object) -> None:
+    def __init__(
+        self, cluster: hosts.Cluster, directory: Path, environment: dict[str, str] | None = None, **settings: object
+    ) -> None:
         self.cluster, self.directory = cluster, directory
         given = {"hosts": [["h1", 1], ["h2", 2], ["h3", 1]], "steps": "100000", "run_dir": str(directory), "policy": {}}
-        environment = {**hosts.launch_env(cluster), "OFA_STAND_IN": "1"}
+        environment = {**hosts.launch_env(cluster), "OFA_STAND_IN": "1", **(environment or {})}
         command = [sys.executable, str(STAND_IN), "launch", json.dumps({**given, **settings})]
         self.running = cluster.start(
             command, host=cluster.login, log=directory / "said", cwd=directory, env=environment
@@ -114,6 +116,24 @@ def test_when_one_thing_ends_all_ends(healed: hosts.Cluster, tmp_path: Path, fau
         assert launched.running.process.returncode == code, launched.running.output
         event = launched.events()[-1]
         assert (event["outcome"], event["exit_code"], event["host"]) == (outcome, code, "h2"), launched.running.output
+
+
+@pytest.mark.parametrize("runner", ["torchrun", "deepspeed", "openmpi", "mpich", "slurm"])
+def test_under_every_engine_the_exit_code_is_that_of_the_rank(
+    healed: hosts.Cluster, tmp_path: Path, runner: str, request: pytest.FixtureRequest
+) -> None:
+    environment = request.getfixturevalue("slurm_cluster").env if runner == "slurm" else {}
+    program = [sys.executable, "-u", str(STAND_IN), "rank", str(tmp_path), "100000"]
+    launched = Launched(healed, tmp_path, environment, runner=runner, program=program)
+    launched.until_step(3)
+    begun = time.monotonic()
+    kill(launched.ranks(healed.hosts[1])[-1].pid, signal.SIGSEGV)
+    seconds_until(lambda: not any(map(launched.ranks, healed.hosts)), begun, launched)
+    assert time.monotonic() - begun < DEAD_S
+    assert launched.running.wait(40) == 139, launched.running.output
+    healed.wait_until_nothing_is_left(DEAD_S)
+    event = launched.events()[-1]
+    assert (event["outcome"], event["host"], event["exit_code"]) == ("failed", "h2", 139)
 
 
 def test_a_host_without_power_is_replaced_and_the_others_go_on(healed: hosts.Cluster, tmp_path: Path) -> None:

@@ -30,11 +30,12 @@ class Stopped(Exception):
 
 
 def launch(settings: dict) -> int:
-    from ofa_ds.cluster import attempts, supervisor
+    from ofa_ds.cluster import attempts, runners, supervisor
     from ofa_ds.cluster.hostfile import Host
     from ofa_ds.cluster.job import Job
 
     program = [sys.executable, "-u", __file__, "rank", settings["run_dir"], settings["steps"]]
+    program = settings.get("program", program)
     supervisor.rank_argv = lambda job: [sys.executable, "-u", "-m", "ofa_ds.cluster.rank", "--", *program]
 
     class Runners:
@@ -48,18 +49,23 @@ def launch(settings: dict) -> int:
                 return [sys.executable, str(Path(__file__).with_name("many_agents.py")), str(job.num_ranks)]
             return [sys.executable, "-u", __file__, "central", str(job.num_ranks), *agent_argv]
 
+    real = "program" in settings  # engine and ranks
+    names = (MARK.encode(), b"GLOO_SOCKET_IFNAME")
+    environment = {name: os.environb[name] for name in names if name in os.environb}
+    environment[b"OFA_BYTES"] = b"a\xff\n'$(x)"
     job = Job(
         hosts=tuple(Host(name, slots) for name, slots in settings["hosts"]),
         runner=settings.get("runner", "torchrun"),
         program=(b"stand-in",),
         directory=os.getcwdb(),
-        environment={MARK.encode(): os.environb[MARK.encode()], b"OFA_BYTES": b"a\xff\n'$(x)"},
-        master_address="127.0.0.1",
+        environment=environment,
+        master_address="" if real else "127.0.0.1",
         master_port=0,
         run_dir=Path(settings["run_dir"]),
     )
     spares = tuple(Host(name, slots) for name, slots in settings.get("spares", ()))
-    return attempts.run(job, attempts.Policy(**settings["policy"], spares=spares), Runners())
+    policy = attempts.Policy(**settings["policy"], spares=spares)
+    return attempts.run(job, policy, runners if real else Runners())
 
 
 def engine(first: int, slots: int, size: int, rank_argv: list[str]) -> int:
