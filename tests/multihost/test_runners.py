@@ -1,6 +1,7 @@
 """Every runner trains: ZeRO-3 over gloo on three hosts, the same losses and weights to the bit, nothing left behind.
 
 Slurm is real, so are its pre-emption and the batch script; so are Open MPI, MPICH, torchrun and DeepSpeed's launcher.
+They are started by `ofa-ds launch`, and some of them without it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import hosts
 import pytest
@@ -83,6 +85,32 @@ def test_three_hosts_train_to_the_same_bits(
     result = desk.cluster.run(command, host=login, timeout=300, cwd=desk.path, env=environment)
     assert result.returncode == 0, result.stdout
     trained.compare(desk, runner)
+
+
+def plain_commands() -> dict[str, list[str]]:
+    """How to start ranks without `ofa-ds launch`. Rank 0's host is found by mpi4py under Open MPI."""
+    carried = ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME")
+    mpirun = ["mpirun.openmpi", "--allow-run-as-root", "-np", "3", "--hostfile", "hosts", "--map-by", "node"]
+    mpirun += [word for name in carried for word in ("-x", name)]
+    return {
+        "deepspeed": ["deepspeed", "--hostfile", "hosts", "--module", "ofa_ds.pretrain"],
+        "openmpi": [*mpirun, sys.executable, "-m", "ofa_ds.pretrain"],
+    }
+
+
+@pytest.mark.parametrize("runner", plain_commands())
+def test_without_supervision_they_train_to_the_same_bits(desk: training.Desk, trained: Trained, runner: str) -> None:
+    folder = desk.path / "plain"
+    folder.mkdir(exist_ok=True)
+    for name in ("shards", "vocab", "hosts"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(desk.path / name)
+    (folder / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\nDS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
+    env = {**desk.env, "PATH": f"{desk.cluster.tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [*plain_commands()[runner], *desk.program(f"plain-{runner}")[1:]]
+    result = desk.cluster.run(command, timeout=300, cwd=folder, env=env)
+    assert result.returncode == 0, result.stdout
+    trained.compare(training.Desk(desk.cluster, folder), f"plain-{runner}")
 
 
 def test_a_launch_that_is_told_to_stop_saves_and_another_runner_goes_on(desk: training.Desk, trained: Trained) -> None:

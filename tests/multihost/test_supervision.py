@@ -148,9 +148,7 @@ def test_a_host_without_power_is_replaced_and_the_others_go_on(healed: hosts.Clu
     assert [event["hosts"] for event in launched.events() if event["event"] == "start"][1] == [["h1", 1], ["h2", 2]]
 
 
-def test_twenty_percent_of_packets_lost_for_a_while_is_no_reason_to_end(
-    healed: hosts.Cluster, tmp_path: Path
-) -> None:
+def test_twenty_percent_of_packets_lost_for_a_while_is_no_reason_to_end(healed: hosts.Cluster, tmp_path: Path) -> None:
     launched = Launched(healed, tmp_path)
     launched.until_step(3)
     with faults.packet_loss(healed.hosts[1], 20):
