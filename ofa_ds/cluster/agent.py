@@ -62,8 +62,8 @@ class Agent:
         self._stacks_at_s: float | None = None
         self._gave_up = ""
 
-    def run(self) -> int:
-        """Until everything of the attempt on this host has ended."""
+    def run(self, asked: list[int]) -> int:
+        """Until everything of the attempt on this host has ended. asked: signals that this process gets."""
         self.link.send(_hello(self.attempt, self.ranks, self.address))
         try:
             while True:
@@ -71,6 +71,9 @@ class Agent:
                 for message in self.link.receive():
                     if not self._obey(message):
                         return self._finish()
+                if asked and self.engine is not None:  # by a scheduler that takes the host away, or a shutdown
+                    self.link.send({"kind": "asked", "signal": asked.pop()})
+                    asked.clear()
                 silent_s = time.monotonic() - self.link.heard_at_s
                 if self.link.is_closed or silent_s > self.silence_s:
                     self._gave_up = f"heard nothing from the launching process for {silent_s:.1f} s"
@@ -310,9 +313,10 @@ def main(arguments: list[str]) -> int:
     with contextlib.suppress(OSError):
         os.setsid()
     processes.adopt_orphans()
+    asked: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         # Orders come over the line; Slurm and MPI signal all they started. Not SIG_IGN, which the ranks would inherit.
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda got, _: asked.append(got))
     try:
         if word:
             link, attempt, ranks, address = _over_tcp(word)
@@ -323,7 +327,7 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"{socket.gethostname()}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    return Agent(link, attempt, ranks, address).run()
+    return Agent(link, attempt, ranks, address).run(asked)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,17 @@ class Channel:
         self.hang_up()
 
 
-async def pass_on(channel: Channel, reader: asyncio.StreamReader, inbox: Inbox, rest: bytes = b"") -> None:
-    """All messages of a channel to the inbox, then None. What is no message ends it."""
+async def pass_on(
+    channel: Channel,
+    reader: asyncio.StreamReader,
+    inbox: Inbox,
+    rest: bytes = b"",
+    on_greeting: Callable[[str], None] | None = None,
+) -> None:
+    """All messages of a channel to the inbox. What is no message ends it.
+
+    on_greeting: gets what comes before the first message, of a login shell that prints.
+    """
     pending = [rest]
     size = len(rest)
     try:
@@ -72,6 +81,10 @@ async def pass_on(channel: Channel, reader: asyncio.StreamReader, inbox: Inbox, 
             *lines, left = b"".join(pending).split(b"\n")
             pending, size = [left], len(left)
             for line in lines:
+                if on_greeting is not None and not line.startswith(b'{"kind": "hello"'):
+                    on_greeting(line.decode(errors="replace"))
+                    continue
+                on_greeting = None
                 message = json.loads(line)
                 if not isinstance(message, dict):
                     raise ValueError("want an object")
@@ -106,7 +119,7 @@ class SshChannel(Channel):
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._read_words())]
 
     async def _read(self) -> None:
-        await pass_on(self, self._process.stdout, self._inbox)
+        await pass_on(self, self._process.stdout, self._inbox, on_greeting=self._on_words)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._process.wait(), 1.0)
         code = self._process.returncode

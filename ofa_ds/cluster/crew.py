@@ -57,6 +57,8 @@ class Crew:
         self.stacks: dict[int, str] = {}
         self.traces: dict[str, bytes] = {}
         """What NCCL did last, a file a rank."""
+        self.asked = 0
+        """A signal that an agent got: Slurm sends it to what srun started, not to the launch."""
         self.first_step: dict[int, int] = {}
         """Of each rank, before its first step of this attempt."""
         self.engine: asyncio.subprocess.Process | None = None
@@ -204,6 +206,8 @@ class Crew:
             self._log(agent, str(message["text"]))
         elif kind == "engine":
             agent.engine_code = int(message["code"])
+        elif kind == "asked":
+            self.asked = self.asked or int(message["signal"])
         elif kind == "refused":
             agent.refused = str(message["error"])
         elif kind == "gone":

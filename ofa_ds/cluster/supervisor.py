@@ -165,6 +165,7 @@ class Attempt:
         return Verdict(outcome=verdict.LOST, exit_code=1, error=error)
 
     def _pass_stop_on(self, now_s: float) -> Verdict | None:
+        self.stop.first = self.stop.first or self.crew.asked
         if not self.stop.first:
             return None
         name, code = signal.Signals(self.stop.first).name, 128 + self.stop.first

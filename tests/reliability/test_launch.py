@@ -26,6 +26,7 @@ while [ "$1" != "--" ]; do shift; done
 host=$2; shift 2
 if grep -qsx "$host" "$OFA_DOWN"; then echo "ssh: connect to host $host port 22: No route to host" >&2; exit 255; fi
 echo $$ > "$OFA_SSH_PIDS/$host"
+echo "Welcome to $host!" # as login shells do
 exec sh -c "$1"
 """
 
@@ -141,7 +142,8 @@ def test_a_run_that_ends_well_leaves_its_logs_and_nothing_else(launched: Launche
     assert (start["event"], start["hosts"], start["world_size"]) == ("start", [["alpha", 1], ["beta", 2]], 3)
     assert (end["outcome"], end["exit_code"]) == ("done", 0)
     log = (launched.directory / "launch" / "logs" / "attempt-001" / "beta.log").read_text()
-    assert sorted(log.splitlines()) == [f"[{rank}] rank {rank} goes on from step 0" for rank in (1, 2)]
+    ranks = [f"[{rank}] rank {rank} goes on from step 0" for rank in (1, 2)]
+    assert sorted(log.splitlines()) == ["Welcome to beta!", *ranks]
     assert "alpha [0] rank 0 goes on from step 0\n" in (launched.directory / "stdout").read_text()
     assert launched.status()["state"] == "ended"
 
@@ -417,3 +419,12 @@ def test_nothing_of_asyncio_is_said(launched: Launched) -> None:
         assert launched.wait() == 0
     said = (launched.directory / "stderr").read_text()
     assert all(line.startswith("ofa-ds launch: ") for line in said.splitlines() if "lease" not in line), said
+
+
+def test_a_signal_to_an_agent_is_a_wish_to_stop_for_all(launched: Launched) -> None:
+    launched.start(steps="4000")
+    launched.until_step(3)
+    os.kill(launched.agent("beta"), signal.SIGTERM)
+    assert launched.wait() == 130, launched.said()
+    launched.assert_nothing_left(1)
+    assert list(launched.directory.glob("step_*"))
