@@ -27,6 +27,7 @@ from typing import Any
 
 from ofa_ds import beat
 from ofa_ds.cluster import processes
+from ofa_ds.cluster.environment import lines, of_a_rank
 from ofa_ds.cluster.link import PARENT, Link, connect, unpack
 from ofa_ds.cluster.rank import Lines
 from ofa_ds.engine.rendezvous import rendezvous
@@ -123,9 +124,9 @@ class Agent:
     def _start(self, job: dict[str, Any]) -> bool:
         self.silence_s = float(job["silence_s"])
         arguments = [word.encode("latin-1") for word in job["argv"]]
-        environment = self._environment(
-            {name.encode("latin-1"): value.encode("latin-1") for name, value in job["environment"].items()}
-        )
+        given = {name.encode("latin-1"): value.encode("latin-1") for name, value in job["environment"].items()}
+        environment = self._environment(given)
+        self.link.send({"kind": "environment", "lines": lines(of_a_rank(environment, given))})
         parent = os.getpid()
 
         def in_child() -> None:

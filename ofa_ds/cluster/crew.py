@@ -59,6 +59,8 @@ class Crew:
         """What NCCL did last, a file a rank."""
         self.asked = 0
         """A signal that an agent got: Slurm sends it to what srun started, not to the launch."""
+        self.environments: dict[str, list[str]] = {}
+        """Of each host, what its ranks got, a line a variable, until somebody takes it."""
         self.first_step: dict[int, int] = {}
         """Of each rank, before its first step of this attempt."""
         self.engine: asyncio.subprocess.Process | None = None
@@ -204,6 +206,8 @@ class Crew:
             agent.take_exit(message, now_s)
         elif kind == "log":
             self._log(agent, str(message["text"]))
+        elif kind == "environment":
+            self.environments[agent.name] = [str(line) for line in message["lines"]]
         elif kind == "engine":
             agent.engine_code = int(message["code"])
         elif kind == "asked":

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 Environment = dict[bytes, bytes]
@@ -19,6 +19,7 @@ _TO_RANKS = re.compile(
     rb"(NCCL_|GLOO_|UCX_|FI_|TORCH_|PYTORCH_|TRITON_|OMP_|DS_|OFA_|MLFLOW_|MV2_|PYTHON)[A-Za-z0-9_]+"
     rb"|CUDA_DEVICE_ORDER|TMPDIR"
 )
+_OF_THE_HOST = re.compile(rb"CUDA_VISIBLE_DEVICES|LD_LIBRARY_PATH|PATH")
 _NEVER_TO_RANKS = re.compile(rb"DS_ENV_FILE|MV2_COMM_WORLD_.*")
 """A setting of the launch itself; who this process is in a job of MPI."""
 _SECRET = re.compile(rb"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY|KEY_", re.IGNORECASE)
@@ -49,6 +50,12 @@ def filled(of_ranks: Environment, profile: str, set_there: frozenset[str]) -> En
     kept = {os.fsencode(name) for name in set_there}
     new = {name: value for name, value in merged.items() if _TO_RANKS.fullmatch(name) and name not in kept}
     return dict(sorted({**new, **of_ranks}.items()))
+
+
+def of_a_rank(environment: Environment, given: Collection[bytes]) -> Environment:
+    """Of all that a rank's engine starts with, what was given to it and what else training reads, for the log."""
+    shown = {name for name in environment if name in given or _TO_RANKS.fullmatch(name) or _OF_THE_HOST.fullmatch(name)}
+    return {name: environment[name] for name in shown if name != b"OFA_ATTEMPT"}
 
 
 def lines(environment: Environment) -> list[str]:

@@ -169,22 +169,28 @@ def _fits(recipe: Recipe) -> Callable[[int], bool]:
 
 def dry_run(plan: Plan) -> str:
     """The exact commands and variables, as a shell would take them; nothing is started."""
+    from ofa_ds.cluster.channels import SSH, remote_command
     from ofa_ds.cluster.supervisor import agent_argv, rank_argv
 
     job = plan.job
     out = [
-        f"# {len(job.hosts)} hosts, {job.num_ranks} ranks, {len(plan.spares)} spares, --runner {job.runner}",
+        f"# {len(job.hosts)} hosts, {job.num_ranks} ranks, spares: {len(plan.spares)}, --runner {job.runner}",
         f"# network settings: {plan.settings}",
         f"# rank 0: {job.hosts[0].name}, {job.master_address} port {job.master_port or '(a free one, at each start)'}",
         f"# run_dir: {job.run_dir}",
         "# each rank gets, beside its own host's variables:",
         *environment.lines(job.environment),
-        f"cd {shlex.quote(os.fsdecode(job.directory))}",
+        f"# and starts in {shlex.quote(os.fsdecode(job.directory))}",
     ]
+    rank = rank_argv(job)
     if runners.is_central(job):
-        return "\n".join([*out, "# here:", shlex.join(runners.central_argv(job, agent_argv()))])
+        out += ["# here:", shlex.join(runners.central_argv(job, agent_argv()))]
     for number, host in enumerate(job.hosts):
         own = {name: value for name, value in job.environment_on(host).items() if name not in job.environment}
-        out += [f"# on {host.name}:", *environment.lines(own)]
-        out.append(shlex.join(runners.node_argv(job, number, rank_argv(job))))
+        if runners.is_central(job):
+            argv = rank
+        else:
+            argv = runners.node_argv(job, number, rank)
+            out += [f"# here, for {host.name}:", shlex.join([*SSH, "--", host.name, remote_command("TOKEN.HOST")])]
+        out += [f"# what an agent on {host.name} starts:", *environment.lines(own), shlex.join(argv)]
     return "\n".join(out)

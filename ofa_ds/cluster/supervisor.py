@@ -100,6 +100,9 @@ class Attempt:
     async def _step(self) -> float:
         """A tick; returns the time."""
         await self.crew.step()
+        while self.crew.environments:
+            host, told = self.crew.environments.popitem()
+            self.desk.write(self.desk.log_path(self.number, f"environment-{host}"), "\n".join([*told, ""]).encode())
         now_s = time.monotonic()
         if now_s >= self._next_status_s:
             self._next_status_s = now_s + STATUS_S

@@ -56,6 +56,12 @@ def test_two_hosts_give_the_losses_of_one_process(desk: Path, two_hosts: hosts.C
     alone = [sys.executable, "-m", "ofa_ds.pretrain", "pretrain-nano", "run_dir=one", *OVERRIDES]
     subprocess.run(alone, cwd=desk, env=hosts.run_env(), check=True, timeout=300)
 
+    for host in ("10.77.0.1", "10.77.0.2"):
+        name = f"environment-{'root@' * (host == '10.77.0.1')}{host}.log"
+        logged = (desk / "two" / "launch" / "logs" / "attempt-001" / name).read_text().splitlines()
+        assert {"MASTER_ADDR=10.77.0.1", "GLOO_SOCKET_IFNAME=eth0", "NCCL_IB_DISABLE=1"} <= set(logged)
+        assert not [line for line in logged if "ATTEMPT" in line]
+
     two, one = losses(desk / "two"), losses(desk / "one")
     assert sorted(two) == sorted(one) == [1, 2, 3, 4]
     for step, expected in one.items():

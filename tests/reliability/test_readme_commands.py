@@ -86,8 +86,11 @@ def resolve(command: str) -> None:
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file(), words[1]
     if words[:2] == ["bash", "launchers/pretrain.sh"]:
-        assert words[2] == "--env" and (ROOT / words[3]).is_file()
-        check_recipe(words[5:])
+        options, rest = words[2:], []
+        while options and options[0].startswith("--"):
+            assert options[0] != "--env" or (ROOT / options[1]).is_file(), options[1]
+            options, rest = options[2:], [*rest, *options[:2]]
+        check_ofa_ds(["launch", "--hostfile", options[0], *rest, "--", "pretrain", *options[1:]])
     elif words[:2] == ["bash", "launchers/quickstart.sh"]:
         check_recipe(["pretrain-nano", *[word for word in words[2:] if not word.startswith("--")]])
         check_options(words, (ROOT / words[1]).read_text())
@@ -120,6 +123,9 @@ def check_ofa_ds(arguments: list[str]) -> None:
     from ofa_ds.cli.main import _parser
 
     _parser().parse_args(arguments)
+    if arguments[0] == "launch":
+        arguments = arguments[arguments.index("--") + 1 :]
+        assert arguments[0] == "pretrain", arguments
     if arguments[0] == "pretrain":
         check_recipe(arguments[1:])
 
@@ -156,6 +162,8 @@ def test_what_takes_too_long_to_run_is_resolved(command: str) -> None:
         "ofa-ds evaluate runs/scenes-long --shard heldout/x --nothing",
         "torchrun --nproc-per-node 2 -m ofa_ds.pretrain scenes-long run_dri=x",
         "bash launchers/pretrain.sh --env launchers/rdma/nowhere.env hosts pretrain-6b",
+        "bash launchers/pretrain.sh --retires 3 hosts pretrain-6b",
+        "ofa-ds launch --hostfile hosts -- pretrain pretrain-6b run_dri=x",
         "bash launchers/quickstart.sh --frehs",
         "python -m pytest tests/nowhere",
         "python -m ofa_ds.bench nothing",

@@ -161,7 +161,7 @@ def test_the_agent_and_the_shim_of_a_rank_start_with_the_standard_library_alone(
         assert not outside, f"{module} imports {outside}"
         pending += [each for each in found if each.startswith("ofa_ds.") and each not in seen]
     assert seen <= {f"ofa_ds.{each}" for each in ("beat", "engine.rendezvous")} | {
-        f"ofa_ds.cluster.{each}" for each in ("agent", "rank", "link", "processes")
+        f"ofa_ds.cluster.{each}" for each in ("agent", "environment", "rank", "link", "processes")
     }
     for package in ("ofa_ds", "ofa_ds.cluster", "ofa_ds.engine"):
         assert not list(imports(ast.parse((ROOT / Path(*package.split(".")) / "__init__.py").read_text()), package))

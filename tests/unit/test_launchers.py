@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from ofa_ds.cli import main as ofa_ds
 from ofa_ds.cluster.hostfile import Host
 from ofa_ds.cluster.launch import Plan, Request, prepare
 
@@ -149,6 +150,25 @@ def test_losses_that_leave_hosts_idle_are_told_beforehand(
     (desk.path / "hosts").write_text(hosts)
     warnings = desk.prepare("batch.micro_rows=1", f"batch.global_rows={rows}", retries=retries).warnings
     assert [line.startswith(start) for line, start in zip(warnings, expected, strict=True)] == [True] * len(expected)
+
+
+@pytest.mark.parametrize("runner", ["deepspeed", "openmpi"])
+def test_a_dry_run_prints_every_command_and_variable_and_starts_nothing(
+    desk: Desk, runner: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.script("mpirun.openmpi", "touch started")
+    env = {"NCCL_A": "it's", "MLFLOW_TRACKING_TOKEN": "hidden"}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    words = ["launch", "--hostfile", "hosts", "--runner", runner, "--include", "a@b:0", "--dry-run"]
+    assert ofa_ds([*words, "--", "pretrain", "pretrain-nano", *DATA, "run_dir=it's a"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"NCCL_A='it'\"'\"'s'", "MLFLOW_TRACKING_TOKEN=(not shown)", "MASTER_ADDR=10.5.5.5"} <= set(lines)
+    ranks = [shlex.split(line) for line in lines if "ofa_ds.cluster.rank" in line]
+    assert [words[-5:] for words in ranks] == [["pretrain", "pretrain-nano", *DATA, "run_dir=it's a"]] * 2
+    starters = [shlex.split(line)[0] for line in lines if "ofa_ds.cluster.agent" in line]
+    assert starters == (["ssh", "ssh"] if runner == "deepspeed" else ["mpirun.openmpi"])
+    assert not (desk.path / "started").exists() and not (desk.path / "runs").exists()
 
 
 # Slurm ----------------------------------------------------------------

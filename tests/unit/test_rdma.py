@@ -71,6 +71,11 @@ def test_the_probe_runs_in_a_plain_shell_and_tells_what_is_set_there(tmp_path: P
     assert not {"NCCL_IB_SL", "MY_NCCL_X"} & facts_of_probe("h", done.stdout).is_set
 
 
+def test_the_log_has_what_ranks_were_given_and_what_the_host_sets_but_not_the_attempts_token() -> None:
+    all_there_is = {b"MY": b"1", b"NCCL_A": b"host's", b"OFA_ATTEMPT": b"secret", b"EDITOR": b"vi", b"PATH": b"/bin"}
+    assert environment.of_a_rank(all_there_is, {b"MY"}) == {b"MY": b"1", b"NCCL_A": b"host's", b"PATH": b"/bin"}
+
+
 def test_the_log_of_the_environment_shows_no_password_and_one_line_a_variable() -> None:
     shown = environment.lines({b"NCCL_A": b"a b\n\xff", b"MLFLOW_TRACKING_PASSWORD": b"x", b"OFA_API_KEY": b"y"})
     assert shown == ["MLFLOW_TRACKING_PASSWORD=(not shown)", "NCCL_A='a b\\n\\udcff'", "OFA_API_KEY=(not shown)"]
