@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ofa_ds.checkpoint.run_lease import RunLease
@@ -32,22 +33,22 @@ class Saver:
         """Whether this rank's part of a checkpoint is not on the disk yet."""
         return self._background is not None and self._background.is_pending and not self._background.is_done()
 
-    def save(self, step: int, *, wait: bool, counts: bool = True) -> None:
+    def save(self, step: int, facts: Mapping[str, Any], *, wait: bool, counts: bool = True) -> None:
         """Save the state as it is now. wait: until it is a checkpoint; RuntimeError where it cannot become one.
 
-        counts: False in a bad stretch: `keep` then counts this one for nothing. Raises LeaseError on all ranks where
-        the directory is another job's by now.
+        facts: JSON values for the checkpoint, equal on all ranks. counts: False in a bad stretch: `keep` then counts
+        this one for nothing. Raises LeaseError on all ranks where the directory is another job's by now.
         """
-        train = self._recipe.train
+        train, extra = self._recipe.train, {**self._extra, **facts}
         if self._background is None:
             run_dir = self._recipe.run_dir
-            save(self._engine, run_dir, step, self._extra, keep=train.keep, lease=self.lease, counts=counts)
+            save(self._engine, run_dir, step, extra, keep=train.keep, lease=self.lease, counts=counts)
             self.saved = {step: True}
             return
         self.commit()  # the one before, which is waited for
         self._started = step
         try:
-            self._background.start(step, self._extra, counts=counts)
+            self._background.start(step, extra, counts=counts)
         except LeaseError:
             raise
         except RuntimeError as error:  # on all ranks: no room on the disk, or no directory

@@ -56,6 +56,8 @@ FREE = (
     "train.accept_changed",
     "train.skip_steps",
     "train.max_bad_steps",
+    "train.max_spike_sigma",
+    "train.check_every_steps",
     "train.log_every",
     "train.save_every",
     "train.keep",

@@ -175,7 +175,13 @@ class TrainConfig:
     skip_steps: tuple[Annotated[Count, Field(ge=1)], ...] = ()
     """Numbers of steps, from 1 on, that are passed over: nobody reads their rows, the weights stay as they are."""
     max_bad_steps: Count = Field(10, ge=1)
-    """Steps in a row whose loss or gradient may be not finite (they are skipped); then the run stops."""
+    """Steps in a row whose loss or gradient may be not finite, or a spike (they are skipped); then the run stops."""
+    max_spike_sigma: Real = Field(0.0, ge=0)
+    """How far the loss may be above the mean of the last 128, in standard deviations; a step above it is skipped.
+    6 is OLMo's. 0: no limit."""
+    check_every_steps: Count = Field(0, ge=0)
+    """Steps between two looks for silent corruption: bits that ranks hold alike, a micro-batch computed twice. 0: none;
+    200 costs less than one per cent."""
     log_every: Count = Field(10, ge=1)
     save_every: Count = Field(1000, ge=1)
     keep: Count = Field(3, ge=1)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
+from ofa_ds.engine import replicas
 from ofa_ds.engine import state as engine_state
 from ofa_ds.engine.config import derive_config, load_deepspeed_config
 from ofa_ds.engine.deepspeed_import import deepspeed as _deepspeed
@@ -76,7 +77,7 @@ class Engine:
         self._stage0_norm: float | None = None
         self._live_buffers = list(self.buffers().values())
         self._buffers_before = [buffer.clone() for buffer in self._live_buffers]
-        self._skipped = self._rescaled = False
+        self._skipped = self._rescaled = self._discarding = False
         self._average: MovingAverage | None = None
         if optim.ema_decay:
             self._average = MovingAverage(engine_state.masters(wrapped), self.buffers(), optim.ema_decay)
@@ -159,7 +160,13 @@ class Engine:
         that is how one rank's loss stops the step of all without a message of its own.
         """
         factor = self._ranks.world_size + 0 * loss.detach()  # nan where the loss is infinite or nan
+        if self._discarding:
+            factor = factor * math.nan
         self._wrapped.backward(loss * factor, scale_wrt_gas=False)
+
+    def discard(self) -> None:
+        """Before the last `backward` of a step, on all ranks or any: the step is then skipped, on all."""
+        self._discarding = True
 
     def step(self) -> None:
         """End a micro-batch. At the last one of a step: clip, set the learning rate, update.
@@ -178,7 +185,11 @@ class Engine:
             assert isinstance(self._wrapped.optimizer, SkippingAdamW)
             self._wrapped.optimizer.overflow = not math.isfinite(self._stage0_norm)
         before, scale = self.num_updates, self.loss_scale
+        scaler = engine_state.scaler_state(self._wrapped)
         self._wrapped.step()
+        if self._discarding:  # which is no overflow
+            engine_state.set_scaler_state(self._wrapped, scaler)
+            self._discarding = False
         self._skipped = self.num_updates == before
         self._rescaled = self._skipped and self.loss_scale < scale
         if self._skipped:
@@ -194,7 +205,7 @@ class Engine:
 
     @property
     def skipped(self) -> bool:
-        """Whether the last step changed nothing, because a loss or the gradient was not finite; equal on all ranks."""
+        """Whether the last step changed nothing: a loss or the gradient was not finite, or `discard` was called."""
         return self._skipped
 
     @property
@@ -218,6 +229,31 @@ class Engine:
         if self._live_buffers:
             pair = (self._live_buffers, self._buffers_before)
             torch._foreach_copy_(*(pair if back else reversed(pair)))
+
+    def replay(self, *args: Any, **kwargs: Any) -> int:
+        """A forward of the first micro-batch of a step that leaves no trace: the bits of its first output, summed.
+
+        All ranks call it together; the same again gives the same number, unless something is broken.
+        """
+        with torch.no_grad():
+            output, *_ = self(*args, **kwargs)
+            self._copy_buffers(back=True)
+            return int(replicas.bits(output))
+
+    def replicated_sums(self, *, with_buffers: bool) -> dict[str, int]:
+        """A number per tensor that all ranks hold alike; see `replicas`. with_buffers: these too are to be alike."""
+        tensors = dict(replicas.replicated(self._wrapped))
+        for prefix, buffers in (("", self.buffers()), ("average of ", self.average_buffers())):
+            tensors |= {
+                f"{prefix}{name}": buffer
+                for name, buffer in buffers.items()
+                if with_buffers or not buffer.is_floating_point()
+            }
+        return replicas.sums(tensors)
+
+    def unlike_master(self) -> list[str]:
+        """Parameters of which this rank's share is not what its fp32 master says."""
+        return replicas.unlike_master(self._wrapped)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""

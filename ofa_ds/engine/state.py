@@ -77,6 +77,11 @@ def pieces(wrapped: Any, averages: Averages | None = None) -> Iterator[Piece]:
         )
 
 
+def local_state(wrapped: Any, averages: Averages | None = None) -> _Local:
+    """This rank's share of each parameter, looked up."""
+    return _Local(wrapped, averages)
+
+
 class _Local:
     """What this rank has of each parameter. Looks each of the engine's buffers up once: training waits meanwhile."""
 
@@ -180,14 +185,26 @@ def agree_on_buffers(buffers: Mapping[str, Tensor]) -> None:
 
 def counters(wrapped: Any) -> dict[str, Any]:
     """Everything beside tensors that the next step depends on; plain JSON values."""
-    scaler = getattr(wrapped.optimizer, "loss_scaler", None)
     return {
         "adam_step": _adam_step(wrapped),
         "global_steps": wrapped.global_steps,
         "skipped_steps": wrapped.skipped_steps,
         "global_samples": wrapped.global_samples,
-        "loss_scaler": {key: getattr(scaler, key) for key in _SCALER_STATE if hasattr(scaler, key)},
+        "loss_scaler": scaler_state(wrapped),
     }
+
+
+def scaler_state(wrapped: Any) -> dict[str, Any]:
+    """Of fp16's loss scale; empty where there is none that moves."""
+    scaler = getattr(wrapped.optimizer, "loss_scaler", None)
+    return {key: getattr(scaler, key) for key in _SCALER_STATE if hasattr(scaler, key)}
+
+
+def set_scaler_state(wrapped: Any, saved: Mapping[str, Any]) -> None:
+    scaler = getattr(wrapped.optimizer, "loss_scaler", None)
+    for key, value in saved.items():
+        if hasattr(scaler, key):
+            setattr(scaler, key, value)
 
 
 def _adam_step(wrapped: Any) -> int:
@@ -224,10 +241,7 @@ def restore(wrapped: Any, read: Read, saved: dict[str, Any], averages: Averages 
         optimizer._lazy_init_hp_params_optimizer_state()
     for key in ("global_steps", "skipped_steps", "global_samples"):
         setattr(wrapped, key, saved[key])
-    scaler = getattr(optimizer, "loss_scaler", None)
-    for key, value in saved["loss_scaler"].items():
-        if hasattr(scaler, key):
-            setattr(scaler, key, value)
+    set_scaler_state(wrapped, saved["loss_scaler"])
 
 
 def _restore_parameter(local: _Local, name: str, parameter: nn.Parameter, read: Read) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ofa_ds import checkpoint
 from ofa_ds.checkpoint.manifest import Manifest
@@ -15,12 +15,24 @@ from ofa_ds.config.meaning import FREE, MEANING, differences
 from ofa_ds.config.values import shown
 from ofa_ds.engine.engine import Engine
 
-TOLD = tuple(key for key in FREE if key.startswith("optim.") or key in ("train.num_steps", "train.skip_steps"))
+LOSSES = "losses"
+"""Of the last steps, among the facts of a checkpoint."""
+_TOLD_OF_TRAIN = ("train.num_steps", "train.skip_steps", "train.max_spike_sigma")
+TOLD = tuple(key for key in FREE if key.startswith("optim.") or key in _TOLD_OF_TRAIN)
 """May change, but acts on what is learnt."""
 
 
-def resume(engine: Engine, recipe: Recipe, identity: Mapping[str, str], lease: RunLease) -> int:
-    """Load the newest checkpoint of the run, else the weights it is to start from; returns the step to go on from.
+class Start(NamedTuple):
+    """Where a run goes on."""
+
+    step: int = 0
+    """Steps that are done."""
+    losses: tuple[float, ...] = ()
+    """Of the steps before, where the checkpoint has them (train.max_spike_sigma)."""
+
+
+def resume(engine: Engine, recipe: Recipe, identity: Mapping[str, str], lease: RunLease) -> Start:
+    """Load the newest checkpoint of the run, else the weights it is to start from.
 
     identity: fingerprints of `data` and `vocab`. Raises ValueError where the run was another one so far.
     """
@@ -29,10 +41,12 @@ def resume(engine: Engine, recipe: Recipe, identity: Mapping[str, str], lease: R
     if manifest is not None:
         if engine.ranks.rank == 0 and (told := changed(manifest, recipe)):
             print(f"{recipe.run_dir}: goes on from step {manifest.step} with {told}", file=sys.stderr)
-        return manifest.step
+        losses = manifest.extra.get(LOSSES)
+        known = losses if isinstance(losses, list) else ()
+        return Start(manifest.step, tuple(float(loss) for loss in known if isinstance(loss, (int, float))))
     if recipe.train.init_from:
         checkpoint.load_weights(engine, recipe.train.init_from)
-    return 0
+    return Start()
 
 
 def refuse_other_run(manifest: Manifest, recipe: Recipe, identity: Mapping[str, str]) -> None:

@@ -17,6 +17,7 @@ from ofa_ds.batch import Batch
 from ofa_ds.engine.engine import Engine
 from ofa_ds.train.loss import group_counts, group_sums, task_sums
 from ofa_ds.train.metrics import Window
+from ofa_ds.train.spikes import LossWindow
 
 
 class StepResult(NamedTuple):
@@ -24,14 +25,23 @@ class StepResult(NamedTuple):
     """For each vote, whether any rank gave it."""
     losses: list[Tensor]
     """Of each of this rank's micro-batches, its share of the step's loss; scalars on the device."""
+    spike: str | None
+    """Why the step was left out for its loss alone, in words; equal on all ranks."""
 
 
 def train_step(
-    engine: Engine, micro_batches: list[Batch], window: Window, *, label_smoothing: float, votes: Sequence[bool] = ()
+    engine: Engine,
+    micro_batches: list[Batch],
+    window: Window,
+    *,
+    label_smoothing: float,
+    votes: Sequence[bool] = (),
+    before: LossWindow | None = None,
 ) -> StepResult:
     """One optimizer step, equal to one process on all ranks' micro-batches; `engine.skipped` says if it was left out.
 
-    votes: what this rank wants all to know, in the same order on each.
+    votes: what this rank wants all to know, in the same order on each. before: the losses of the steps before, where
+    one far above them is to be left out; it then takes this one's.
     """
     device = engine.device
     shared = torch.stack([group_counts(batch) for batch in micro_batches]).sum(0).double()
@@ -39,16 +49,22 @@ def train_step(
     shared = torch.cat([shared, torch.tensor([float(vote) for vote in votes], dtype=torch.float64)]).to(device)
     engine.all_reduce(shared)
     global_counts = shared[:num_groups].clamp(min=1)  # a group without tokens has sum 0: it adds nothing
-    losses = []
+    losses, spike, whole = [], None, 0.0
     for batch in micro_batches:
         batch = batch.to(device)
         loss_M, nll_M, correct_M = engine(batch, label_smoothing=label_smoothing)
         loss = (group_sums(loss_M, batch) / global_counts.to(loss_M.dtype)).sum()
+        losses.append(loss.detach())
+        if before is not None and len(losses) == len(micro_batches):
+            whole = engine.all_reduce(torch.stack(losses).double().sum()).item()
+            if spike := before.spike(whole):
+                engine.discard()
         engine.backward(loss)
         engine.step()  # updates the weights at the last micro-batch of the step
-        losses.append(loss.detach())
         with torch.no_grad():
             sums = task_sums(loss_M, nll_M, correct_M, batch)
             window.add_micro_batch(sums, losses[-1], num_tokens=batch.num_tokens, num_examples=batch.num_examples)
     window.end_step(counted=not engine.skipped)
-    return StepResult([count > 0 for count in shared[num_groups:].tolist()], losses)
+    if before is not None and not engine.skipped:
+        before.add(whole)
+    return StepResult([count > 0 for count in shared[num_groups:].tolist()], losses, spike)

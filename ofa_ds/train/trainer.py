@@ -31,9 +31,11 @@ from ofa_ds.model.config import ModelConfig, model_config
 from ofa_ds.model.ofa import OFA
 from ofa_ds.storage.atomic import replace_file
 from ofa_ds.train.bad_steps import BadSteps
+from ofa_ds.train.checks import Checks
 from ofa_ds.train.loader import Loader
 from ofa_ds.train.metrics import MetricsWriter, Window, peak_memory_MiB
-from ofa_ds.train.resuming import resume
+from ofa_ds.train.resuming import LOSSES, resume
+from ofa_ds.train.spikes import LossWindow
 from ofa_ds.train.step import train_step
 from ofa_ds.train.stop_signal import StopSignal
 from ofa_ds.train.switches import Switches
@@ -80,8 +82,8 @@ def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse) -> in
     _say(ranks, engine.describe())
     pulse.beat("start", 0)
     identity = {"data": shards.fingerprint, "vocab": vocab.fingerprint}
-    first_step = resume(engine, recipe, identity, lease)
-    pulse.beat("start", first_step)
+    begun = resume(engine, recipe, identity, lease)
+    pulse.beat("start", begun.step)
     loader = Loader(
         shards=shards,
         vocab=vocab,
@@ -93,13 +95,18 @@ def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse) -> in
         model=config,
     )
     with together(ranks):
-        writer = _open_writer(recipe, first_step, vocab.fingerprint) if ranks.rank == 0 else None
+        writer = _open_writer(recipe, begun.step, vocab.fingerprint) if ranks.rank == 0 else None
     switches = Switches(recipe.run_dir, ranks.rank, pulse.since_s)
     with StopSignal().listening() as stop:
         saver = Saver(engine, recipe, {"recipe": recipe_to_dict(recipe), "identity": identity}, lease=lease)
         bad = BadSteps(engine, loader.micro_batches, limit=recipe.train.max_bad_steps, run_dir=Path(recipe.run_dir))
-        parts = _Parts(recipe, engine, loader, Window(engine.device), bad, saver, writer, stop, switches, pulse)
-        return _train(parts, first_step)
+        sigma = recipe.train.max_spike_sigma
+        before = LossWindow(sigma, begun.losses) if sigma else None
+        agree = recipe.model.batch_norm != "batch"
+        checks = Checks(engine, every=recipe.train.check_every_steps, buffers_agree=agree)
+        window = Window(engine.device)
+        parts = _Parts(recipe, engine, loader, window, before, bad, checks, saver, writer, stop, switches, pulse)
+        return _train(parts, begun.step)
 
 
 class _Parts(NamedTuple):
@@ -109,7 +116,10 @@ class _Parts(NamedTuple):
     engine: Engine
     loader: Loader
     window: Window
+    before: LossWindow | None
+    """The last losses, where spikes are skipped."""
     bad: BadSteps
+    checks: Checks
     saver: Saver
     writer: MetricsWriter | None
     """Rank 0's."""
@@ -175,11 +185,13 @@ def _take(parts: _Parts, step: int, micro_batches: list[Batch]) -> _Voted:
     engine, saver, bad, switches = parts.engine, parts.saver, parts.bad, parts.switches
     mine = _Voted(parts.stop.asked or switches.stop, switches.save, saver.is_writing, saver.lease.is_lost)
     smoothing = parts.recipe.optim.label_smoothing
-    result = train_step(engine, micro_batches, parts.window, label_smoothing=smoothing, votes=mine)
+    if parts.checks.is_due(step):
+        parts.checks.check(step, micro_batches[0], label_smoothing=smoothing)
+    result = train_step(engine, micro_batches, parts.window, label_smoothing=smoothing, votes=mine, before=parts.before)
     voted = _Voted(*result.voted)
     if voted.is_lost:
         saver.lease.check_together(engine.gather)  # before anything more is written there
-    bad.judge(step, result.losses)
+    bad.judge(step, result.losses, result.spike)
     if bad.too_many:
         saver.commit()
         raise bad.error(step, newest_good(parts.recipe.run_dir))
@@ -216,7 +228,8 @@ def _save(parts: _Parts, step: int, voted: _Voted) -> None:
         parts.pulse.beat("save", step)
         if voted.save:
             parts.switches.serve_save(step)
-        saver.save(step, wait=last, counts=not bad.in_a_row)
+        facts = {} if parts.before is None else {LOSSES: parts.before.losses}
+        saver.save(step, facts, wait=last, counts=not bad.in_a_row)
         parts.pulse.beat("step", step)
     parts.switches.settle(saver.saved)
 

@@ -36,6 +36,10 @@ SKIP = ("fp32_0", "fp32_1", "fp32_2", "fp32_3", "bf16_1", "bf16_2", "bf16_3", "f
 OFFLOAD = ("fp32_2_offload", "bf16_3_offload")
 """The same with the optimizer on the CPU, whose first use compiles for minutes."""
 
+LEFT_OUT = ("fp32_0", "bf16_2", "fp32_3", "fp16_3")
+CORRUPTED = ("fp32_0", "bf16_1", "bf16_3")
+"""The same, of three ranks: engines that leave steps out on purpose; engines in which a bit is turned over."""
+
 JOBS = {2: ("parity", "precision", "resume", "skip"), 3: ("parity", "reshard"), 1: ("parity", "reshard", "average")}
 """World size -> jobs of its launch; the launch of 2 ranks saves what the others load."""
 

@@ -105,6 +105,7 @@ def test_an_old_stop_file_is_removed_a_save_file_is_served_and_a_new_stop_file_e
 
 def test_steps_are_passed_over_as_if_absent_from_learning_and_a_resume_at_any_point_gives_the_same_bytes(tmp_path):
     skip, every = "train.skip_steps=[6,8]", ("train.save_every=1", "train.keep=9", "train.save_in_background=false")
+    every += ("train.max_spike_sigma=6", "train.check_every_steps=3")
     whole = copy(tmp_path / "whole")
     output = finish(start(whole, skip, *every, "train.num_steps=9"))
     assert output.count("is passed over") == 2 and "step 6 is passed over, as train.skip_steps says" in output
@@ -114,9 +115,13 @@ def test_steps_are_passed_over_as_if_absent_from_learning_and_a_resume_at_any_po
     assert tensors(whole, 7) != tensors(whole, 6)
     records = [json.loads(line) for line in (whole / "run/metrics.jsonl").read_text().splitlines()]
     assert [record.get("skipped_steps", 0) for record in records] == [0, 0, 0, 0, 0, 1, 0, 1, 0]
+    losses = json.loads((whole / "run/step_00000009/manifest.json").read_text())["extra"]["losses"]
+    assert losses == pytest.approx([record["loss"] for record in records[4:] if record["loss"] is not None], rel=1e-6)
     for cut in (5, 6):
         parts = copy(tmp_path / f"cut_{cut}")
         for step in range(5, cut + 1):
             shutil.copytree(whole / f"run/step_{step:08}", parts / f"run/step_{step:08}")
         finish(start(parts, skip, *every, "train.num_steps=9"))
         assert tensors(parts, 9) == tensors(whole, 9), cut
+        manifest = json.loads((parts / "run/step_00000009/manifest.json").read_text())
+        assert manifest["extra"]["losses"] == losses
