@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -40,6 +42,7 @@ END_S = 8.0
 """For SIGKILL to have an effect: a process that waits for a dead disk cannot even be killed."""
 STACKS_S = 1.5
 """Until a rank has written its stacks."""
+_BEATS = re.compile(r"ofa-ds-[0-9a-f]{32}\..+")
 _MAX_FILE = 2 << 20
 _WITHOUT_JOB_S = 60.0
 
@@ -52,7 +55,7 @@ class Agent:
         """
         self.link, self.attempt, self.ranks, self.address = link, attempt, ranks, address
         self.beats = _beats(attempt)
-        self.beats.mkdir(mode=0o700)  # nobody else can know its name beforehand
+        self._claim = _claimed(self.beats)  # while this process lives
         self.engine: int | None = None
         self.output: int | None = None
         self.started_at_s = 0.0
@@ -269,6 +272,36 @@ def _beats(attempt: str) -> Path:
     """In the host's memory where there is some: a full or slow disk does not silence the ranks. Else in TMPDIR."""
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
     return Path(place, f"ofa-ds-{attempt}")
+
+
+def _claimed(beats: Path) -> int:
+    """The directory, new and locked; those of killed agents, which nobody locks any more, are removed."""
+    for path in beats.parent.glob("ofa-ds-*"):
+        if _BEATS.fullmatch(path.name) and (lock := _locked(path)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+    while True:
+        beats.mkdir(mode=0o700, exist_ok=True)
+        lock = _locked(beats)
+        if lock is not None and os.path.exists(beats):
+            return lock
+        time.sleep(0.01)  # another agent took it for left over before it was locked
+
+
+def _locked(path: Path) -> int | None:
+    """None where somebody else has it, or where it is another user's."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        if os.fstat(descriptor).st_uid == os.getuid():
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)
+    return None
 
 
 def _hello(attempt: str, ranks: dict[str, str], address: str) -> dict[str, Any]:

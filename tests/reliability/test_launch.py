@@ -5,6 +5,7 @@ Agents, ranks, their shims, signals and pipes are real; ssh is a script that run
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -392,14 +393,14 @@ def test_a_thousand_ranks_are_heard_and_asked_to_stop_and_strangers_are_dropped(
 
 
 def test_nothing_of_an_attempt_stays_in_the_memory_of_a_host(launched: Launched) -> None:
-    before = set(Path("/dev/shm").glob("ofa-ds-*"))
     launched.start(steps="4000")
     launched.until_step(3)
-    assert set(Path("/dev/shm").glob("ofa-ds-*.beta")) - before
+    environment = Path(f"/proc/{launched.agent('beta')}/environ").read_text().split("\0")
+    token = next(each for each in environment if each.startswith("OFA_ATTEMPT=")).removeprefix("OFA_ATTEMPT=")[:32]
+    assert len(list(Path("/dev/shm").glob(f"ofa-ds-{token}.*"))) == 2
     os.kill(launched.agent("beta"), signal.SIGKILL)
     assert launched.wait() == 1, launched.said()
-    names = {path.name for path in set(Path("/dev/shm").glob("ofa-ds-*")) - before}
-    assert not {name for name in names if name.endswith((".alpha", ".beta"))}
+    assert not list(Path("/dev/shm").glob(f"ofa-ds-{token}.*"))
 
 
 def test_a_stop_file_between_two_attempts_is_served(launched: Launched) -> None:
@@ -428,3 +429,18 @@ def test_a_signal_to_an_agent_is_a_wish_to_stop_for_all(launched: Launched) -> N
     assert launched.wait() == 130, launched.said()
     launched.assert_nothing_left(1)
     assert list(launched.directory.glob("step_*"))
+
+
+def test_what_killed_agents_left_goes_with_the_next_one_and_what_lives_stays(launched: Launched) -> None:
+    left, other = (Path("/dev/shm", f"ofa-ds-{uuid.uuid4().hex}.{name}") for name in ("left", "lives"))
+    left.mkdir()
+    other.mkdir()
+    descriptor = os.open(other, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        launched.start(steps="5")
+        assert launched.wait() == 0, launched.said()
+        assert not left.exists() and other.exists()
+    finally:
+        os.close(descriptor)
+        other.rmdir()
