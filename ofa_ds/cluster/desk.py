@@ -153,6 +153,8 @@ class Desk:
     def close(self) -> None:
         """Write what is left; a terminal that nobody reads is not waited for long."""
         self._files.close(CLOSE_S)
+        if self._files.dropped:
+            self.say(f"{self.directory}: {self._files.dropped} bytes of logs are missing, files took them too slowly")
         self._terminal.close(CLOSE_S / 2)
         for handle in self._handles.values():
             with contextlib.suppress(OSError):

@@ -60,7 +60,8 @@ def start(system: str, cluster: hosts.Cluster, directory: Path) -> object:
             engine += ["--nproc_per_node=1", f"--master_addr={cluster.hosts[0].address}", f"--master_port={port}"]
             words = ["env", f"PYTHONPATH={environment['PYTHONPATH']}", "GLOO_SOCKET_IFNAME=eth0", *engine, *program]
             lines.append(shlex.join(["ssh", host.name, shlex.join(words)]) + " &")
-        command = ["bash", "-c", "\n".join([*lines, "wait"])]
+        waiting = "code=0; for each in $(jobs -p); do wait $each || code=$?; done; exit $code"
+        command = ["bash", "-c", "\n".join([*lines, waiting])]
     else:
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(directory / "hosts")]
         command += ["--launcher", "pdsh", "--no_ssh_check", "--master_addr", cluster.hosts[0].address]
