@@ -64,7 +64,7 @@ DIFFERENCES: dict[str, Callable[[str], bool]] = {
     "more than 999,999 slots": lambda text: re.search(r"slots=\d{7}", text) is not None,
     "digits that are not 0-9": lambda text: re.search(r"slots=\d*[^\D0-9]", text) is not None,
     "one machine under two users": lambda text: any(
-        count > 1 for count in collections.Counter(name.rpartition("@")[2] for name in names_of(text)).values()
+        count > 1 for count in collections.Counter(name.rpartition("@")[2] for name in set(names_of(text))).values()
     ),
     # other spaces and line ends look like nothing, and make two lines of one or one of two
     "spaces other than blank and tab": lambda text: re.search(r"[^\S \t\r\n]", text) is not None,
