@@ -6,7 +6,8 @@
 #
 # Without a file or folder: first what needs one process a test, as many at once as there are cores (at most 8; -n 0: one
 # by one), then what starts ranks, one by one. What is named runs by itself, in one process: -n 2 for two.
-# tests/multihost needs root, pdsh, sshd and ip, and says so where it is skipped. OFA_DS_VENV: another environment.
+# tests/multihost and tests/chaos need root, pdsh, sshd, ip (chaos: nft, cc too), and say so where they are skipped.
+# OFA_DS_VENV: another environment.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"

@@ -26,7 +26,7 @@ from typing import Any
 
 from ofa_ds.cluster import verdict
 from ofa_ds.cluster.channels import run_there
-from ofa_ds.cluster.crew import OVER_SSH, Runners
+from ofa_ds.cluster.crew import Runners
 from ofa_ds.cluster.desk import Desk
 from ofa_ds.cluster.hostfile import Host
 from ofa_ds.cluster.job import Job
@@ -236,9 +236,9 @@ class Launch:
     def _choose_hosts(self, outcome: Outcome) -> str | None:
         """Sets the hosts of the next attempt; why there can be none, in one line."""
         bad = set(outcome.unreachable)
-        if self.job.runner not in OVER_SSH:
+        if self.job.runner == "slurm":  # it promises no ssh; elsewhere a host that answers was only ended by its engine
             bad |= set(outcome.verdict.bad_hosts)
-        if self.job.runner != "slurm":
+        else:
             asked = [host.name for host in (*self.job.hosts, *self.spares) if host.name not in bad]
             bad |= asyncio.run(unanswering(asked))
         self.spares = [spare for spare in self.spares if spare.name not in bad]
