@@ -4,8 +4,9 @@
 #   bash tests/run.sh [PYTEST ARGUMENT ...]       such as: tests/unit, -k resume, -x
 #   bash tests/run.sh --slow -m slow              the tests that take minutes each
 #
-# Without a file or folder: first what needs one process a test, as many at once as there are cores (at most 8; -n 0: one
-# by one), then what starts ranks, one by one. What is named runs by itself, in one process: -n 2 for two.
+# Without a file or folder, in three parts: what needs one process a test, as many at once as there are cores (at most 8);
+# what starts ranks here, two files at once; launches and what has hosts of its own, one by one. -n 0: all one by one.
+# What is named runs by itself, in one process; -n 2 for two.
 # tests/multihost and tests/chaos need root, pdsh, sshd, ip (chaos: nft, cc too), and say so where they are skipped.
 # OFA_DS_VENV: another environment.
 set -euo pipefail
@@ -20,7 +21,10 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHON
 existing() { for folder in "$@"; do if [ -d "$folder" ]; then echo "$folder"; fi; done; }
 # Quick ones first: a mistake in a unit shows before the trainings start.
 mapfile -t at_once < <(existing tests/unit tests/kernels tests/parity)
-mapfile -t one_by_one < <(existing tests/distributed tests/reliability tests/multihost tests/chaos)
+# A launch judges by silences of seconds: its tests have the machine for themselves.
+launches=tests/reliability/test_launch.py
+mapfile -t by_twos < <(existing tests/distributed tests/reliability)
+mapfile -t one_by_one < <(existing tests/multihost tests/chaos)
 is_named=false stops_at_first=false before=
 for argument in "$@"; do
   if [ -e "${argument%%::*}" ] && [ "$before" != --golden ]; then is_named=true; fi
@@ -40,12 +44,15 @@ run() {
   if [ "$ended" -ne 5 ]; then found=true; fi
   if [ "$ended" -ne 5 ] && [ "$code" -eq 0 ]; then code=$ended; fi
 }
+# After failed tests (1) the next part runs as well, unless -x asks for the end; after anything worse it does not.
+goes_on() { [ "$code" -eq 0 ] || { [ "$code" -eq 1 ] && ! $stops_at_first; }; }
 found=false
 if $is_named; then
   run "$@"
 else
   run -n logical --maxprocesses 8 --dist worksteal "${at_once[@]}" "$@"
-  if [ "$code" -eq 0 ] || { [ "$code" -eq 1 ] && ! $stops_at_first; }; then run "${one_by_one[@]}" "$@"; fi
+  if goes_on; then run -n 2 --dist loadfile "${by_twos[@]}" --ignore "$launches" "$@"; fi
+  if goes_on; then run "$launches" "${one_by_one[@]}" "$@"; fi
 fi
 if ! $found; then code=5; fi
 

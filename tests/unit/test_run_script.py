@@ -1,0 +1,101 @@
+"""tests/run.sh: what it hands to pytest, in which parts, and what it says at the end. pytest itself is a stand-in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STAND_IN = """#!{python}
+import json, os, sys
+with open(os.environ["CALLS"], "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+with open(os.environ["CALLS"]) as file:
+    number = len(file.readlines())
+code = int(os.environ["CODES"].split(",")[number - 1])
+print(f"part {{number}} says {{code}}")
+sys.exit(code)
+"""
+
+
+class Script:
+    def __init__(self, folder: Path) -> None:
+        self.calls = folder / "calls"
+        self.venv = folder / "venv"
+        (self.venv / "bin").mkdir(parents=True)
+        for name in ("python", "ofa-ds"):
+            (self.venv / "bin" / name).write_text(STAND_IN.format(python=sys.executable))
+            (self.venv / "bin" / name).chmod(0o755)
+        texts = b"".join((ROOT / name).read_bytes() for name in ("setup.py", "constraints.txt"))
+        done = subprocess.run(["cksum"], input=texts, stdout=subprocess.PIPE, check=True)
+        (self.venv / ".ready-dev").write_bytes(done.stdout)
+
+    def run(self, *arguments: str, codes: str = "0,0,0") -> tuple[int, str, list[list[str]]]:
+        """(exit code, last line, what each pytest was given)."""
+        self.calls.unlink(missing_ok=True)
+        environment = {**os.environ, "OFA_DS_VENV": str(self.venv), "CALLS": str(self.calls), "CODES": codes}
+        done = subprocess.run(
+            ["bash", str(ROOT / "tests/run.sh"), *arguments],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/",
+        )  # fmt: skip
+        calls = [json.loads(line) for line in self.calls.read_text().splitlines()]
+        return done.returncode, done.stdout.splitlines()[-1], calls
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    return Script(tmp_path)
+
+
+def folders(calls: list[list[str]]) -> list[list[str]]:
+    return [[word for word in call if word.startswith("tests/")] for call in calls]
+
+
+def test_every_folder_of_tests_runs_once_and_arguments_reach_each_part(script: Script) -> None:
+    code, last, calls = script.run("-k", "a b", "--slow", "-m", "slow")
+    there = {f"tests/{file.parent.name}" for file in (ROOT / "tests").glob("*/test_*.py")}
+    named = [folder for part in folders(calls) for folder in part]
+    launches = "tests/reliability/test_launch.py"
+    assert code == 0 and sorted({*named} - {launches}) == sorted(there) and len(named) == len({*named}) + 1
+    assert "--ignore" in calls[1] and launches in folders(calls)[1] and launches in folders(calls)[2], "in one part"
+    assert all(call[-5:] == ["-k", "a b", "--slow", "-m", "slow"] for call in calls)
+    assert last == "tests: passed (part 1 says 0; part 2 says 0; part 3 says 0)"
+
+
+def test_a_value_of_golden_is_no_folder_to_run(script: Script) -> None:
+    _, _, calls = script.run("--golden", "tests/parity/golden")
+    assert len(calls) == 3 and all(call[-2:] == ["--golden", "tests/parity/golden"] for call in calls)
+
+
+@pytest.mark.parametrize("named", ["tests/unit", "tests/unit/test_docs.py", "tests/unit/test_docs.py::test_x[a/b]"])
+def test_what_is_named_runs_alone_in_one_process(script: Script, named: str) -> None:
+    code, last, calls = script.run(named, "-x")
+    assert (code, last) == (0, "tests: passed (part 1 says 0)")
+    assert len(calls) == 1 and calls[0][-2:] == [named, "-x"] and "-n" not in calls[0]
+
+
+@pytest.mark.parametrize(
+    "codes, arguments, parts, expected",
+    [
+        ("1,0,0", [], 3, 1),
+        ("0,1,0", [], 3, 1),
+        ("1,0,0", ["-x"], 1, 1),
+        ("1,0,0", ["--maxfail=1"], 1, 1),
+        ("2,0,0", [], 1, 2),
+        ("4,0,0", [], 1, 4),
+        ("5,0,5", ["-k", "x"], 3, 0),
+        ("5,5,1", ["-k", "x"], 3, 1),
+        ("5,5,5", ["-k", "x"], 3, 5),
+    ],
+)
+def test_the_exit_code_is_that_of_the_first_part_that_failed(
+    script: Script, codes: str, arguments: list[str], parts: int, expected: int
+) -> None:
+    code, last, calls = script.run(*arguments, codes=codes)
+    assert (code, len(calls)) == (expected, parts)
+    assert last.startswith("tests: passed (" if expected == 0 else "tests: FAILED (part 1 says")
