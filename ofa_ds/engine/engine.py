@@ -24,6 +24,7 @@ from ofa_ds.engine.config import derive_config, load_deepspeed_config
 from ofa_ds.engine.deepspeed_import import deepspeed as _deepspeed
 from ofa_ds.engine.moving_average import MovingAverage
 from ofa_ds.engine.optimizer import SkippingAdamW, kernel_name, optimizer_factory
+from ofa_ds.engine.own_time import OwnTime
 from ofa_ds.engine.process_group import gather
 from ofa_ds.engine.ranks import Ranks
 from ofa_ds.engine.schedule import generator_seed, polynomial_lr
@@ -78,6 +79,8 @@ class Engine:
         self._live_buffers = list(self.buffers().values())
         self._buffers_before = [buffer.clone() for buffer in self._live_buffers]
         self._skipped = self._rescaled = self._discarding = False
+        self.own_time = OwnTime(ranks.device)
+        """How long this rank is busy itself in a step; whoever takes the steps begins and ends it."""
         self._average: MovingAverage | None = None
         if optim.ema_decay:
             self._average = MovingAverage(engine_state.masters(wrapped), self.buffers(), optim.ema_decay)
@@ -258,7 +261,8 @@ class Engine:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self._ranks.world_size > 1:
-            dist.all_reduce(tensor)
+            with self.own_time.waits.inside():
+                dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:

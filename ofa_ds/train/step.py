@@ -27,6 +27,8 @@ class StepResult(NamedTuple):
     """Of each of this rank's micro-batches, its share of the step's loss; scalars on the device."""
     spike: str | None
     """Why the step was left out for its loss alone, in words; equal on all ranks."""
+    paces: list[float]
+    """Of each rank, its own time per work in the step before; 0 where it is not known."""
 
 
 def train_step(
@@ -43,11 +45,14 @@ def train_step(
     votes: what this rank wants all to know, in the same order on each. before: the losses of the steps before, where
     one far above them is to be left out; it then takes this one's.
     """
-    device = engine.device
+    device, ranks = engine.device, engine.ranks
+    engine.own_time.begin()
     shared = torch.stack([group_counts(batch) for batch in micro_batches]).sum(0).double()
     num_groups = len(shared)
-    shared = torch.cat([shared, torch.tensor([float(vote) for vote in votes], dtype=torch.float64)]).to(device)
-    engine.all_reduce(shared)
+    paces = [engine.own_time.pace if rank == ranks.rank else 0.0 for rank in range(ranks.world_size)]
+    said = torch.tensor([*paces, *(float(vote) for vote in votes)], dtype=torch.float64)
+    shared = torch.cat([shared, said]).to(device)
+    engine.all_reduce(shared)  # all in one: what each rank puts into its own place, all read there
     global_counts = shared[:num_groups].clamp(min=1)  # a group without tokens has sum 0: it adds nothing
     losses, spike, whole = [], None, 0.0
     for batch in micro_batches:
@@ -67,4 +72,6 @@ def train_step(
     window.end_step(counted=not engine.skipped)
     if before is not None and not engine.skipped:
         before.add(whole)
-    return StepResult([count > 0 for count in shared[num_groups:].tolist()], losses, spike)
+    engine.own_time.end(sum(batch.num_tokens for batch in micro_batches))
+    said = shared[num_groups:].tolist()
+    return StepResult([count > 0 for count in said[ranks.world_size :]], losses, spike, said[: ranks.world_size])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import socket
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +39,7 @@ from ofa_ds.train.resuming import LOSSES, resume
 from ofa_ds.train.spikes import LossWindow
 from ofa_ds.train.step import train_step
 from ofa_ds.train.stop_signal import StopSignal
+from ofa_ds.train.stragglers import Stragglers
 from ofa_ds.train.switches import Switches
 
 RELEASE_EVERY = 10
@@ -105,7 +107,8 @@ def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse) -> in
         agree = recipe.model.batch_norm != "batch"
         checks = Checks(engine, every=recipe.train.check_every_steps, buffers_agree=agree)
         window = Window(engine.device)
-        parts = _Parts(recipe, engine, loader, window, before, bad, checks, saver, writer, stop, switches, pulse)
+        slow = Stragglers(engine.gather(socket.gethostname()))
+        parts = _Parts(recipe, engine, loader, window, before, bad, checks, slow, saver, writer, stop, switches, pulse)
         return _train(parts, begun.step)
 
 
@@ -120,6 +123,7 @@ class _Parts(NamedTuple):
     """The last losses, where spikes are skipped."""
     bad: BadSteps
     checks: Checks
+    slow: Stragglers
     saver: Saver
     writer: MetricsWriter | None
     """Rank 0's."""
@@ -192,6 +196,9 @@ def _take(parts: _Parts, step: int, micro_batches: list[Batch]) -> _Voted:
     if voted.is_lost:
         saver.lease.check_together(engine.gather)  # before anything more is written there
     bad.judge(step, result.losses, result.spike)
+    if engine.ranks.rank == 0:
+        for line in parts.slow.add(step, result.paces):
+            print(line, file=sys.stderr, flush=True)
     if bad.too_many:
         saver.commit()
         raise bad.error(step, newest_good(parts.recipe.run_dir))
@@ -210,7 +217,7 @@ def _report(parts: _Parts, step: int) -> None:
     """After step `step`: numbers, pictures."""
     train, engine, loader, writer = parts.recipe.train, parts.engine, parts.loader, parts.writer
     if step % train.log_every == 0 or step == train.num_steps:
-        _log(engine, parts.window, writer, step, loader.wait_seconds)
+        _log(parts, step)
     if engine.device.type == "cpu" and step % RELEASE_EVERY == 0:
         release_freed_memory()
     if train.sample_every and step % train.sample_every == 0:
@@ -254,10 +261,13 @@ def _open_writer(recipe: Recipe, first_step: int, vocab: str) -> MetricsWriter:
     return MetricsWriter(run_dir, num_steps=recipe.train.num_steps, first_step=first_step)
 
 
-def _log(engine: Engine, window: Window, writer: MetricsWriter | None, step: int, waited_s: float) -> None:
-    """waited_s: for data, from the start on."""
+def _log(parts: _Parts, step: int) -> None:
+    engine, window, writer, waited_s = parts.engine, parts.window, parts.writer, parts.loader.wait_seconds
     values = {"lr": engine.lr, "grad_norm": engine.grad_norm, "peak_memory_MiB": peak_memory_MiB(engine.device)}
     values = {**window.close(engine.all_reduce, waited_s=waited_s), **values}
+    if parts.slow.slowest is not None:
+        rank, excess = parts.slow.slowest
+        values |= {"slowest_rank": float(rank), "slowest_rank_excess": excess}
     if writer is not None:
         writer.write(step, values)
 

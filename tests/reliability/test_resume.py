@@ -19,6 +19,7 @@ RANKS = 2
 STEPS = 8
 TIMEOUT_S = 240
 TIMES = ("tokens_per_s", "examples_per_s", "step_ms", "data_wait_fraction", "peak_memory_MiB")
+PACES = ("slowest_rank", "slowest_rank_excess")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def finish(process: subprocess.Popen) -> str:
 
 def records(run_dir: Path) -> list[dict]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in (*TIMES, *PACES)} for line in lines]
 
 
 def tensors(checkpoint: Path) -> dict[str, bytes]:
