@@ -42,7 +42,7 @@ class Outcome:
     num_steps: int = 0
     """The most steps that a rank had finished when it ended; 0: none was made, or known."""
     made_progress: bool = False
-    """A step was made in this attempt."""
+    """A step was made in this attempt, by the rank whose fault its end is."""
     seconds: float = 0.0
     first_rank: tuple[str, int] | None = None
     """Host and pid of rank 0, by its host's own name and numbers."""
@@ -87,12 +87,14 @@ class Attempt:
         finally:
             await self.crew.close()
         self._tell(found)
-        rows = self.crew.rows()
+        # A rank that ends within a second of a step never said so in a beat.
+        rows = [*self.crew.rows(), *(each for agent in self.crew.agents for each in agent.exits.values())]
+        moved = [row for row in rows if row.phase not in ("launch", "start") and found.rank in (None, row.rank)]
         return Outcome(
             verdict=found,
             unreachable=unreachable,
             num_steps=max((row.step for row in rows), default=0),
-            made_progress=any(row.step > self.crew.first_step.get(row.rank, 0) for row in rows),
+            made_progress=any(row.step > self.crew.first_step.get(row.rank, 0) for row in moved),
             seconds=time.monotonic() - begun_s,
             first_rank=self.crew.rank_0(),
         )
