@@ -211,7 +211,9 @@ class Crew:
         elif kind == "engine":
             agent.engine_code = int(message["code"])
         elif kind == "asked":
-            self.asked = self.asked or int(message["signal"])
+            asked = int(message["signal"])
+            if asked != signal.SIGTERM or self.job.runner not in ("openmpi", "mpich"):  # they send it for a lost host
+                self.asked = self.asked or asked
         elif kind == "refused":
             agent.refused = str(message["error"])
         elif kind == "gone":
