@@ -386,7 +386,14 @@ def test_json_is_an_object_a_line(run: Run, capsys: pytest.CaptureFixture[str]) 
 def test_ctrl_c_ends_it_quietly_with_0(run: Run) -> None:
     healthy(run)
     command = [sys.executable, "-m", "ofa_ds.cli", "runs", "watch", str(run.path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so do these tests and what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None and "step 8" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
