@@ -27,7 +27,7 @@ RUN_LIMIT_S = 420
 STRIKE_LIMIT_S = 150
 """How long a fault waits for the step at which it is due."""
 LEFT_WITHIN_S = 15
-STAND_IN = HERE / "stand_in.py"
+STAND_IN = HERE / "counting_rank.py"
 
 
 @dataclass

@@ -12,8 +12,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import counting_rank
 import hosts
-import stand_in
 from field import Field, interpreter, write_orders
 from plans import NUM_STEPS
 
@@ -63,7 +63,7 @@ def last_checkpoint(run_dir: Path) -> Path:
 
 
 def stand_in_weights(schedule: Schedule) -> str:
-    return stand_in.weights_after(schedule.world_sizes(), {*schedule.left_out, *schedule.nan})
+    return counting_rank.weights_after(schedule.world_sizes(), {*schedule.left_out, *schedule.nan})
 
 
 class References:

@@ -10,9 +10,9 @@ import collections
 import subprocess
 from pathlib import Path
 
+import counting_rank
 import field
 import pytest
-import stand_in
 from plans import COSTS_A_HOST, INSIDE, KINDS, LAST_STEP, NUM_STEPS, Plan, plan
 from play import play
 from references import References, Schedule, schedule_of, stand_in_weights
@@ -83,8 +83,8 @@ def test_steps_count_up_to_where_a_later_attempt_began(tmp_path: Path) -> None:
 
 def test_weights_that_stand_in_depend_on_steps_ranks_and_what_is_left_out() -> None:
     sizes = dict.fromkeys(range(1, NUM_STEPS + 1), 3)
-    all_three = stand_in.weights_after(sizes, ())
-    others = [stand_in.weights_after({**sizes, 7: 2}, ()), stand_in.weights_after(sizes, (4,)), "start"]
+    all_three = counting_rank.weights_after(sizes, ())
+    others = [counting_rank.weights_after({**sizes, 7: 2}, ()), counting_rank.weights_after(sizes, (4,)), "start"]
     assert all_three not in others
     assert all_three == stand_in_weights(Schedule(segments=((0, 3),), left_out=(), nan=()))
 

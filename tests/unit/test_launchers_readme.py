@@ -63,7 +63,7 @@ READERS: dict[str, Callable[[list[str]], None]] = {
     "mpirun.openmpi": after_module,
     "mpiexec.hydra": after_module,
     "srun": after_module,
-    "scancel": lambda words: None,  # tests/multihost/test_runners.py sends it
+    "scancel": lambda words: None,  # tests/multihost/test_every_runner.py sends it
 }
 
 

@@ -99,3 +99,9 @@ def test_the_exit_code_is_that_of_the_first_part_that_failed(
     code, last, calls = script.run(*arguments, codes=codes)
     assert (code, len(calls)) == (expected, parts)
     assert last.startswith("tests: passed (" if expected == 0 else "tests: FAILED (part 1 says")
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """Folders of tests are no packages: a run of two folders would import the first of two such modules for both."""
+    names = [file.name for file in (ROOT / "tests").rglob("*.py") if file.name not in ("conftest.py", "__init__.py")]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
