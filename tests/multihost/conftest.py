@@ -34,9 +34,9 @@ def healed(three_hosts: hosts.Cluster) -> Iterator[hosts.Cluster]:
         faults.heal(three_hosts)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def slurm_cluster(three_hosts: hosts.Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Slurm]:
-    """Slurm on three hosts, its controller on the login host."""
+    """Slurm on three hosts, its controller on the login host; new for each test, since others cut the hosts' power."""
     lack = slurm.missing_requirement()
     if lack is not None:
         pytest.skip(f"no Slurm on this machine: {lack}")

@@ -46,5 +46,5 @@ def test_the_page_leads_from_a_hostfile_to_a_checkpoint(checkout: Path, two_host
     assert list((checkout / "runs/first").glob("step_*4/manifest.json"))
     assert '"is_over": true' in said[IN_ORDER[3]]
     logs = sorted(place.name for place in (checkout / "runs/first/launch/logs/attempt-001").iterdir())
-    assert logs == ["h1.log", "h2.log"]
+    assert logs == ["environment-h1.log", "environment-h2.log", "h1.log", "h2.log"]
     two_hosts.wait_until_nothing_is_left()

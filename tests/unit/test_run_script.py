@@ -89,7 +89,12 @@ def test_what_is_named_runs_alone_in_one_process(script: Script, named: str) -> 
         ("2,0,0", [], 1, 2),
         ("4,0,0", [], 1, 4),
         ("5,0,5", ["-k", "x"], 3, 0),
-        ("5,5,1", ["-k", "x"], 3, 1),
+        ("0,0,1,0", [], 4, 0),
+        ("0,0,1,1", [], 4, 1),
+        ("0,0,1,5", [], 4, 1),
+        ("0,0,1", ["-x"], 3, 1),
+        ("1,0,1", [], 3, 1),
+        ("5,5,1,1", ["-k", "x"], 4, 1),
         ("5,5,5", ["-k", "x"], 3, 5),
     ],
 )
@@ -99,6 +104,12 @@ def test_the_exit_code_is_that_of_the_first_part_that_failed(
     code, last, calls = script.run(*arguments, codes=codes)
     assert (code, len(calls)) == (expected, parts)
     assert last.startswith("tests: passed (" if expected == 0 else "tests: FAILED (part 1 says")
+
+
+def test_what_failed_among_launches_and_hosts_is_tried_once_more_and_said_to_have_failed_once(script: Script) -> None:
+    code, last, calls = script.run("-k", "x", codes="0,0,1,0")
+    assert code == 0 and "--last-failed" in calls[3] and folders(calls)[3] == folders(calls)[2]
+    assert last == "tests: passed (part 1 says 0; part 2 says 0; part 3 says 1; part 4 says 0)"
 
 
 def test_no_two_files_of_tests_have_one_name() -> None:
