@@ -23,4 +23,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from ofa_ds.cli.main import leave
+
+    leave(main(sys.argv[1:]))

@@ -170,6 +170,7 @@ def test_a_job_that_is_preempted_saves_goes_back_into_the_queue_and_finishes(
             time.sleep(0.05)
     slurm_cluster.wait_for(job, "PENDING", within_s=120)
     slurm_cluster.wait_for(urgent, "COMPLETED", within_s=60)
+    time.sleep(5)  # a start in the second of the requeue is refused: "Job credential revoked"
     slurm_cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")  # else Slurm waits two minutes
     slurm_cluster.wait_for(job, "COMPLETED", "FAILED", within_s=240)
     said = log.read_text()
