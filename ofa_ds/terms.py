@@ -16,6 +16,12 @@ FAMILIES = ("vision_language", "text", "image", "detection")
 GROUPS = ("vision_language", "other")
 """Loss groups: each is divided by its own global token count (docs/ofa.md, Training: loss)."""
 
+CHECKPOINT = r"step_(\d{8,})"
+"""Name of a checkpoint's directory in a run directory, as a pattern: its step, in eight digits or more."""
+
+STOPPED = 130
+"""Exit code of a rank, and of a launch, that has saved and stopped as asked."""
+
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = range(4)
 """Vocabulary ids of <s>, <pad>, </s> and <unk>. A target that is PAD_ID has no loss."""
 

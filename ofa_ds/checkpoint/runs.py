@@ -19,8 +19,9 @@ from ofa_ds.checkpoint.manifest import FormatVersionError, Manifest, read_manife
 from ofa_ds.storage.atomic import PARTIAL
 from ofa_ds.storage.lease import held
 from ofa_ds.storage.safetensors_file import DamagedError
+from ofa_ds.terms import CHECKPOINT
 
-_STEP = re.compile(r"step_(\d{8,})(\.old)?")
+_STEP = re.compile(CHECKPOINT + r"(\.old)?")
 _LEFTOVER = re.compile(rf"(?:{re.escape(PARTIAL)}|\.trash_)(step_\d{{8,}})(?:\.old)?(?:_[0-9a-f]{{8}})?")
 """A save that was killed, or a checkpoint half-deleted. Other programs' hidden directories have other names."""
 _OURS = re.compile(r"rank_\d{5,}\.safetensors|" + re.escape(MANIFEST))

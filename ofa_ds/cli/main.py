@@ -21,9 +21,8 @@ from ofa_ds.cli.inference import add_evaluate, add_generate
 from ofa_ds.cli.parser import UsageError, parsed
 from ofa_ds.cli.plan import add_plan
 from ofa_ds.cli.pretrain import add_pretrain
+from ofa_ds.terms import STOPPED
 
-STOPPED = 130
-"""A rank has saved and stopped as asked."""
 READER_GONE = 141
 """As if the signal SIGPIPE had ended it, which is what a shell expects of `ofa-ds ... | head`."""
 

@@ -30,17 +30,17 @@ from ofa_ds.cluster.crew import Runners
 from ofa_ds.cluster.desk import Desk
 from ofa_ds.cluster.hostfile import Host
 from ofa_ds.cluster.job import Job
-from ofa_ds.cluster.rank import STOPPED
 from ofa_ds.cluster.skipping import read_history, read_rank_0, recipe_problem, repeated_step, with_skips
 from ofa_ds.cluster.supervisor import Attempt, Outcome, StopRequest, now
 from ofa_ds.cluster.verdict import Limits
 from ofa_ds.storage.lease import Lease, LeaseError, give_back_for, take
+from ofa_ds.terms import CHECKPOINT, STOPPED
 
 USAGE = 2
 """Exit code of a rank that was given something wrong: it would be as wrong the next time."""
 _MAX_BACKOFF_S = 60.0
 _CHECK_S = 15.0
-_STEP = re.compile(r"step_(\d{8,})")
+_STEP = re.compile(CHECKPOINT)
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 

@@ -22,7 +22,6 @@ from ofa_ds.cluster.job import Job
 from ofa_ds.cluster.link import PARENT, Message, pack
 from ofa_ds.cluster.view import AgentView, RankView
 
-OVER_SSH = ("deepspeed", "torchrun")
 BEAT_S = 1.0
 CONNECT_S = 45.0
 """From the start of an attempt until all agents have said hello."""
@@ -40,6 +39,8 @@ class Runners(Protocol):
 
     def central_argv(self, job: Job, agent_argv: list[str]) -> list[str]: ...
 
+    def is_central(self, job: Job) -> bool: ...
+
 
 def agent_argv() -> list[str]:
     """What Slurm or MPI is to start for each rank."""
@@ -51,7 +52,7 @@ class Crew:
         """say: for words of the launch; log: for what a host printed, (host, text)."""
         self.job, self._runners, self._say, self._log_line = job, runners, say, log
         self.token = secrets.token_hex(16)
-        self.is_over_ssh = job.runner in OVER_SSH
+        self.is_over_ssh = not runners.is_central(job)
         names = [host.name for host in job.hosts for _ in range(1 if self.is_over_ssh else host.slots)]
         self.agents = [AgentView(name, time.monotonic()) for name in names]
         self.stacks: dict[int, str] = {}

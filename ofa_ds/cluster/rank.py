@@ -22,9 +22,8 @@ from typing import Any, NoReturn
 
 from ofa_ds.beat import place
 from ofa_ds.cluster import processes
+from ofa_ds.terms import STOPPED
 
-STOPPED = 130
-"""Exit code of a rank that saved its state because it was asked to."""
 LINGER_S = 3.0
 """A failed rank's engine learns of it so much later: until then whoever watches has ended them all, and peers are not
 confused by the engine's own clean-up."""

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping
 
 from ofa_ds.cluster import rdma
+from ofa_ds.cluster.channels import SSH
 from ofa_ds.cluster.hostfile import Host
 from ofa_ds.cluster.job import Job
 
@@ -44,8 +45,7 @@ def ask(job: Job) -> tuple[str, rdma.Facts | None]:
 def _command(job: Job, host: Host) -> list[str] | None:
     """Runs `sh` there with a script from stdin; None where there is nothing to ask yet."""
     if job.runner != "slurm":
-        options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}"]
-        return ["ssh", *options, "--", host.name, "exec sh -s"]
+        return [*SSH, "-o", f"ConnectTimeout={_CONNECT_S}", "--", host.name, "exec sh -s"]
     if "SLURM_JOB_ID" not in os.environ:
         return None
     place = ["--nodes=1", "--ntasks=1", "--nodelist", host.name]

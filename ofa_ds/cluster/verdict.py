@@ -7,8 +7,8 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ofa_ds.cluster.rank import STOPPED
 from ofa_ds.cluster.view import STOPPED_STATES, AgentView, Exit, RankView
+from ofa_ds.terms import STOPPED
 
 DONE, STOP, FAILED, HANG, LOST = "done", "stopped", "failed", "hang", "lost"
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from ofa_ds.cluster import watch_files as files
 from ofa_ds.cluster.watch_files import Facts
+from ofa_ds.terms import CHECKPOINT
 
 STALE_S = 15.0
 """Of status.json: the launch replaces it every two seconds."""
@@ -36,7 +37,7 @@ SLOW_S = 10.0
 """A step that takes less is never called slow."""
 SLOW_STEPS = 5.0
 """A rank that has made no step for so many times the usual one is."""
-_CHECKPOINT = re.compile(r"step_(\d{8,})")
+_CHECKPOINT = re.compile(CHECKPOINT)
 _BEFORE_STEPS = ("start", "launch")
 STATES = {"T": "stopped (SIGSTOP)", "t": "held by a debugger", "Z": "dead", "X": "gone"}
 """Of /proc, which a healthy rank is never in."""

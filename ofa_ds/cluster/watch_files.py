@@ -7,7 +7,7 @@ import os
 import re
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 Facts = dict[str, Any]
 
@@ -85,17 +85,17 @@ def text(value: object) -> str:
     return "".join(c if c.isprintable() else " " for c in value)[:500] if isinstance(value, str) else ""
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Finite, and of a size that floats have."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def number(value: object) -> float | None:
-    return float(value) if is_number(value) else None  # type: ignore[arg-type]
+    return float(value) if is_number(value) else None
 
 
 def whole(value: object) -> int | None:
-    return int(value) if is_number(value) and value == int(value) else None  # type: ignore[call-overload]
+    return int(value) if is_number(value) and value == int(value) else None
 
 
 def seconds_of(at: str) -> float | None:

@@ -31,6 +31,7 @@ from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.model.config import ModelConfig, model_config
 from ofa_ds.model.ofa import OFA
 from ofa_ds.storage.atomic import replace_file
+from ofa_ds.terms import STOPPED
 from ofa_ds.train.bad_steps import BadSteps
 from ofa_ds.train.checks import Checks
 from ofa_ds.train.loader import Loader
@@ -49,8 +50,6 @@ MAX_WHOLE_PARAMETERS = 500_000_000
 SEARCHED_ROWS = 200_000
 """Of each family, among which a row is looked for to show: training waits meanwhile."""
 
-STOPPED = 130
-"""Exit code after a signal: the state is saved, the run is not finished."""
 
 
 def run(recipe: Recipe, pulse: beat.Pulse) -> int:

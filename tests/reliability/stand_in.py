@@ -44,6 +44,9 @@ def launch(settings: dict) -> int:
             numbers = [str(first), str(job.hosts[host_index].slots), str(job.num_ranks)]
             return [sys.executable, "-u", __file__, "engine", *numbers, *rank_argv]
 
+        def is_central(self, job: Job) -> bool:
+            return runners.is_central(job)
+
         def central_argv(self, job: Job, agent_argv: list[str]) -> list[str]:
             if settings.get("many"):
                 return [sys.executable, str(Path(__file__).with_name("many_agents.py")), str(job.num_ranks)]

@@ -174,3 +174,16 @@ def test_output_to_a_full_disk_is_an_error_of_the_command() -> None:
 def test_another_broken_pipe_is_no_reader_gone(fail) -> None:
     code, line, files = fail(raising(BrokenPipeError(32, "Broken pipe")))
     assert code == 1 and len(files) == 1 and "Broken pipe" in line
+
+
+@pytest.mark.parametrize("code, words", [(0, "done"), (130, "done"), (1, "done and ended by Python")])
+def test_a_rank_that_has_finished_ends_without_pythons_own_end(code: int, words: str) -> None:
+    """Which takes the connections' threads down, and now and then the whole process with them."""
+    script = (
+        "import atexit; from ofa_ds.cli.main import leave; "
+        "atexit.register(lambda: print(' and ended by Python', end=''));"
+        f"print('done', end=''); leave({code})"
+    )
+    environment = {**os.environ, "RANK": "0"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, words)

@@ -160,7 +160,7 @@ def test_the_agent_and_the_shim_of_a_rank_start_with_the_standard_library_alone(
         outside = {each.split(".")[0] for each in found} - {"__future__", "ofa_ds", *sys.stdlib_module_names}
         assert not outside, f"{module} imports {outside}"
         pending += [each for each in found if each.startswith("ofa_ds.") and each not in seen]
-    assert seen <= {f"ofa_ds.{each}" for each in ("beat", "engine.rendezvous")} | {
+    assert seen <= {f"ofa_ds.{each}" for each in ("beat", "engine.rendezvous", "terms")} | {
         f"ofa_ds.cluster.{each}" for each in ("agent", "environment", "rank", "link", "processes")
     }
     for package in ("ofa_ds", "ofa_ds.cluster", "ofa_ds.engine"):

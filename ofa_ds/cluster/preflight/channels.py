@@ -13,6 +13,7 @@ import time
 from importlib import resources
 from typing import Any
 
+from ofa_ds.cluster.channels import SSH
 from ofa_ds.cluster.hostfile import Host
 
 PACKAGE = "ofa_ds.cluster.preflight"
@@ -25,7 +26,6 @@ _START = (
     "    exec(compile(source,name,'exec'),sys.modules[name].__dict__)\n"
     f"sys.modules['{PACKAGE}.probe'].main(sent['mark'])\n"
 )
-_OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=2")
 _LONGEST_LINE = 64 << 20
 
 
@@ -38,8 +38,7 @@ def command(host: str) -> list[str]:
     python = shlex.quote(sys.executable)
     start = shlex.quote(_START)
     script = f"if test -x {python}; then exec {python} -u -c {start}; else exec python3 -u -c {start}; fi"
-    options = [word for option in _OPTIONS for word in ("-o", option)]
-    return ["ssh", "-T", *options, "--", host, f"exec /bin/sh -c {shlex.quote(script)}"]
+    return [*SSH, "-o", "ConnectTimeout=10", "--", host, f"exec /bin/sh -c {shlex.quote(script)}"]
 
 
 def sources() -> dict[str, str]:
