@@ -23,7 +23,7 @@ setup(
         *find_packages("kernels", include=["ofa_kernels", "ofa_kernels.*"]),
     ],
     package_dir={"ofa_ds.ds_configs": "ds_configs", "ofa_kernels": "kernels/ofa_kernels"},
-    package_data={"ofa_ds": ["recipes/*.toml"], "ofa_ds.ds_configs": ["*.json"]},
+    package_data={"ofa_ds": ["recipes/*.toml", "recipes/parts/*.toml"], "ofa_ds.ds_configs": ["*.json"]},
     entry_points={"console_scripts": ["ofa-ds = ofa_ds.cli:main"]},
     install_requires=[
         "torch>=2.6",
@@ -48,11 +48,12 @@ setup(
             "pycocoevalcap>=1.2",
             "pytest>=8",
             "pytest-xdist>=3.6",  # tests/run.sh runs several at once
+            "rouge-score>=0.1.2",
             "ruff>=0.5",
             "safetensors>=0.4.3",
             "triton>=3.2",  # its interpreter and its compiler need no GPU
         ],
-        "eval": ["pycocoevalcap>=1.2"],  # CIDEr in `ofa-ds evaluate`
+        "eval": ["pycocoevalcap>=1.2", "rouge-score>=0.1.2"],  # scores of captions and summaries in `ofa-ds evaluate`
         "gpu": ["triton>=3.2"],  # comes with torch's CUDA builds
         "mpi": ["mpi4py>=4"],  # `ofa-ds shards build` over many hosts; finds rank 0 under mpirun
     },

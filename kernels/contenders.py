@@ -5,6 +5,7 @@ A contender is a forward whose inputs are leaves: the same values for each, pack
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,13 @@ class Contender:
     """Inputs that want a gradient."""
     packed: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
     """From the layout of the result (or of a gradient of its shape) to ours, for comparison."""
+    same: bool = True
+    """Whether it computes what ours does; else it shows what a part of ours costs."""
+
+
+def _ours(like: Tensor) -> str:
+    """On a GPU the kernels at every shape: where they are slower than torch is what is to be seen."""
+    return "triton" if like.is_cuda else "auto"
 
 
 def _leaf(*shape: int, like: Tensor, scale: float = 1.0) -> Tensor:
@@ -51,7 +59,8 @@ def attentions(heads: int, dim: int, examples: Lengths, *, causal: bool, like: T
     q, k, v = (
         _leaf(sum(lengths), width, like=like, scale=s) for lengths, s in ((queries, 1), (keys, 1.1), (keys, 0.8))
     )
-    ours = _packed_attention((q, k, v), (position_q, position_k, row, head_scale), queries, keys, scale, causal)
+    own = functools.partial(_packed_attention, (q, k, v), queries=queries, keys=keys, scale=scale, causal=causal)
+    terms = (position_q, position_k, row, head_scale)
     shared = tuple(each for each in (position_q, position_k, row, head_scale) if each is not None)
     padded = [_pad(x, lengths, heads) for x, lengths in ((q, queries), (k, keys), (v, keys))]
     index = torch.arange(longest, device=like.device)
@@ -81,8 +90,12 @@ def attentions(heads: int, dim: int, examples: Lengths, *, causal: bool, like: T
     others = [("eager", eager), ("sdpa, dense bias", sdpa)]
     if like.is_cuda:
         others.append(("flex", _flex(padded, bias, scale, finish)))
-    leaves = (*padded, *shared)
-    return [Contender("ofa-ds", ours, (q, k, v, *shared)), *(Contender(n, f, leaves, to_packed) for n, f in others)]
+    found = [Contender("ofa-ds", own(terms), (q, k, v, *shared))]
+    if relative:
+        bare = (position_q, position_k, None, head_scale)
+        without = tuple(x for x in shared if x is not row)
+        found.append(Contender("ofa-ds, no tables", own(bare), (q, k, v, *without), same=False))
+    return [*found, *(Contender(name, run, (*padded, *shared), to_packed) for name, run in others)]
 
 
 def _packed_attention(
@@ -103,8 +116,8 @@ def _packed_attention(
     own = tokens(queries)
     index = torch.arange(longest, device=device)
     codes = None if row is None else RelativeCodes(index + longest - 1, index, 2 * longest - 1)
-    other = own if row is not None else tokens(keys)
-    plan = plan_attention(own, other, relative=codes, causal=causal, like=qkv[0])
+    other = own if list(queries) == list(keys) else tokens(keys)
+    plan = plan_attention(own, other, relative=codes, causal=causal, like=qkv[0], kernel=_ours(qkv[0]))
 
     def run() -> Tensor:
         positions = position_terms(position_q, position_k, heads, scale, plan)
@@ -132,9 +145,11 @@ def _hidden(queries: Sequence[int], keys: Sequence[int], causal: bool, device: t
 def _flex(
     padded: Sequence[Tensor], bias: Callable[[], Tensor], scale: float, finish: Callable[[Tensor], Tensor]
 ) -> Callable[[], Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
+    @functools.cache
+    def compiled() -> Callable[..., Tensor]:
+        from torch.nn.attention.flex_attention import flex_attention  # fails, if at all, as this contender alone
 
-    compiled = torch.compile(flex_attention)
+        return torch.compile(flex_attention)
 
     def run() -> Tensor:
         dense = bias()
@@ -142,7 +157,7 @@ def _flex(
         def add_bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return score + dense[batch, head, query, key]
 
-        return finish(compiled(*padded, score_mod=add_bias, scale=scale))
+        return finish(compiled()(*padded, score_mod=add_bias, scale=scale))
 
     return run
 
@@ -158,17 +173,21 @@ def norms(kind: str, rows: int, width: int, like: Tensor) -> list[Contender]:
         return F.layer_norm(value, (width,), weight, bias)
 
     ours = {
-        "norm": lambda: layer_norm(x, weight, bias),
-        "gelu + norm": lambda: gelu_layer_norm(x, weight, bias),
-        "residual + norm": lambda: add_layer_norm(residual, x, weight, bias)[1],
+        "norm": lambda: layer_norm(x, weight, bias, kernel=_ours(like)),
+        "gelu + norm": lambda: gelu_layer_norm(x, weight, bias, kernel=_ours(like)),
+        "residual + norm": lambda: add_layer_norm(residual, x, weight, bias, kernel=_ours(like))[1],
     }[kind]
     found = [Contender("ofa-ds", ours, leaves), Contender("torch", plain, leaves)]
     if like.is_cuda:
         found.append(Contender("torch.compile", torch.compile(plain), leaves))
         if kind == "norm" and importlib.util.find_spec("liger_kernel"):
-            from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
-            found.append(Contender("liger", lambda: LigerLayerNormFunction.apply(x, weight, bias, 1e-5), leaves))
+            def liger() -> Tensor:
+                from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+                return LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
+
+            found.append(Contender("liger", liger, leaves))
     return found
 
 
@@ -182,15 +201,16 @@ def losses(rows: int, width: int, vocab: int, like: Tensor) -> list[Contender]:
         return F.cross_entropy((hidden @ weight.T).float(), target, ignore_index=1, reduction="none")
 
     found = [
-        Contender("ofa-ds", lambda: linear_cross_entropy(hidden, weight, target)[0], leaves),
+        Contender("ofa-ds", lambda: linear_cross_entropy(hidden, weight, target, kernel=_ours(like))[0], leaves),
         Contender("eager", eager, leaves),
     ]
     if like.is_cuda:
         found.append(Contender("torch.compile", torch.compile(eager), leaves))
         if importlib.util.find_spec("liger_kernel"):
-            from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
 
             def liger() -> Tensor:
+                from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+
                 result = Liger.apply(hidden, weight, target, None, None, 1, 0.0, 0.0, "none")
                 return result[0] if isinstance(result, tuple) else result
 

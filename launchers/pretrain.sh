@@ -3,6 +3,8 @@
 #
 #   bash launchers/pretrain.sh [OPTION ...] HOSTFILE RECIPE [KEY=VALUE ...]
 #   bash launchers/pretrain.sh --env launchers/rdma/infiniband.env hosts pretrain-6b run_dir=/shared/runs/6b
+#   bash launchers/pretrain.sh [OPTION ...] HOSTFILE finetune RECIPE [KEY=VALUE ...]
+#   bash launchers/pretrain.sh [OPTION ...] HOSTFILE predict CHECKPOINT --task TASK --shards DIR --out FILE [...]
 #
 # HOSTFILE   one "[USER@]HOST slots=N" a line (launchers/hostfile.example); checked before anything starts
 # RECIPE     a TOML file or a shipped name, with KEY=VALUE overrides, as in `ofa-ds pretrain`
@@ -37,6 +39,7 @@ done
 [ $# -ge 2 ] || fail "$usage"
 hostfile=$1
 shift
+case $1 in pretrain | finetune | predict) ;; *) set -- pretrain "$@" ;; esac
 
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
@@ -46,4 +49,4 @@ PYTHON=$(command -v "$PYTHON") || fail "PYTHON=$PYTHON: no such program"
 case $PYTHON in /*) ;; *) PYTHON=$PWD/$PYTHON ;; esac
 export PYTHONPATH=$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}
 
-exec "$PYTHON" -m ofa_ds.cli launch --hostfile "$hostfile" ${options[@]+"${options[@]}"} -- pretrain "$@" </dev/null
+exec "$PYTHON" -m ofa_ds.cli launch --hostfile "$hostfile" ${options[@]+"${options[@]}"} -- "$@" </dev/null

@@ -7,6 +7,7 @@ M decoder tokens. On the encoder axis an example is laid out [its patches | its 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,14 +16,21 @@ import torch
 from torch import Tensor
 
 from ofa_ds.data.example import Example
+from ofa_ds.places import Places, places_of
 from ofa_ds.terms import GROUP_OF, GROUPS, TASKS
 
 STAND_IN_VALUE = 128
 """Mid-grey, close to 0 after normalisation."""
 
 
+class _Placed:
+    """Room for the places of a batch. No field: what `dataclasses.replace` changes has places of its own."""
+
+    __slots__ = ("_places",)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class Batch(_Placed):
     """Tensors of one micro-batch. Index tensors are int64, offsets int32.
 
     Images come in G groups, one per image size, so that every rank calls the backbone once per size. The patches of
@@ -69,6 +77,21 @@ class Batch:
     """[E] int64, index into `terms.TASKS`."""
     group: Tensor
     """[E] int64, index into `terms.GROUPS`: whose token count divides this example's loss."""
+    allowed_ids: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """[A] the ids that may come, position after position; empty where nothing is constrained."""
+    allowed_offsets: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """[M + 1] position m may have allowed_ids[allowed_offsets[m] : allowed_offsets[m + 1]], any id where that is
+    empty; [0] where nothing is constrained."""
+
+    encoder_of: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """[E] which example of the encoder axis each run of the decoder reads, where several read one (the hypotheses of
+    SCST): code_mask, task, group and decoder_offsets are then of runs. Empty: each reads its own."""
+    reference_bytes: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    """UTF-8 of the examples' references, one after another; empty where none were packed."""
+    reference_offsets: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """[R + 1] where each reference begins and the last ends."""
+    num_references: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """[E] how many each example has."""
 
     @property
     def num_examples(self) -> int:
@@ -79,22 +102,40 @@ class Batch:
         """Encoder and decoder tokens together."""
         return self.patch_index.shape[0] + self.source_tokens.shape[0] + self.decoder_tokens.shape[0]
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The same batch with every tensor on `device`."""
+    @property
+    def places(self) -> Places:
+        """What the contents alone tell. `pack` finds it; else found when first asked for, which waits for a GPU."""
+        known = getattr(self, "_places", None)
+        return known if known is not None else self.with_places(places_of(self)).places
 
-        def move(value: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-            if isinstance(value, tuple):
-                return tuple(tensor.to(device, non_blocking=non_blocking) for tensor in value)
-            return value.to(device, non_blocking=non_blocking)
+    def with_places(self, places: Places) -> Batch:
+        """This very batch, whose places are now known."""
+        object.__setattr__(self, "_places", places)  # the one thing that is found after the batch is made
+        return self
 
-        return Batch(**{field.name: move(getattr(self, field.name)) for field in dataclasses.fields(self)})
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch and its places with every tensor on `device`; the host does not wait for that."""
+        target = torch.device(device)
+        if target == self.targets.device:
+            return self
+
+        def move(tensor: Tensor) -> Tensor:
+            if target.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+                tensor = tensor.pin_memory()  # else the copy would be waited for
+            return tensor.to(target, non_blocking=target.type != "cpu")
+
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {name: tuple(map(move, x)) if isinstance(x, tuple) else move(x) for name, x in values.items()}
+        return Batch(**moved).with_places(self.places.map(move))
 
 
 def pack(
-    examples: Sequence[Example], image_sizes: Sequence[tuple[int, int]], patch_size: int, image_bucket_size: int
+    examples: Sequence[Example], image_sizes: Sequence[tuple[int, int]], patch_size: int, image_bucket_size: int,
+    *, references: bool = False,
 ) -> Batch:
     """The examples of one micro-batch as one `Batch`.
 
+    references: pack those too, for `references_of`.
     image_sizes: (h, w) of each image group; repeated sizes are one group. An image object that several examples share
     is packed once; a size with no image gets a stand-in of weight 0, so that every rank calls the backbone alike.
     Raises ValueError: an image of another size, one that does not divide into patches, or a feature map larger than the
@@ -114,9 +155,53 @@ def pack(
                 f"{patch_size} patches; the position table ends there; use a smaller data.image_size"
             )
     images, first_patch = _collect_images(examples, sizes, patch_size)
-    return Batch(
-        **images, **_encoder_axis(examples, first_patch, patch_size, image_bucket_size), **_decoder_axis(examples)
-    )
+    batch = Batch(
+        **images, **_encoder_axis(examples, first_patch, patch_size, image_bucket_size), **_decoder_axis(examples),
+        **(pack_references([[text for text, _ in each.references] for each in examples]) if references else {}),
+    )  # fmt: skip
+    return batch.with_places(places_of(batch))
+
+
+def references_of(batch: Batch) -> list[list[str]]:
+    """The texts of each example's references, of a batch packed with them."""
+    data, ends = batch.reference_bytes.cpu().numpy().tobytes(), batch.reference_offsets.tolist()
+    texts = (data[start:end].decode() for start, end in zip(ends, ends[1:], strict=False))
+    return [list(itertools.islice(texts, count)) for count in batch.num_references.tolist()]
+
+
+def pack_references(references: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+    """The fields of a batch that hold the references of its examples."""
+    encoded = [text.encode() for texts in references for text in texts]
+    return {
+        "reference_bytes": torch.from_numpy(np.frombuffer(bytearray(b"".join(encoded)), np.uint8)),
+        "reference_offsets": torch.from_numpy(np.cumsum([0, *map(len, encoded)], dtype=np.int64)),
+        "num_references": torch.tensor([len(texts) for texts in references], dtype=torch.int64),
+    }
+
+
+def repeated(batch: Batch, times: int) -> Batch:
+    """The examples of a batch `times` times, one copy of all after the other; pictures are held, and seen, once."""
+    num_encoder, num_decoder = int(batch.encoder_offsets[-1]), int(batch.decoder_offsets[-1])
+
+    def shifted(tensor: Tensor, by: int) -> Tensor:
+        return torch.cat([tensor + by * copy for copy in range(times)])
+
+    def offsets(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor[:1], shifted(tensor[1:], int(tensor[-1]))])
+
+    changed = {
+        "patch_slot": shifted(batch.patch_slot, num_encoder),
+        "source_slot": shifted(batch.source_slot, num_encoder),
+        "encoder_offsets": offsets(batch.encoder_offsets),
+        "decoder_offsets": offsets(batch.decoder_offsets),
+    }
+    if len(batch.allowed_offsets) == num_decoder + 1:
+        changed["allowed_offsets"] = offsets(batch.allowed_offsets)
+    for field in dataclasses.fields(batch):
+        tensor = getattr(batch, field.name)
+        if field.name not in changed and not isinstance(tensor, tuple):
+            changed[field.name] = tensor.repeat(times)
+    return dataclasses.replace(batch, **changed)
 
 
 def _collect_images(
@@ -209,10 +294,20 @@ def _decoder_axis(examples: Sequence[Example]) -> dict[str, Tensor]:
         "decoder_offsets": torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)),
         "targets": _join([example.target for example in examples]),
         "loss_weight": torch.from_numpy(np.repeat(weights, lengths)),
+        **_allowed(examples),
         "code_mask": torch.tensor([example.code for example in examples], dtype=torch.bool),
         "task": torch.tensor([TASKS.index(example.task) for example in examples], dtype=torch.int64),
         "group": torch.tensor([GROUPS.index(group) for group in groups], dtype=torch.int64),
     }
+
+
+def _allowed(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """What may come at each decoder position; empty where no example says."""
+    if not any(example.allowed for example in examples):
+        return {}
+    ids = [ids for example in examples for ids in example.allowed or [_NO_IDS] * len(example.target)]
+    ends = np.cumsum([0, *(len(each) for each in ids)], dtype=np.int64)
+    return {"allowed_ids": _join(ids), "allowed_offsets": torch.from_numpy(ends)}
 
 
 _NO_IDS = np.empty(0, np.int64)

@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from ofa_ds.cluster import parcel
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`ofa-ds pretrain` with these arguments, or with those of an encoded word; returns the exit code."""
+def main(arguments: Sequence[str], command: str = "pretrain") -> int:
+    """`ofa-ds COMMAND` with these arguments, or with those of an encoded word; returns the exit code."""
     if arguments and arguments[-1].startswith(parcel.OPTION):  # DeepSpeed's --local_rank stands before it
         try:
-            parcel.start(arguments[-1].removeprefix(parcel.OPTION))
+            parcel.start(arguments[-1].removeprefix(parcel.OPTION), f"ofa_ds.{command}")
         except (ValueError, RuntimeError) as error:
-            print(f"ofa_ds.pretrain: {error}", file=sys.stderr)
+            print(f"ofa_ds.{command}: {error}", file=sys.stderr)
             return 2 if isinstance(error, ValueError) else 1
     from ofa_ds.cli import main as command_line
 
-    return command_line(["pretrain", *arguments])
+    return command_line([command, *arguments])
 
 
 if __name__ == "__main__":

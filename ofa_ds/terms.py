@@ -4,14 +4,26 @@ GROUP_OF = {
     "caption": "vision_language", "vqa": "vision_language", "itm": "vision_language",
     "visual_grounding": "vision_language", "grounded_caption": "vision_language", "detection": "other",
     "image_infilling": "other", "text_infilling": "other",
+    "caption_scst": "other", "refcoco": "other", "refcocoplus": "other", "refcocog": "other", "snli_ve": "other",
+    "cola": "other", "mnli": "other", "mrpc": "other", "qnli": "other", "qqp": "other", "rte": "other",
+    "sst2": "other", "imagenet": "other", "gigaword": "other",
 }  # fmt: skip
 """The tasks, in the order in which tables and logs show them, and the loss group of each."""
 
 TASKS = tuple(GROUP_OF)
 """Their names. What each is stands in `ofa_ds.tasks.task`."""
 
-FAMILIES = ("vision_language", "text", "image", "detection")
-"""Kinds of source rows, one Arrow schema each. A family's place seeds its generators: only append."""
+PRETRAINING_TASKS = TASKS[:8]
+"""Those that a pretraining step mixes."""
+
+DOWNSTREAM_TASKS = ("caption", "vqa", *TASKS[len(PRETRAINING_TASKS) :])
+"""Those that a model is fine-tuned on, one at a time. Captions and questions have rows of their own there."""
+
+PRETRAINING_FAMILIES = ("vision_language", "text", "image", "detection")
+"""Kinds of source rows that pretraining mixes, one Arrow schema each."""
+
+FAMILIES = (*PRETRAINING_FAMILIES, "downstream")
+"""All kinds of rows. A family's place seeds its generators: only append."""
 
 GROUPS = ("vision_language", "other")
 """Loss groups: each is divided by its own global token count (docs/ofa.md, Training: loss)."""

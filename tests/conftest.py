@@ -9,6 +9,10 @@ from pathlib import Path
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 DEFAULT_GOLDEN = Path(__file__).parent / "parity" / "golden"
 
@@ -27,6 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("auto", "triton"),
         default="auto",
         help="triton: parity of the forward and backward with every kernel on, in fp32 (in the interpreter: minutes)",
+    )
+    parser.addoption(
+        "--repeats", type=int, default=250, metavar="N", help="on a GPU: runs that must give the same bits; 250"
     )
     parser.addoption("--slow", action="store_true", help="also what takes minutes a test")
 
@@ -56,7 +63,8 @@ def golden_folders(config: pytest.Config) -> tuple[Path, Path]:
 def golden_files(config: pytest.Config, mark: pytest.Mark) -> list[Path]:
     (pattern,) = mark.args
     left_out = mark.kwargs.get("without", ())
-    files = {file for folder in golden_folders(config) for file in folder.glob(pattern)}
+    folders = {*golden_folders(config), config.getoption("golden")}
+    files = {file for folder in folders for file in folder.glob(pattern)}
     return sorted(file for file in files if file.stem not in left_out)
 
 
@@ -98,6 +106,12 @@ def kernels(request: pytest.FixtureRequest) -> str:
 def golden_dir(request: pytest.FixtureRequest) -> Path:
     """The folder of the fixture files."""
     return golden_folders(request.config)[0]
+
+
+@pytest.fixture(scope="session")
+def golden_root(request: pytest.FixtureRequest) -> Path:
+    """The folder given: fixtures of fine-tuning are in its finetune/, patterns of the mark may begin so."""
+    return request.config.getoption("golden")
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor, add: bool = True) -> None:
             torch.addmm(out, a, b, out=out)
         else:
             torch.mm(a, b, out=out)
-    elif _products_are_wide(out.device.type, a.dtype):
+    elif products_are_wide(out.device.type, a.dtype):
         torch.addmm(out, a, b, beta=int(add), out_dtype=out.dtype, out=out)
     else:
         rows = max(1, PART_ELEMENTS // max(1, out.shape[1]))
@@ -33,7 +33,7 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor, add: bool = True) -> None:
 
 
 @functools.cache
-def _products_are_wide(device: str, dtype: torch.dtype) -> bool:
+def products_are_wide(device: str, dtype: torch.dtype) -> bool:
     """Whether a product of 16-bit matrices adds to a fp32 one: it depends on the version of torch and on the device."""
     x = torch.ones(16, 16, device=device, dtype=dtype)
     total = torch.ones(16, 16, device=device)

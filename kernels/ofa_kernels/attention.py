@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ofa_kernels._launch import use_triton
+from ofa_kernels._launch import product_dtype, use_triton
 from ofa_kernels.attention_plan import MASKED, AttentionPlan, Bucket, RelativeCodes, Tokens, plan_padded
 
 if TYPE_CHECKING:
-    from ofa_kernels.attention_ops_triton import TritonPlan
+    from ofa_kernels.attention_plan_triton import TritonPlan
 
     Plan = AttentionPlan | TritonPlan
 
@@ -48,31 +49,31 @@ def plan_attention(
     causal: bool,
     kind: Tensor | None = None,
     kernel: str = "auto",
-    deterministic: bool = True,
     like: Tensor | None = None,
 ) -> Plan:
     """Once per batch and kind of attention: where tokens go, for the implementation that will run.
 
     kind [E]: the reference pads examples of different kinds apart. For self-attention pass the same object as queries
-    and keys. kernel: see `ofa_kernels._launch.KERNELS`; like: a tensor on the device and in the dtype of q.
-    deterministic: the gradient of the relative row has the same bits in every run; False is faster with Triton.
+    and keys. kernel: see `ofa_kernels._launch.KERNELS`; like: a tensor on the device and in the dtype of q, without
+    which "auto" is torch.
     Raises ValueError for an example that has queries but no keys (the kernels give it zeros, without looking).
     """
-    if use_triton(kernel, queries.position if like is None else like):
-        from ofa_kernels.attention_ops_triton import plan_triton
+    like = queries.position if like is None else like
+    if use_triton(kernel, like, dtype=product_dtype(like)):
+        from ofa_kernels.attention_plan_triton import plan_triton
 
-        return plan_triton(queries, keys, relative=relative, causal=causal, deterministic=deterministic)
+        return plan_triton(queries, keys, relative=relative, causal=causal)
     return plan_padded(queries, keys, relative=relative, causal=causal, kind=kind)
 
 
 def position_terms(pos_q_UD: Tensor, pos_k_VD: Tensor, num_heads: int, scale: float, plan: Plan) -> tuple[Tensor, ...]:
     """What `attention` wants as `positions`, once per forward: the kernels never hold the logits.
 
-    They get the vectors, in fp32 so that the gradients of all layers add up there.
+    They get the vectors, and again in fp32, so that the gradients of all layers add up there.
     """
     if isinstance(plan, AttentionPlan):
         return position_logits(pos_q_UD, pos_k_VD, num_heads, scale)
-    return _wide(pos_q_UD), _wide(pos_k_VD)
+    return _wide(pos_q_UD), _wide(pos_k_VD), pos_q_UD.detach(), pos_k_VD.detach()
 
 
 def position_logits(pos_q_UD: Tensor, pos_k_VD: Tensor, num_heads: int, scale: float) -> tuple[Tensor]:
@@ -156,6 +157,7 @@ class _PackedAttention(torch.autograd.Function):
         return (out_NHd * head_scale_H[:, None]).flatten(1).to(q_ND.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout_ND: Tensor) -> tuple[Tensor | None, ...]:
         out_NHd, head_scale_H, *saved = ctx.saved_tensors
         plan: AttentionPlan = ctx.plan

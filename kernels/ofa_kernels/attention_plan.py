@@ -7,7 +7,8 @@ in most batches, and the positional bias of the bucket needs no batch axis.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +32,16 @@ class Tokens:
     num_positions: int
     lead: Tensor | None = None
     """[E]: how many tokens come first in each example and are of another kind (patches); None for none."""
+    prepared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What an implementation made of them when they were first planned: pass one object on to share it."""
 
 
 @dataclass(frozen=True, slots=True)
 class RelativeCodes:
-    """A pair of positions (u, v) has the relative bias row[query[u] - key[v]], or none outside 0 .. num_entries - 1."""
+    """A pair of positions (u, v) has the relative bias row[query[u] - key[v]], or none outside 0 .. num_entries - 1.
+
+    No code is above num_entries: the kernels tell a key that does not exist by a higher one.
+    """
 
     query: Tensor
     """[U] int64."""

@@ -3,14 +3,12 @@
 Each output is owned by one program, so that nothing depends on the order in which programs run:
 
     forward    64 queries of one example and head, a loop over its keys         -> out, lse
-    queries    64 queries, a loop over the keys                                 -> dq, dpq, head scale
-    keys       64 keys, a loop over the queries                                 -> dk, dv, dpk
-    row        64 queries, a loop over the keys                                 -> relative row
+    queries    64 queries, a loop over the keys                                 -> dq, dpq, dlogits
+    keys       64 keys, a loop over the queries                                 -> dk, dv, dpk, head scale
 
-The gradient of the relative row is the one that many programs share. It is summed in 64-bit integers, whose sum does
-not depend on order, after scaling by a power of two that no sum can overflow; or, `deterministic` off, in fp32 atomics.
-`gather_sum_kernel` sums positional gradients from tokens to positions, in a fixed order. `attention_ops_triton`
-launches all of them.
+The gradient of the relative row is the one that many programs share: `attention_row_triton` makes it of dlogits, which
+is kept for a few heads at a time. `gather_sum_kernel` sums positional gradients from tokens to positions, in a fixed
+order. `attention_ops_triton` launches all of them.
 
 A head dim that is no power of two is two pieces, such as 80 = 64 + 16. Softmax runs in base 2: lse is log2 of the sum.
 Shapes: N query tokens, M key tokens, U and V positions, E examples, H heads, D = H * d, R row entries, T tiles.
@@ -29,8 +27,10 @@ from ofa_kernels._launch import CompileCase
 OWNED = 64
 """Rows that a program owns. With four warps each product is one wgmma on Hopper; 32 rows would do the work twice."""
 NUM_WARPS, NUM_STAGES = OWNED // 16, 2
-_MASKED = tl.constexpr(-1e30)  # finite: a row without keys gives no NaN
+MASKED = -1e30  # finite: a row without keys gives no NaN
+_MASKED = tl.constexpr(MASKED)
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_SIZES = ["num_examples", "num_queries", "num_entries", "first_head"]  # differ between calls: one build serves all
 
 
 @triton.jit
@@ -41,13 +41,13 @@ def _columns(START: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _load_piece(base, rows, row_mask, stride, START: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """[rows, SIZE] of one head, zero where a row or column does not exist. base: where the head's row 0 begins."""
+def _load_piece(base, rows, stride, START: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """[rows, SIZE] of one head, zero where a column does not exist. base: where the head's row 0 begins."""
     column, exists = _columns(START, SIZE, HEAD_DIM)
     address = base + rows[:, None] * stride + column[None, :]
     if START + SIZE > HEAD_DIM:
-        return tl.load(address, mask=row_mask[:, None] & exists[None, :], other=0.0)
-    return tl.load(address, mask=row_mask[:, None], other=0.0)
+        return tl.load(address, mask=exists[None, :], other=0.0)
+    return tl.load(address)
 
 
 @triton.jit
@@ -70,12 +70,12 @@ def _dot(a, b):
 
 
 @triton.jit
-def _load_pieces(base, rows, row_mask, stride, FIRST: tl.constexpr, SECOND: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _load_pieces(base, rows, stride, FIRST: tl.constexpr, SECOND: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Both pieces; where there is one, it stands for the second too, and nothing reads that."""
-    first = _load_piece(base, rows, row_mask, stride, 0, FIRST, HEAD_DIM)
+    first = _load_piece(base, rows, stride, 0, FIRST, HEAD_DIM)
     second = first
     if SECOND > 0:
-        second = _load_piece(base, rows, row_mask, stride, FIRST, SECOND, HEAD_DIM)
+        second = _load_piece(base, rows, stride, FIRST, SECOND, HEAD_DIM)
     return first, second
 
 
@@ -130,19 +130,9 @@ def _tile_of(tiles_ptr, own_offsets_ptr, other_offsets_ptr, OWNED: tl.constexpr)
 
 
 @triton.jit
-def _row_entries(row_ptr, query_code, key_code, num_entries):
-    """(entry of each pair, whether it has one, bias in base 2); queries and keys come as broadcastable codes."""
-    entry = query_code - key_code
-    inside = (entry >= 0) & (entry < num_entries)
-    return entry, inside, tl.load(row_ptr + entry, mask=inside, other=0.0) * _LOG2_E
-
-
-@triton.jit
-def _seen(query, key, key_valid, CAUSAL: tl.constexpr):
-    seen = key_valid  # one return: two of different shapes do not compile
-    if CAUSAL:
-        seen = key_valid & (query >= key)
-    return seen
+def _entries(query_code, key_code, last):
+    """Entry of each pair of broadcastable codes, `last` for none: below 0 is far above it, without a sign."""
+    return tl.minimum((query_code - key_code).to(tl.uint32, bitcast=True), last.to(tl.uint32, bitcast=True))
 
 
 @triton.jit
@@ -152,53 +142,60 @@ def _kept(seed_ptr, example, num_heads, head, query, key, num_keys, dropout):
     return tl.where(tl.rand(seed, query * num_keys + key) >= dropout, 1.0 / (1.0 - dropout), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, pq_ptr, pk_ptr, row_ptr, head_scale_ptr, seed_ptr,  # inputs
     query_offsets_ptr, key_offsets_ptr, tiles_ptr, query_position_ptr, key_position_ptr, query_code_ptr, key_code_ptr,
-    out_ptr, lse_ptr,  # outputs [N, D], [H, N]
+    out_ptr, lse_ptr,  # outputs [N, D], [H, N + 1]: the last lse is of a query that does not exist
     num_examples, num_queries, stride_q, stride_k, stride_v, stride_p, num_entries, scale, dropout,
     HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, OWNED: tl.constexpr, STEP: tl.constexpr,
     POSITIONS: tl.constexpr, RELATIVE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
+    head, num_heads = tl.program_id(1), tl.num_programs(1)
+    lse_ptr += head.to(tl.int64) * (num_queries + 1)
+    if tl.program_id(0) == 0:
+        tl.store(lse_ptr + num_queries, -_MASKED)
     if tl.load(tiles_ptr + 2 * tl.program_id(0)) >= num_examples:
         return
     example, first, query, query_start, query_length, key_start, key_length = _tile_of(
         tiles_ptr, query_offsets_ptr, key_offsets_ptr, OWNED
     )
-    head, num_heads = tl.program_id(1), tl.num_programs(1)
-    valid = query < query_length
+    valid, query_row = query < query_length, tl.minimum(query, query_length - 1)
     q_base = _base(q_ptr, query_start, stride_q, head, HEAD_DIM)
     k_base = _base(k_ptr, key_start, stride_k, head, HEAD_DIM)
     v_base = _base(v_ptr, key_start, stride_v, head, HEAD_DIM)
-    q, q2 = _load_pieces(q_base, query, valid, stride_q, FIRST, SECOND, HEAD_DIM)
+    q, q2 = _load_pieces(q_base, query_row, stride_q, FIRST, SECOND, HEAD_DIM)
     if POSITIONS:
         pq_ptr += head * HEAD_DIM
         pk_ptr += head * HEAD_DIM
-        position = tl.load(query_position_ptr + query_start + query, mask=valid, other=0)
-        pq, pq2 = _load_pieces(pq_ptr, position, valid, stride_p, FIRST, SECOND, HEAD_DIM)
+        position = tl.load(query_position_ptr + query_start + query_row)
+        pq, pq2 = _load_pieces(pq_ptr, position, stride_p, FIRST, SECOND, HEAD_DIM)
     if RELATIVE:
-        row_ptr += head * num_entries
-        query_code = tl.load(query_code_ptr + query_start + query, mask=valid, other=0)
+        row_ptr += head * (num_entries + 2)
+        query_code = tl.load(query_code_ptr + query_start + query_row)
     highest = tl.full([OWNED], _MASKED, tl.float32)
     total = tl.zeros([OWNED], tl.float32)
     out, out2 = _zeros(OWNED, FIRST, SECOND)
     end = tl.minimum(key_length, first + OWNED) if CAUSAL else key_length
     for start in range(0, end, STEP):
         key = start + tl.arange(0, STEP)
-        key_valid = key < key_length
-        k, k2 = _load_pieces(k_base, key, key_valid, stride_k, FIRST, SECOND, HEAD_DIM)
+        key_valid, key_row = key < key_length, tl.minimum(key, key_length - 1)
+        k, k2 = _load_pieces(k_base, key_row, stride_k, FIRST, SECOND, HEAD_DIM)
         logits = _products(q, q2, k, k2, SECOND)
         if POSITIONS:
-            key_position = tl.load(key_position_ptr + key_start + key, mask=key_valid, other=0)
-            pk, pk2 = _load_pieces(pk_ptr, key_position, key_valid, stride_p, FIRST, SECOND, HEAD_DIM)
+            key_position = tl.load(key_position_ptr + key_start + key_row)
+            pk, pk2 = _load_pieces(pk_ptr, key_position, stride_p, FIRST, SECOND, HEAD_DIM)
             logits += _products(pq, pq2, pk, pk2, SECOND)
         logits = logits * (scale * _LOG2_E)
-        if RELATIVE:
-            key_code = tl.load(key_code_ptr + key_start + key, mask=key_valid, other=0)
-            entry, inside, bias = _row_entries(row_ptr, query_code[:, None], key_code[None, :], num_entries)
-            logits += bias
-        logits = tl.where(_seen(query[:, None], key[None, :], key_valid[None, :], CAUSAL), logits, _MASKED)
+        if RELATIVE:  # codes are at most num_entries; a key that does not exist has a higher one, and the bias after it
+            key_code = tl.load(key_code_ptr + key_start + key, mask=key_valid, other=num_entries + 1)
+            last = tl.maximum(key_code, num_entries)
+            entry = _entries(query_code[:, None], key_code[None, :], last[None, :])
+            logits += tl.load(row_ptr + entry)
+        if CAUSAL:
+            logits = tl.where(query[:, None] >= key[None, :], logits, _MASKED)
+        elif not RELATIVE:
+            logits = tl.where(key_valid[None, :], logits, _MASKED)
         new_highest = tl.maximum(highest, tl.max(logits, 1))
         probs = tl.exp2(logits - new_highest[:, None])
         shrink = tl.exp2(highest - new_highest)
@@ -206,7 +203,7 @@ def forward_kernel(
         highest = new_highest
         if DROPOUT:
             probs = probs * _kept(seed_ptr, example, num_heads, head, query[:, None], key[None, :], key_length, dropout)
-        v, v2 = _load_pieces(v_base, key, key_valid, stride_v, FIRST, SECOND, HEAD_DIM)
+        v, v2 = _load_pieces(v_base, key_row, stride_v, FIRST, SECOND, HEAD_DIM)
         out = out * shrink[:, None]
         if SECOND > 0:
             out2 = out2 * shrink[:, None]
@@ -218,30 +215,102 @@ def forward_kernel(
     out, out2 = out * factor[:, None], out2 * factor[:, None]
     _store_pieces(out_base, out, out2, query, valid, width, FIRST, SECOND, HEAD_DIM)
     lse = tl.where(some, highest + tl.log2(tl.where(some, total, 1.0)), -_MASKED)
-    tl.store(lse_ptr + head.to(tl.int64) * num_queries + query_start + query, lse, mask=valid)
+    tl.store(lse_ptr + query_start + query, lse, mask=valid)
 
 
-@triton.jit
-def delta_kernel(out_ptr, dout_ptr, delta_ptr, num_queries, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """delta [H, N]: sum of out * dout over a head's columns."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    column = tl.arange(0, BLOCK)
-    address = (row * tl.num_programs(1) + head) * HEAD_DIM + column
-    out = tl.load(out_ptr + address, mask=column < HEAD_DIM, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + address, mask=column < HEAD_DIM, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + head.to(tl.int64) * num_queries + row, tl.sum(out * dout))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def queries_kernel(
-    q_ptr, k_ptr, v_ptr, pq_ptr, pk_ptr, row_ptr, head_scale_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr, fixed_ptr,
+    q_ptr, k_ptr, v_ptr, pq_ptr, pk_ptr, row_ptr, head_scale_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr,
     query_offsets_ptr, key_offsets_ptr, tiles_ptr, query_position_ptr, key_position_ptr, query_code_ptr, key_code_ptr,
-    dq_ptr, dpq_ptr, drow_ptr, dscale_ptr,  # outputs [N, D], [N, D], [H, R], [H, T]
+    dq_ptr, dpq_ptr, dlogits_ptr,  # outputs [N, D], [N, D], [heads of this launch, N, pitch]
+    first_head, num_heads, pitch,
     num_examples, num_queries, stride_q, stride_k, stride_v, stride_p, num_entries, scale, dropout,
     HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, OWNED: tl.constexpr, STEP: tl.constexpr,
     POSITIONS: tl.constexpr, RELATIVE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    CONTENT_GRAD: tl.constexpr, POSITION_GRAD: tl.constexpr, ROW_GRAD: tl.constexpr,  # dq and dscale; dpq; drow
-    DETERMINISTIC: tl.constexpr,
+):  # fmt: skip
+    head = first_head + tl.program_id(1)
+    if tl.load(tiles_ptr + 2 * tl.program_id(0)) >= num_examples:
+        return
+    example, first, query, query_start, query_length, key_start, key_length = _tile_of(
+        tiles_ptr, query_offsets_ptr, key_offsets_ptr, OWNED
+    )
+    valid, query_row = query < query_length, tl.minimum(query, query_length - 1)
+    width = num_heads * HEAD_DIM
+    dout_base = _base(dout_ptr, query_start, width, head, HEAD_DIM)
+    q_base = _base(q_ptr, query_start, stride_q, head, HEAD_DIM)
+    k_base = _base(k_ptr, key_start, stride_k, head, HEAD_DIM)
+    v_base = _base(v_ptr, key_start, stride_v, head, HEAD_DIM)
+    statistics = head.to(tl.int64) * num_queries + query_start
+    lse_ptr += head.to(tl.int64) * (num_queries + 1)
+    lse = tl.load(lse_ptr + tl.where(valid, query_start + query, num_queries))  # rows that do not exist have p = 0
+    delta = tl.load(delta_ptr + statistics + query_row)
+    head_scale = tl.load(head_scale_ptr + head).to(tl.float32)
+    dout, dout2 = _load_pieces(dout_base, query_row, width, FIRST, SECOND, HEAD_DIM)
+    q, q2 = _load_pieces(q_base, query_row, stride_q, FIRST, SECOND, HEAD_DIM)
+    if POSITIONS:
+        pq_ptr += head * HEAD_DIM
+        pk_ptr += head * HEAD_DIM
+        position = tl.load(query_position_ptr + query_start + query_row)
+        pq, pq2 = _load_pieces(pq_ptr, position, stride_p, FIRST, SECOND, HEAD_DIM)
+    if RELATIVE:
+        row_ptr += head * (num_entries + 2)
+        query_code = tl.load(query_code_ptr + query_start + query_row)
+        first_row = tl.program_id(1).to(tl.int64) * num_queries + query_start + first
+        dlogits_ptr += first_row * pitch + (query - first)[:, None] * pitch
+    dq, dq2 = _zeros(OWNED, FIRST, SECOND)
+    if POSITIONS:
+        dpq, dpq2 = _zeros(OWNED, FIRST, SECOND)
+    end = tl.minimum(key_length, first + OWNED) if CAUSAL else key_length
+    for start in range(0, end, STEP):
+        key = start + tl.arange(0, STEP)
+        key_valid, key_row = key < key_length, tl.minimum(key, key_length - 1)
+        k, k2 = _load_pieces(k_base, key_row, stride_k, FIRST, SECOND, HEAD_DIM)
+        logits = _products(q, q2, k, k2, SECOND)
+        if POSITIONS:
+            key_position = tl.load(key_position_ptr + key_start + key_row)
+            pk, pk2 = _load_pieces(pk_ptr, key_position, stride_p, FIRST, SECOND, HEAD_DIM)
+            logits += _products(pq, pq2, pk, pk2, SECOND)
+        logits = logits * (scale * _LOG2_E)
+        if RELATIVE:  # codes are at most num_entries; a key that does not exist has a higher one, and the bias after it
+            key_code = tl.load(key_code_ptr + key_start + key, mask=key_valid, other=num_entries + 1)
+            last = tl.maximum(key_code, num_entries)
+            entry = _entries(query_code[:, None], key_code[None, :], last[None, :])
+            logits += tl.load(row_ptr + entry)
+        if CAUSAL:
+            logits = tl.where(query[:, None] >= key[None, :], logits, _MASKED)
+        elif not RELATIVE:
+            logits = tl.where(key_valid[None, :], logits, _MASKED)
+        probs = tl.exp2(logits - lse[:, None])
+        v, v2 = _load_pieces(v_base, key_row, stride_v, FIRST, SECOND, HEAD_DIM)
+        dprobs = _products(dout, dout2, v, v2, SECOND)
+        if DROPOUT:
+            dprobs = dprobs * _kept(
+                seed_ptr, example, num_heads, head, query[:, None], key[None, :], key_length, dropout
+            )
+        low = (probs * (dprobs * head_scale - delta[:, None])).to(k.dtype)
+        dq, dq2 = _add_products(dq, dq2, low, k, k2, SECOND)
+        if POSITIONS:
+            dpq, dpq2 = _add_products(dpq, dpq2, low, pk, pk2, SECOND)
+        if RELATIVE:  # zeros beyond the last key stay within the pitch
+            if STEP > 16 and not DROPOUT:  # else ptxas waits after each wgmma; where not, it costs more
+                tl.debug_barrier()
+            tl.store(dlogits_ptr + key[None, :], low, mask=valid[:, None])
+    dq_base = _base(dq_ptr, query_start, width, head, HEAD_DIM)
+    _store_pieces(dq_base, dq * scale, dq2 * scale, query, valid, width, FIRST, SECOND, HEAD_DIM)
+    if POSITIONS:
+        dpq_base = _base(dpq_ptr, query_start, width, head, HEAD_DIM)
+        _store_pieces(dpq_base, dpq * scale, dpq2 * scale, query, valid, width, FIRST, SECOND, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def keys_kernel(
+    q_ptr, k_ptr, v_ptr, pq_ptr, pk_ptr, row_ptr, head_scale_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr,
+    query_offsets_ptr, key_offsets_ptr, tiles_ptr, query_position_ptr, key_position_ptr, query_code_ptr, key_code_ptr,
+    dk_ptr, dv_ptr, dpk_ptr, dscale_ptr,  # outputs [M, D], [M, D], [M, D], [H, T]
+    num_examples, num_queries, stride_q, stride_k, stride_v, stride_p, num_entries, scale, dropout,
+    HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, OWNED: tl.constexpr, STEP: tl.constexpr,
+    POSITIONS: tl.constexpr, RELATIVE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    CONTENT_GRAD: tl.constexpr, POSITION_GRAD: tl.constexpr,  # dk, dv and dscale; dpk
 ):  # fmt: skip
     head, num_heads = tl.program_id(1), tl.num_programs(1)
     dscale_ptr += head * tl.num_programs(0) + tl.program_id(0)
@@ -249,118 +318,28 @@ def queries_kernel(
         if CONTENT_GRAD:
             tl.store(dscale_ptr, 0.0)
         return
-    example, first, query, query_start, query_length, key_start, key_length = _tile_of(
-        tiles_ptr, query_offsets_ptr, key_offsets_ptr, OWNED
-    )
-    valid = query < query_length
-    width = num_heads * HEAD_DIM
-    dout_base = _base(dout_ptr, query_start, width, head, HEAD_DIM)
-    q_base = _base(q_ptr, query_start, stride_q, head, HEAD_DIM)
-    k_base = _base(k_ptr, key_start, stride_k, head, HEAD_DIM)
-    v_base = _base(v_ptr, key_start, stride_v, head, HEAD_DIM)
-    statistics = head.to(tl.int64) * num_queries + query_start
-    lse = tl.load(lse_ptr + statistics + query, mask=valid, other=-_MASKED)  # rows that do not exist have p = 0
-    delta = tl.load(delta_ptr + statistics + query, mask=valid, other=0.0)
-    head_scale = tl.load(head_scale_ptr + head).to(tl.float32)
-    dout, dout2 = _load_pieces(dout_base, query, valid, width, FIRST, SECOND, HEAD_DIM)
-    q, q2 = _load_pieces(q_base, query, valid, stride_q, FIRST, SECOND, HEAD_DIM)
-    if POSITIONS:
-        pq_ptr += head * HEAD_DIM
-        pk_ptr += head * HEAD_DIM
-        position = tl.load(query_position_ptr + query_start + query, mask=valid, other=0)
-        pq, pq2 = _load_pieces(pq_ptr, position, valid, stride_p, FIRST, SECOND, HEAD_DIM)
-    if RELATIVE:
-        row_ptr += head * num_entries
-        query_code = tl.load(query_code_ptr + query_start + query, mask=valid, other=0)
-    if CONTENT_GRAD:
-        dscale = tl.zeros([OWNED], tl.float32)
-        dq, dq2 = _zeros(OWNED, FIRST, SECOND)
-    if POSITION_GRAD:
-        dpq, dpq2 = _zeros(OWNED, FIRST, SECOND)
-    if ROW_GRAD:
-        drow_ptr += head * num_entries
-        if DETERMINISTIC:
-            fixed = tl.load(fixed_ptr)
-    end = tl.minimum(key_length, first + OWNED) if CAUSAL else key_length
-    for start in range(0, end, STEP):
-        key = start + tl.arange(0, STEP)
-        key_valid = key < key_length
-        k, k2 = _load_pieces(k_base, key, key_valid, stride_k, FIRST, SECOND, HEAD_DIM)
-        logits = _products(q, q2, k, k2, SECOND)
-        if POSITIONS:
-            key_position = tl.load(key_position_ptr + key_start + key, mask=key_valid, other=0)
-            pk, pk2 = _load_pieces(pk_ptr, key_position, key_valid, stride_p, FIRST, SECOND, HEAD_DIM)
-            logits += _products(pq, pq2, pk, pk2, SECOND)
-        logits = logits * (scale * _LOG2_E)
-        if RELATIVE:
-            key_code = tl.load(key_code_ptr + key_start + key, mask=key_valid, other=0)
-            entry, inside, bias = _row_entries(row_ptr, query_code[:, None], key_code[None, :], num_entries)
-            logits += bias
-        logits = tl.where(_seen(query[:, None], key[None, :], key_valid[None, :], CAUSAL), logits, _MASKED)
-        probs = tl.exp2(logits - lse[:, None])
-        v, v2 = _load_pieces(v_base, key, key_valid, stride_v, FIRST, SECOND, HEAD_DIM)
-        dprobs = _products(dout, dout2, v, v2, SECOND)
-        if DROPOUT:
-            dprobs = dprobs * _kept(
-                seed_ptr, example, num_heads, head, query[:, None], key[None, :], key_length, dropout
-            )
-        if CONTENT_GRAD:
-            dscale += tl.sum(probs * dprobs, 1)
-        dlogits = probs * (dprobs * head_scale - delta[:, None])
-        if ROW_GRAD:
-            counted = inside & (dlogits != 0.0)  # masked pairs would add nothing, at the price of an atomic
-            if DETERMINISTIC:
-                tl.atomic_add(drow_ptr + entry, (dlogits * fixed).to(tl.int64), mask=counted, sem="relaxed")
-            else:
-                tl.atomic_add(drow_ptr + entry, dlogits, mask=counted, sem="relaxed")
-        low = dlogits.to(k.dtype)
-        if CONTENT_GRAD:
-            dq, dq2 = _add_products(dq, dq2, low, k, k2, SECOND)
-        if POSITION_GRAD:
-            dpq, dpq2 = _add_products(dpq, dpq2, low, pk, pk2, SECOND)
-    if CONTENT_GRAD:
-        tl.store(dscale_ptr, tl.sum(dscale))
-        dq_base = _base(dq_ptr, query_start, width, head, HEAD_DIM)
-        _store_pieces(dq_base, dq * scale, dq2 * scale, query, valid, width, FIRST, SECOND, HEAD_DIM)
-    if POSITION_GRAD:
-        dpq_base = _base(dpq_ptr, query_start, width, head, HEAD_DIM)
-        _store_pieces(dpq_base, dpq * scale, dpq2 * scale, query, valid, width, FIRST, SECOND, HEAD_DIM)
-
-
-@triton.jit
-def keys_kernel(
-    q_ptr, k_ptr, v_ptr, pq_ptr, pk_ptr, row_ptr, head_scale_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr,
-    query_offsets_ptr, key_offsets_ptr, tiles_ptr, query_position_ptr, key_position_ptr, query_code_ptr, key_code_ptr,
-    dk_ptr, dv_ptr, dpk_ptr,  # outputs [M, D] each
-    num_examples, num_queries, stride_q, stride_k, stride_v, stride_p, num_entries, scale, dropout,
-    HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, OWNED: tl.constexpr, STEP: tl.constexpr,
-    POSITIONS: tl.constexpr, RELATIVE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    CONTENT_GRAD: tl.constexpr, POSITION_GRAD: tl.constexpr,  # dk and dv; dpk
-):  # fmt: skip
-    if tl.load(tiles_ptr + 2 * tl.program_id(0)) >= num_examples:
-        return
     example, first, key, key_start, key_length, query_start, query_length = _tile_of(
         tiles_ptr, key_offsets_ptr, query_offsets_ptr, OWNED
     )
-    head, num_heads = tl.program_id(1), tl.num_programs(1)
-    valid = key < key_length
+    valid, key_row = key < key_length, tl.minimum(key, key_length - 1)
     width = num_heads * HEAD_DIM
     q_base = _base(q_ptr, query_start, stride_q, head, HEAD_DIM)
     dout_base = _base(dout_ptr, query_start, width, head, HEAD_DIM)
     k_base = _base(k_ptr, key_start, stride_k, head, HEAD_DIM)
     v_base = _base(v_ptr, key_start, stride_v, head, HEAD_DIM)
     statistics = head.to(tl.int64) * num_queries + query_start
+    lse_ptr += head.to(tl.int64) * (num_queries + 1)
     head_scale = tl.load(head_scale_ptr + head).to(tl.float32)
-    k, k2 = _load_pieces(k_base, key, valid, stride_k, FIRST, SECOND, HEAD_DIM)
-    v, v2 = _load_pieces(v_base, key, valid, stride_v, FIRST, SECOND, HEAD_DIM)
+    k, k2 = _load_pieces(k_base, key_row, stride_k, FIRST, SECOND, HEAD_DIM)
+    v, v2 = _load_pieces(v_base, key_row, stride_v, FIRST, SECOND, HEAD_DIM)
     if POSITIONS:
         pq_ptr += head * HEAD_DIM
         pk_ptr += head * HEAD_DIM
-        position = tl.load(key_position_ptr + key_start + key, mask=valid, other=0)
-        pk, pk2 = _load_pieces(pk_ptr, position, valid, stride_p, FIRST, SECOND, HEAD_DIM)
+        position = tl.load(key_position_ptr + key_start + key_row)
+        pk, pk2 = _load_pieces(pk_ptr, position, stride_p, FIRST, SECOND, HEAD_DIM)
     if RELATIVE:
-        row_ptr += head * num_entries
-        key_code = tl.load(key_code_ptr + key_start + key, mask=valid, other=0)
+        row_ptr += head * (num_entries + 2)
+        key_code = tl.load(key_code_ptr + key_start + key_row)
     if CONTENT_GRAD:
         dk, dk2 = _zeros(OWNED, FIRST, SECOND)
         dv, dv2 = _zeros(OWNED, FIRST, SECOND)
@@ -368,28 +347,27 @@ def keys_kernel(
         dpk, dpk2 = _zeros(OWNED, FIRST, SECOND)
     for start in range(first if CAUSAL else 0, query_length, STEP):
         query = start + tl.arange(0, STEP)
-        query_valid = query < query_length
-        q, q2 = _load_pieces(q_base, query, query_valid, stride_q, FIRST, SECOND, HEAD_DIM)
+        query_valid, query_row = query < query_length, tl.minimum(query, query_length - 1)
+        q, q2 = _load_pieces(q_base, query_row, stride_q, FIRST, SECOND, HEAD_DIM)
         logits = _products(k, k2, q, q2, SECOND)
         if POSITIONS:
-            query_position = tl.load(query_position_ptr + query_start + query, mask=query_valid, other=0)
-            pq, pq2 = _load_pieces(pq_ptr, query_position, query_valid, stride_p, FIRST, SECOND, HEAD_DIM)
+            query_position = tl.load(query_position_ptr + query_start + query_row)
+            pq, pq2 = _load_pieces(pq_ptr, query_position, stride_p, FIRST, SECOND, HEAD_DIM)
             logits += _products(pk, pk2, pq, pq2, SECOND)
         logits = logits * (scale * _LOG2_E)
         if RELATIVE:
-            query_code = tl.load(query_code_ptr + query_start + query, mask=query_valid, other=0)
-            entry, inside, bias = _row_entries(row_ptr, query_code[None, :], key_code[:, None], num_entries)
-            logits += bias
+            query_code = tl.load(query_code_ptr + query_start + query_row)
+            logits += tl.load(row_ptr + _entries(query_code[None, :], key_code[:, None], num_entries))
         if CAUSAL:
             logits = tl.where(query[None, :] >= key[:, None], logits, _MASKED)
-        lse = tl.load(lse_ptr + statistics + query, mask=query_valid, other=-_MASKED)
+        lse = tl.load(lse_ptr + tl.where(query_valid, query_start + query, num_queries))
         probs = tl.exp2(logits - lse[None, :])  # owned rows that do not exist hold anything: they are not stored
-        dout, dout2 = _load_pieces(dout_base, query, query_valid, width, FIRST, SECOND, HEAD_DIM)
+        dout, dout2 = _load_pieces(dout_base, query_row, width, FIRST, SECOND, HEAD_DIM)
         dprobs = _products(v, v2, dout, dout2, SECOND)
         if DROPOUT:
             kept = _kept(seed_ptr, example, num_heads, head, query[None, :], key[:, None], key_length, dropout)
             dprobs = dprobs * kept
-        delta = tl.load(delta_ptr + statistics + query, mask=query_valid, other=0.0)
+        delta = tl.load(delta_ptr + statistics + query_row)
         dlogits = (probs * (dprobs * head_scale - delta[None, :])).to(q.dtype)
         if CONTENT_GRAD:
             if DROPOUT:
@@ -403,6 +381,12 @@ def keys_kernel(
         dv_base = _base(dv_ptr, key_start, width, head, HEAD_DIM)
         _store_pieces(dk_base, dk * scale, dk2 * scale, key, valid, width, FIRST, SECOND, HEAD_DIM)
         _store_pieces(dv_base, dv * head_scale, dv2 * head_scale, key, valid, width, FIRST, SECOND, HEAD_DIM)
+        # the sum of probs * dprobs, read again and once, where it costs the loop no registers
+        v, v2 = _load_pieces(v_base, key_row, stride_v, FIRST, SECOND, HEAD_DIM)
+        dscale = tl.sum(dv * v.to(tl.float32), 1)
+        if SECOND > 0:
+            dscale += tl.sum(dv2 * v2.to(tl.float32), 1)
+        tl.store(dscale_ptr, tl.sum(tl.where(valid, dscale, 0.0)))
     if POSITION_GRAD:
         dpk_base = _base(dpk_ptr, key_start, width, head, HEAD_DIM)
         _store_pieces(dpk_base, dpk * scale, dpk2 * scale, key, valid, width, FIRST, SECOND, HEAD_DIM)
@@ -410,15 +394,20 @@ def keys_kernel(
 
 @triton.jit
 def gather_sum_kernel(x_ptr, order_ptr, starts_ptr, out_ptr, width, BLOCK: tl.constexpr):
-    """out[u] = sum of x[order[starts[u] : starts[u + 1]]], in that order: [N, D] -> [U, D], fp32."""
+    """out[u] = sum of x[order[starts[u] : starts[u + 1]]], in that order and in fp32: [N, D] -> [U, D] fp32."""
     position = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(tl.load(starts_ptr + position), tl.load(starts_ptr + position + 1)):
         row = tl.load(order_ptr + i).to(tl.int64)
-        total += tl.load(x_ptr + row * width + column, mask=mask, other=0.0)
+        total += tl.load(x_ptr + row * width + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + position.to(tl.int64) * width + column, total, mask=mask)
+
+
+def per_token(dtype: torch.dtype) -> torch.dtype:
+    """Of positional gradients before they are summed: in fp16 rounding them would double plain torch's own error."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,6 +419,8 @@ class Form:
     relative: bool
     causal: bool
     dropout: bool
+    arch: int = 80
+    """Of the GPU, 90 for sm_90: how many rows of the other side a loop step takes (kernels/README.md, Checked)."""
 
     def pieces(self) -> tuple[int, int]:
         """Two powers of two, of at least 16, that cover the head dim; the second may be 0."""
@@ -445,28 +436,17 @@ class Form:
         }  # fmt: skip
 
     def forward_step(self) -> int:
-        """Keys that a loop step takes: the most without a spill on both targets (kernels/README.md)."""
-        if self.head_dim <= 64:
+        if self.head_dim <= (64 if self.dropout else 80):
             return 64
         return 16 if self.dropout and self.head_dim > 80 else 32
 
     def queries_step(self) -> int:
-        return 32 if self.head_dim <= 64 else 16
-
-    def row_step(self) -> int:
-        return 32 if self.head_dim <= 80 else 16
+        return 32 if self.head_dim <= (80 if self.arch >= 90 else 64) else 16
 
     def keys_step(self) -> int:
-        return 32 if self.head_dim <= 64 and not self.dropout else 16
-
-    def query_passes(self, deterministic: bool) -> list[tuple[int, dict[str, bool]]]:
-        """(step, what it computes) of each launch of the queries kernel.
-
-        The row has one of its own: its atomics need the registers that dq and dpq hold.
-        """
-        off = {"CONTENT_GRAD": False, "POSITION_GRAD": False, "ROW_GRAD": False, "DETERMINISTIC": deterministic}
-        passes = [(self.queries_step(), off | {"CONTENT_GRAD": True, "POSITION_GRAD": self.positions})]
-        return [*passes, (self.row_step(), off | {"ROW_GRAD": True})] if self.relative else passes
+        if self.dropout or self.head_dim > 80:
+            return 16
+        return 32 if self.arch >= 90 or self.relative and self.head_dim > 64 else 16
 
     def key_passes(self) -> list[dict[str, bool]]:
         """What each launch of the keys kernel computes: dk, dv and dpk at once where they fit the registers."""
@@ -480,7 +460,7 @@ HEAD_DIMS = (64, 80)
 MORE_HEAD_DIMS = (88, 96, 128)
 
 
-def compile_cases(every: bool = False) -> list[CompileCase]:
+def compile_cases(every: bool, arch: int) -> list[CompileCase]:
     """Every form of the model's attention: self, causal self and cross, with and without dropout.
 
     every: at head dims that no preset has as well.
@@ -496,7 +476,7 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         for head_dim in HEAD_DIMS + (MORE_HEAD_DIMS if every else ())
         for name, flags in forms.items()
         for dtype in (torch.bfloat16, torch.float16)
-        for case in _compile_form(Form(head_dim, **flags), name, dtype)
+        for case in _compile_form(Form(head_dim, **flags, arch=arch), name, dtype)
     ]
 
 
@@ -504,32 +484,26 @@ def _compile_form(form: Form, name: str, dtype: torch.dtype) -> list[CompileCase
     def case(kernel: str, function: object, step: int, **constants: object) -> CompileCase:
         return CompileCase(
             kernel=f"attention {kernel}, {name}", function=function, size=form.head_dim, dtype=dtype,
-            arguments={argument: _type_of(argument, constants) for argument in function.arg_names},
+            arguments={argument: _type_of(argument, dtype) for argument in function.arg_names},
             constants=form.constants(step) | constants, num_warps=NUM_WARPS, num_stages=NUM_STAGES, tensor_cores=True,
-            aligned=("stride_q", "stride_k", "stride_v", "stride_p"),
+            aligned=("stride_q", "stride_k", "stride_v", "stride_p", "pitch"), work=OWNED * step,
         )  # fmt: skip
 
-    cases = [case("forward", forward_kernel, form.forward_step())]
-    for deterministic in (True, False):
-        for step, grads in form.query_passes(deterministic):
-            if grads["ROW_GRAD"]:
-                kernel = "row" if deterministic else "row, fast"
-                cases.append(case(kernel, queries_kernel, step, **grads))
-            elif deterministic:
-                cases.append(case("queries", queries_kernel, step, **grads))
+    cases = [
+        case("forward", forward_kernel, form.forward_step()),
+        case("queries", queries_kernel, form.queries_step()),
+    ]
     for grads in form.key_passes():
         kernel = "keys" if grads["CONTENT_GRAD"] else "keys, positions"
         cases.append(case(kernel, keys_kernel, form.keys_step(), **grads))
     return cases
 
 
-def _type_of(argument: str, constants: dict[str, object]) -> str:
-    wide = ("row_ptr", "lse_ptr", "delta_ptr", "fixed_ptr", "dpq_ptr", "dpk_ptr", "dscale_ptr")
-    if argument == "drow_ptr":
-        return "*i64" if constants["DETERMINISTIC"] else "*fp32"
+def _type_of(argument: str, dtype: torch.dtype) -> str:
+    wide = ("row_ptr", "lse_ptr", "delta_ptr", "dscale_ptr")
     if argument == "seed_ptr":
         return "*i64"
-    if argument in wide:
+    if argument in wide or argument in ("dpq_ptr", "dpk_ptr") and per_token(dtype) != dtype:
         return "*fp32"
     if any(part in argument for part in ("offsets", "tiles", "position", "code")):
         return "*i32"

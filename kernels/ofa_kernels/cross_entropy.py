@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ofa_kernels._cross_entropy_parts import NUM_ALWAYS_ALLOWED, SLACK, add_product_
-from ofa_kernels._launch import use_triton
+from ofa_kernels._launch import product_dtype, use_triton
 
 CHUNK_ELEMENTS = 6 << 20
 """Default size of a chunk of logits. The torch path has at most 12 bytes per element at once: 76 MB."""
@@ -41,6 +42,7 @@ def linear_cross_entropy(
     allowed: tuple[int, int] | Tensor | None = None,
     chunk: int | None = None,
     kernel: str = "auto",
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, nll, correct) of each token: two [M] in at least fp32, unreduced, and [M] bool; only loss has a gradient.
 
@@ -49,11 +51,15 @@ def linear_cross_entropy(
 
     token_weight_M: factor of each token's loss, nll and gradient (OFA's conf). allowed: (start, end) for the ids 0 to 3
     and start <= id < end; bool [M, V] for a mask; None for every class. chunk: rows of logits held at once; None for
-    what keeps memory beyond both gradients under 100 MB. A 16-bit gradient of the weight is summed in fp32, in a tensor
+    what keeps memory beyond both gradients under 100 MB, or 1/256 of a GPU's memory where that holds half of the logits
+    and saves a part of their second product. A 16-bit gradient of the weight is summed in fp32, in a tensor
     of its own, where one product does not make it: in Triton from 4,915 tokens of width 2560 on (16,384 of 768), in
     torch wherever there are several chunks. Up to 19 million logits torch has no chunks and takes up to 230 MB.
     kernel: see `ofa_kernels._launch.KERNELS`; "auto" is Triton on a GPU from 1024 tokens or several chunks on, which is
     arithmetic (kernels read logits once where torch passes over them ten times) and not yet measured.
+
+    counted: int64 [N], the tokens that are not ignored, ascending, where the caller knows them; None to find them here,
+    for which the torch path waits for a GPU.
 
     The gradient of the weight is computed in the backward, from the weight as it then is: under ZeRO-3 it exists only
     while its module is gathered. Raises ValueError where shapes disagree or `allowed` is not one of the above.
@@ -61,11 +67,10 @@ def linear_cross_entropy(
     _check_shapes(hidden_MD, weight_VD, target_M, token_weight_M)
     num_tokens, vocab = target_M.shape[0], weight_VD.shape[0]
     mask_MV, id_range = _check_allowed(allowed, num_tokens, vocab)
-    dtype = _product_dtype(hidden_MD)
+    dtype = product_dtype(hidden_MD)
     several = num_tokens * vocab > WHOLE_CHUNKS * CHUNK_ELEMENTS
-    pays = dtype != torch.float64 and (several or num_tokens >= PAYS_TOKENS)
-    if use_triton(kernel, hidden_MD, pays):
-        from ofa_kernels.cross_entropy_triton import tiled_cross_entropy
+    if use_triton(kernel, hidden_MD, several or num_tokens >= PAYS_TOKENS, dtype):
+        from ofa_kernels.cross_entropy_ops_triton import tiled_cross_entropy
 
         losses = tiled_cross_entropy(
             hidden_MD, weight_VD, target_M, mask_MV, id_range, label_smoothing, ignore_index, chunk, dtype
@@ -74,7 +79,7 @@ def linear_cross_entropy(
         if chunk is None:
             chunk = max(1, CHUNK_ELEMENTS // vocab) if several else max(1, num_tokens)
         options = _Options(label_smoothing, ignore_index, id_range, chunk, dtype)
-        losses = _LinearCrossEntropy.apply(hidden_MD, weight_VD, target_M, mask_MV, options)
+        losses = _LinearCrossEntropy.apply(hidden_MD, weight_VD, target_M, mask_MV, counted, options)
     loss_M, nll_M, correct_M = losses
     if token_weight_M is not None:
         token_weight_M = token_weight_M.detach().to(loss_M.dtype)
@@ -144,14 +149,6 @@ def _check_allowed(
     return None, allowed
 
 
-def _product_dtype(hidden_MD: Tensor) -> torch.dtype:
-    """What a linear layer would compute in: autocast's dtype where that is on, but it leaves fp64 alone."""
-    kind = hidden_MD.device.type
-    if hidden_MD.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return hidden_MD.dtype
-
-
 class _Options(NamedTuple):
     smoothing: float
     ignore_index: int
@@ -184,12 +181,18 @@ class _Options(NamedTuple):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, target_M: Tensor, mask_MV: Tensor | None, options: _Options
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        target_M: Tensor,
+        mask_MV: Tensor | None,
+        counted: Tensor | None,
+        options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(options.dtype, torch.float32)
         loss_M, nll_M = (torch.zeros(target_M.shape, dtype=wide, device=target_M.device) for _ in range(2))
         correct_M = torch.zeros_like(target_M, dtype=torch.bool)
-        kept = (target_M != options.ignore_index).nonzero()[:, 0]
+        kept = (target_M != options.ignore_index).nonzero()[:, 0] if counted is None else counted
         only_chunk = None
         with torch.autocast(hidden_MD.device.type, enabled=False):
             weight = weight_VD.to(options.dtype)
@@ -207,6 +210,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss_M, nll_M, correct_M
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dloss_M: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden_MD, weight_VD, target_M, mask_MV, kept, only_chunk = ctx.saved_tensors
         options: _Options = ctx.options
@@ -233,7 +237,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         dweight = torch.zeros_like(weight, dtype=dloss_M.dtype)
                     add_product_(dweight, dlogits_cV.T, hidden_cD)
                 del dlogits_cV
-        return dhidden_MD, None if dweight is None else dweight.to(weight_VD.dtype), None, None, None
+        return dhidden_MD, None if dweight is None else dweight.to(weight_VD.dtype), None, None, None, None
 
 
 def _chunk_losses(

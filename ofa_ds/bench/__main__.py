@@ -19,7 +19,22 @@ def main() -> None:
     rows = benches.add_parser("data", help="one row of shards at random, beside Arrow's own row access")
     rows.add_argument("--shards", type=Path, help="a directory of shards (default: small scenes, drawn for it)")
     rows.add_argument("--repeats", type=int, default=7, help="of each way (default 7)")
-    for bench in (step, saves, rows):
+    rewards = benches.add_parser("cider", help="the reward of SCST for 320 captions, beside the library's scorer")
+    rewards.add_argument("--repeats", type=int, default=7, help="of each way (default 7)")
+    critical = benches.add_parser("scst", help="the parts of an SCST micro-batch of tiny on one thread")
+    critical.add_argument("--repeats", type=int, default=3, help="of each part (default 3)")
+    answers = benches.add_parser("generate", help="captions and candidate answers beside the original's way")
+    answers.add_argument("--repeats", type=int, default=3, help="of each way (default 3)")
+    answers.add_argument("--questions", type=int, default=2, help="that the candidates answer at once (default 2)")
+    answers.add_argument("--chunks", type=int, default=4, help="of the original's 157 that are timed (default 4)")
+    answers.add_argument("--only", choices=("captions", "candidates"), default="both")
+    build = benches.add_parser("construction", help="a model built in pieces on the CPU: seconds and memory of a rank")
+    build.add_argument("--preset", default="large", help="its size (default large); 6b takes 14 GB with two ranks")
+    build.add_argument("--ranks", type=int, default=2, help="on this host (default 2)")
+    build.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    many = benches.add_parser("many-ranks", help="what the host does around a collective of a layer")
+    many.add_argument("--repeats", type=int, default=5, help="of each way (default 5)")
+    for bench in (step, saves, rows, rewards, critical, answers, build, many):
         bench.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.what == "step":
@@ -28,6 +43,12 @@ def main() -> None:
         if min(options.repeats, options.mixed_repeats) < 1:
             parser.error("--repeats and --mixed-repeats: want at least 1")
         result = bench_step(options.repeats, options.mixed_repeats)
+    elif options.what == "generate":
+        from ofa_ds.bench.generate import bench_generate, table
+
+        if min(options.repeats, options.questions, options.chunks) < 1:
+            parser.error("--repeats, --questions and --chunks: want at least 1")
+        result = bench_generate(options.repeats, options.questions, options.chunks, options.only)
     elif options.what == "data":
         from ofa_ds.bench.data import bench_data, table
 
@@ -37,6 +58,28 @@ def main() -> None:
             result = bench_data(options.shards, options.repeats)
         except ValueError as error:
             parser.error(f"--shards: {error}")
+    elif options.what == "scst":
+        from ofa_ds.bench.scst import bench_scst, table
+
+        if options.repeats < 1:
+            parser.error("--repeats: want at least 1")
+        result = bench_scst(options.repeats)
+    elif options.what == "cider":
+        from ofa_ds.bench.cider import bench_cider, table
+
+        if options.repeats < 1:
+            parser.error("--repeats: want at least 1")
+        result = bench_cider(options.repeats)
+    elif options.what == "many-ranks":
+        from ofa_ds.bench.many_ranks import bench_many_ranks, table
+
+        if options.repeats < 1:
+            parser.error("--repeats: want at least 1")
+        result = bench_many_ranks(options.repeats)
+    elif options.what == "construction":
+        from ofa_ds.bench.construction import bench_construction, table
+
+        result = bench_construction(options.preset, options.ranks, options.precision)
     else:
         from ofa_ds.bench.checkpoint import bench_checkpoint, table
 

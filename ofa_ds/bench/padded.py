@@ -80,7 +80,7 @@ class PaddedOFA:
         self.image_bucket[0], self.image_bucket[:, 0], self.image_bucket[0, 0] = start, start + 1, start + 2
 
     def __call__(self, batch: PaddedBatch, label_smoothing: float = 0.0) -> Tensor:
-        hidden_LBD = self._decode(batch, *self._encode(batch))
+        hidden_LBD = self.decode(batch, *self.encode(batch))
         logits_BLV = F.linear(hidden_LBD.transpose(0, 1), self.encoder.embed_tokens.weight)
         logp = F.log_softmax(logits_BLV, -1, dtype=_at_least_fp32(logits_BLV)).view(-1, logits_BLV.shape[-1])
         target = batch.target.view(-1)
@@ -89,7 +89,7 @@ class PaddedOFA:
         eps_i = label_smoothing / (logp.shape[-1] - 1)
         return ((1 - label_smoothing - eps_i) * nll + eps_i * smooth).sum()
 
-    def _encode(self, batch: PaddedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, batch: PaddedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """(memory [S, B, D], which of it does not count [B, S], normed positions [B, S, D])."""
         encoder, num_text = self.encoder, batch.source.shape[1]
         features = _resnet(encoder.embed_images, batch.images)
@@ -123,7 +123,7 @@ class PaddedOFA:
             x = layer(x, PaddedCore(bias, None, key_mask, scale), None, 0)
         return encoder.layer_norm(x), ignored_BS, position
 
-    def _decode(self, batch: PaddedBatch, memory: Tensor, ignored_BS: Tensor, memory_position: Tensor) -> Tensor:
+    def decode(self, batch: PaddedBatch, memory: Tensor, ignored_BS: Tensor, memory_position: Tensor) -> Tensor:
         """-> [L, B, D] after the last norm."""
         decoder, code, length = self.decoder, batch.code, batch.previous.shape[1]
         position = decoder.embed_positions(_count(batch.previous))

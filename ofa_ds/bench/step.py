@@ -142,11 +142,11 @@ def time_in_turns(
     runs = (("ofa-ds", ours), ("the original's way", original))
     gflop, seconds = [], [[], []]
     for name, run in runs:
-        _progress(f"{shape}: {name}, warming up")
+        progress(f"{shape}: {name}, warming up")
         gflop.append(count_flops(run) / 1e9)
     for i in range(repeats):
         for times, (name, run) in zip(seconds, runs, strict=True):
-            _progress(f"{shape}: {name}, {i + 1} of {repeats}")
+            progress(f"{shape}: {name}, {i + 1} of {repeats}")
             start = time.perf_counter()
             run()
             times.append(time.perf_counter() - start)
@@ -187,11 +187,11 @@ def bench_step(pair_repeats: int, mixed_repeats: int) -> dict[str, float]:
         result[f"{shape}_ratio"] = ours.median_s / padded.median_s
         result[f"{shape}_best_ratio"] = ours.best_s / padded.best_s
     result["matmul_gflop_per_s"] = max(result["matmul_gflop_per_s"], matmul_rate())
-    _progress("")
+    progress("")
     return result
 
 
-def _progress(text: str) -> None:
+def progress(text: str) -> None:
     """One line on standard error that the next one overwrites; a line each where it is not a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

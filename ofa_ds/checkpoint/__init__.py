@@ -7,17 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ofa_ds.checkpoint.loading import load, load_model_weights, load_weights, resume
+    from ofa_ds.checkpoint.loading import load, load_model_weights, resume
     from ofa_ds.checkpoint.runs import latest
     from ofa_ds.checkpoint.saving import BackgroundSaver, save
     from ofa_ds.checkpoint.verifying import describe, verify
 
 __all__ = [
-    "BackgroundSaver", "describe", "latest", "load", "load_model_weights", "load_weights", "resume", "save", "verify",
+    "BackgroundSaver", "describe", "latest", "load", "load_model_weights", "resume", "save", "verify",
 ]  # fmt: skip
 
 _HOMES = {
-    "loading": ("load", "load_model_weights", "load_weights", "resume"),
+    "loading": ("load", "load_model_weights", "resume"),
     "runs": ("latest",),
     "saving": ("BackgroundSaver", "save"),
     "verifying": ("describe", "verify"),

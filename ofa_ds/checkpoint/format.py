@@ -32,6 +32,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 RUN, COUNTS = "run", "counts"
 """Keys of `extra` for the run that saved it: which one, and whether `keep` counts it (false: of a bad stretch)."""
+BEST = "best"
+"""Name of the pointer beside `latest`, and key of `extra`: {"step", "metric", "value"} of the best one so far."""
 KINDS = ("weight", *MOMENTS, AVERAGE)
 """What there may be of a parameter, all fp32; the weight is always there."""
 

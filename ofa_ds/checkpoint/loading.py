@@ -15,7 +15,7 @@ from ofa_ds.checkpoint.format import NO_STEPS
 from ofa_ds.checkpoint.manifest import FormatVersionError, Manifest, read_manifest
 from ofa_ds.checkpoint.run_lease import RunLease
 from ofa_ds.checkpoint.runs import WAY_OUT, find, look, own, report, set_aside, step_directories
-from ofa_ds.checkpoint.state import Reader, StreamReader
+from ofa_ds.checkpoint.state import Reader, StreamReader, TrainingState
 from ofa_ds.checkpoint.stream import CheckedStream
 from ofa_ds.checkpoint.verifying import check_files
 from ofa_ds.checkpoint.writing import THREADS
@@ -97,28 +97,30 @@ def load(engine: Engine, path: str | Path, accept: Accept | None = None) -> Mani
     return reader.manifest
 
 
-def load_weights(engine: Engine, path: str | Path) -> None:
-    """Start from the weights and buffers of a checkpoint, or of the newest one of a run; all ranks call it together.
+def start_at(engine: Engine, state: TrainingState, where: str, way_out: Callable[[Shapes], str] | None = None) -> None:
+    """Start from the weights and buffers of a state; all ranks call it together.
 
-    Moments and counters stay at 0. A BatchNorm may be frozen on one side only. Raises ValueError as `load` does.
+    Moments and counters stay at 0. A BatchNorm may be frozen on one side only. where: its file, for messages. way_out:
+    what to do where the state's names and shapes are not the model's, from what the state has.
+    Raises ValueError where it is of another model.
     """
-    reader = _open(engine, find(path))
-    saved = {name: info.shape for name, info in reader.tensors.items()} | reader.buffers
+    saved = {name: info.shape for name, info in state.tensors.items()} | dict(state.buffers)
     buffers = {name: tuple(buffer.shape) for name, buffer in engine.buffers().items()}
     counted = {name for name in saved.keys() ^ (engine.parameter_shapes().keys() | buffers.keys()) if _is_count(name)}
     wanted = {name: shape for name, shape in (engine.parameter_shapes() | buffers).items() if name not in counted}
-    _refuse_other_model(reader.directory, wanted, {name: saved[name] for name in saved if name not in counted})
+    found = {name: saved[name] for name in saved if name not in counted}
+    _refuse_other_model(where, wanted, found, *([] if way_out is None or found == wanted else [way_out(found)]))
 
     def read_buffer(name: str) -> Tensor:
         if name in counted:
             return torch.zeros((), dtype=torch.int64)
-        info = reader.tensors.get(name)
-        return reader.buffer(name) if info is None else reader.read(name, "weight", 0, info.numel).reshape(info.shape)
+        info = state.tensors.get(name)
+        return state.buffer(name) if info is None else state.read(name, "weight", 0, info.numel).reshape(info.shape)
 
     def read(name: str, kind: str, start: int, numel: int) -> Tensor:
-        if name in reader.tensors:
-            return reader.read(name, kind, start, numel)
-        return reader.buffer(name).reshape(-1)[start : start + numel].float()
+        if name in state.tensors:
+            return state.read(name, kind, start, numel)
+        return state.buffer(name).reshape(-1)[start : start + numel].float()
 
     engine.restore(read, read_buffer, NO_STEPS)
 
@@ -126,6 +128,11 @@ def load_weights(engine: Engine, path: str | Path) -> None:
 def _is_count(name: str) -> bool:
     """A frozen BatchNorm does not count its batches."""
     return name.endswith("num_batches_tracked")
+
+
+def open_together(engine: Engine, path: str | Path) -> Reader:
+    """A checkpoint, or the newest one of a run, every byte of it checked; all ranks call it together."""
+    return _open(engine, find(path))
 
 
 def _open(engine: Engine, directory: Path) -> Reader:
@@ -161,18 +168,20 @@ def _checked(engine: Engine, directory: Path) -> tuple[Manifest | None, tuple[st
 def _compare_parameters(reader: Reader, shapes: Shapes, buffers: set[str]) -> None:
     saved = {name: info.shape for name, info in reader.tensors.items()}
     wanted = {**shapes, **dict.fromkeys(buffers, ())}  # a buffer's shape is compared when it is copied
-    _refuse_other_model(reader.directory, wanted, saved | dict.fromkeys(reader.buffers, ()))
+    _refuse_other_model(str(reader.directory), wanted, saved | dict.fromkeys(reader.buffers, ()))
 
 
-def _refuse_other_model(directory: Path, wanted: Shapes, saved: Shapes) -> None:
+def _refuse_other_model(
+    where: str, wanted: Shapes, saved: Shapes, way_out: str = "use the recipe it was made with, or another run_dir"
+) -> None:
     missing, extra = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
     other = sorted(name for name in wanted.keys() & saved.keys() if wanted[name] != saved[name])
     if missing or extra or other:
         detail = [f"{len(missing)} tensors are missing ({', '.join(missing[:3])})"] if missing else []
         detail += [f"{len(extra)} are not the model's ({', '.join(extra[:3])})"] if extra else []
         detail += [f"{name} is {saved[name]}, the model's is {wanted[name]}" for name in other[:3]]
-        way_out = "use the recipe it was made with, or another run_dir"
-        raise ValueError(f"{directory}: holds another model: {'; '.join(detail)}; {way_out}")
+        detail += [f"{len(other) - 3} more of another shape"] if len(other) > 3 else []
+        raise ValueError(f"{where}: holds another model: {'; '.join(detail)}; {way_out}")
 
 
 def open_checked(path: str | Path) -> Reader:

@@ -20,7 +20,7 @@ from typing import Any
 import xxhash
 
 import ofa_ds
-from ofa_ds.checkpoint.format import COUNTS, FORMAT, MANIFEST, RUN, VERSION, Facts, Parts, TensorInfo
+from ofa_ds.checkpoint.format import BEST, COUNTS, FORMAT, MANIFEST, RUN, VERSION, Facts, Parts, TensorInfo
 from ofa_ds.checkpoint.layout import Layout
 from ofa_ds.checkpoint.schema import parse
 from ofa_ds.storage.safetensors_file import DamagedError, check_size
@@ -87,7 +87,7 @@ class Manifest:
     @property
     def facts(self) -> Facts:
         """Those of the training state. Which run saved it is none: a copy is not that run's to delete."""
-        extra = {name: value for name, value in self.extra.items() if name not in (RUN, COUNTS)}
+        extra = {name: value for name, value in self.extra.items() if name not in (RUN, COUNTS, BEST)}
         return Facts(step=self.step, state=self.state, rng_ranks=self.rng_ranks, extra=extra)
 
     @property

@@ -14,7 +14,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from ofa_ds.checkpoint.format import COUNTS, MANIFEST, RUN
+from ofa_ds.checkpoint.format import BEST, COUNTS, MANIFEST, RUN
 from ofa_ds.checkpoint.manifest import FormatVersionError, Manifest, read_manifest
 from ofa_ds.storage.atomic import PARTIAL
 from ofa_ds.storage.lease import held
@@ -86,8 +86,16 @@ def _newest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def find(path: str | Path) -> Path:
-    """A checkpoint directory: `path`, or the newest one of the run directory `path`. Raises ValueError, OSError."""
+    """A checkpoint directory: `path`, the newest one of the run directory `path`, or the one that RUN_DIR/best names.
+
+    Raises ValueError, OSError.
+    """
     path = Path(path)
+    if path.name == BEST and path.is_file():
+        named = path.read_text(encoding="utf-8", errors="replace").strip()
+        if not _STEP.fullmatch(named) or not (path.parent / named).is_dir():
+            raise ValueError(f"{path}: names {named[:40]!r}, which is no checkpoint beside it")
+        path = path.parent / named
     if not path.is_dir():
         raise ValueError(f"{path}: no such directory; want a checkpoint or a run directory")
     if (path / MANIFEST).exists() or not step_directories(path):
@@ -112,13 +120,22 @@ def own(directory: Path, run: str) -> Manifest | None:
     return manifest if manifest.extra.get(RUN) == run and manifest.step == int(match[1]) else None
 
 
+def best_step(manifest: Manifest) -> int | None:
+    """The step of the best checkpoint of its run, as far as that was known when this one was saved."""
+    known = manifest.extra.get(BEST)
+    step = known.get("step") if isinstance(known, dict) else None
+    return step if isinstance(step, int) else None
+
+
 def retire(run_dir: Path, step: int, keep: int, run: str) -> list[Path]:
     """Delete the checkpoints of the run `run` up to `step` but the newest `keep`, and those that were replaced.
 
+    The best one, as the newest says, stays beside these.
     Of a bad stretch: these count for nothing; the newest `keep` of them stay that are newer than every good one.
     What cannot be deleted is reported. Returns what was deleted.
     """
     mine = [(at, path, own(path, run)) for at, path in step_directories(run_dir) if at <= step]
+    best = next((best_step(manifest) for _, _, manifest in mine if manifest is not None), None)
     good, bad, seen = 0, 0, set()
     gone = []
     for at, path, manifest in mine:
@@ -128,7 +145,7 @@ def retire(run_dir: Path, step: int, keep: int, run: str) -> list[Path]:
         seen.add(at)
         stays = is_first and (good < keep if is_good else not good and bad < keep)
         good, bad = good + (stays and is_good), bad + (stays and not is_good)
-        if not stays and remove(path):
+        if not stays and not (is_first and at == best) and remove(path):
             gone.append(path)
     return gone
 
@@ -136,6 +153,7 @@ def retire(run_dir: Path, step: int, keep: int, run: str) -> list[Path]:
 def prune(run_dir: str | Path, keep: int, *, dry_run: bool = False) -> list[Path]:
     """Delete all but the newest `keep` checkpoints that are whole by their manifest and sizes, and nothing else.
 
+    The best one of a run, as the newest whole one says, stays too.
     Damaged ones count for nothing and go with the old ones, unless they are newer than every whole one; what has no
     manifest, and links, stay. Returns what was deleted, or would be. Raises ValueError where there is no checkpoint,
     LeaseError where a job is at work there; and FormatVersionError or OSError where one cannot be judged, before any is
@@ -155,10 +173,10 @@ def _superfluous(run_dir: Path, keep: int) -> list[Path]:
     if not found:
         raise ValueError(f"{run_dir}: want a run directory with step_NNNNNNNN checkpoints, found none")
     gone: list[Path] = []
-    whole = 0
-    for _, path in found:
+    whole, best = 0, None
+    for at, path in found:
         try:
-            look(path)
+            manifest = look(path)
         except DamagedError as error:
             report(str(error))
             is_ours = os.path.lexists(path / MANIFEST) and not path.is_symlink()
@@ -169,7 +187,8 @@ def _superfluous(run_dir: Path, keep: int) -> list[Path]:
             report(f"{path}: is a link, and stays")
             continue
         whole += 1
-        if whole > keep:
+        best = best_step(manifest) if whole == 1 else best
+        if whole > keep and at != best:
             gone.append(path)
     return gone
 

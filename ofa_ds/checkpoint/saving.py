@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ofa_ds.checkpoint.format import (
+    BEST,
     COUNTS,
     HEADER_BYTES_A_TENSOR,
     LATEST,
@@ -39,7 +40,7 @@ from ofa_ds.checkpoint.format import (
 )
 from ofa_ds.checkpoint.manifest import manifest_of, write_manifest
 from ofa_ds.checkpoint.run_lease import RunLease, run_lease
-from ofa_ds.checkpoint.runs import own, remove, remove_leftovers, report, retire, set_aside
+from ofa_ds.checkpoint.runs import best_step, own, remove, remove_leftovers, report, retire, set_aside
 from ofa_ds.checkpoint.snapshot import Snapshot, room
 from ofa_ds.checkpoint.tensor_file import write_tensors
 from ofa_ds.engine.partition import AVERAGE, KINDS
@@ -267,7 +268,7 @@ def commit(engine: Engine, target: Target, share: Share, facts: Facts, entry: Fi
             write_manifest(target.partial / MANIFEST, manifest)
             _publish(target)
     if engine.ranks.rank == 0:
-        _tidy(target)
+        _tidy(target, best_step(manifest))
 
 
 def _parts(uneven: list[dict[str, tuple[int, int]]], infos: Mapping[str, TensorInfo]) -> Parts:
@@ -328,13 +329,16 @@ def _make_way(final: Path, run: str) -> None:
     os.rename(final, old)
 
 
-def _tidy(target: Target) -> None:
-    """`latest`, and what is older than `keep`. The checkpoint is there already: what fails here is only told."""
+def _tidy(target: Target, best: int | None) -> None:
+    """`latest`, `best`, and what is older than `keep`. The checkpoint is there: what fails here is only told."""
+    named = {LATEST: target.step} if best is None else {LATEST: target.step, BEST: best}
     try:
         sync(target.run_dir)
-        replace_file(target.run_dir / LATEST, f"{target.final.name}\n")
+        for pointer, step in named.items():
+            if (target.run_dir / directory_name(step)).is_dir():
+                replace_file(target.run_dir / pointer, f"{directory_name(step)}\n")
     except OSError as error:
-        report(f"{target.final} is whole, but {LATEST} does not name it: {error}")
+        report(f"{target.final} is whole, but {' and '.join(named)} may not name the right one: {error}")
     try:
         target.lease.check()
         retire(target.run_dir, target.step, target.keep, target.lease.run)

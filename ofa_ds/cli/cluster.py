@@ -1,12 +1,13 @@
-"""`ofa-ds preflight`, `launch`, `runs watch`: many hosts from one. Light: heavy modules come with the command."""
+"""`ofa-ds preflight`, `launch`, `runs`: many hosts from one, and runs. Light: heavy modules come with the command."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-from ofa_ds.cli.parser import Commands, UsageError, command, group, natural, positive
+from ofa_ds.cli.parser import Commands, UsageError, command, drawing, group, natural, positive
 
 _RUNNERS = ("deepspeed", "torchrun", "slurm", "openmpi", "mpich")
 
@@ -42,11 +43,11 @@ def _preflight(options: argparse.Namespace) -> int:
 def add_launch(commands: Commands) -> None:
     about = (
         "Start a command on every rank of the hosts of a hostfile, watch it, and start it again where hosts or ranks "
-        "fail: launch --hostfile FILE [options] -- pretrain RECIPE [KEY=VALUE ...]"
+        "fail: launch --hostfile FILE [options] -- pretrain|finetune RECIPE [KEY=VALUE ...], or -- predict ..."
     )
     example = "ofa-ds launch --hostfile hosts --retries 3 -- pretrain pretrain-6b run_dir=/shared/runs/6b"
     parser = command(commands, "launch", _launch, about, example=example)
-    parser.usage = "ofa-ds launch --hostfile FILE [options] -- pretrain RECIPE [KEY=VALUE ...]"
+    parser.usage = "ofa-ds launch --hostfile FILE [options] -- pretrain|finetune RECIPE [KEY=VALUE ...]"
     add = parser.add_argument
     add("-H", "--hostfile", default="", metavar="FILE", help="one `[USER@]HOST slots=N` a line; `# spare` ends spares")
     add("--runner", choices=_RUNNERS, default="deepspeed", help="what starts the ranks")
@@ -59,7 +60,8 @@ def add_launch(commands: Commands) -> None:
     add("--start-within", type=positive, default=1800, metavar="S", help="seconds for a start, or a checkpoint")
     add("--grace", type=positive, default=120, metavar="S", help="seconds for a checkpoint after SIGTERM")
     add("--dry-run", action="store_true", help="print the exact commands and variables, start nothing")
-    add("program", nargs=argparse.REMAINDER, metavar="-- pretrain RECIPE [KEY=VALUE ...]", help="what each rank runs")
+    program = "-- pretrain|finetune|predict ..."
+    add("program", nargs=argparse.REMAINDER, metavar=program, help="what each rank runs")
 
 
 def _launch(options: argparse.Namespace) -> int:
@@ -97,13 +99,37 @@ def _launch(options: argparse.Namespace) -> int:
 
 def add_runs(commands: Commands) -> None:
     """Add `runs` and its actions."""
-    actions = group(commands, "runs", "Runs: what every host and rank of one is doing.")
+    actions = group(commands, "runs", "Runs: what every host and rank of one is doing; how two differ.")
     about = "One screen: progress, speed, loss, checkpoint, attempts, hosts and ranks, warnings. Only reads files."
     watch = command(actions, "watch", _watch, about, example="ofa-ds runs watch runs/6b")
     watch.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run, from any host that sees it")
     watch.add_argument("--json", action="store_true", help="one JSON object a line")
     watch.add_argument("--once", action="store_true", help="show it once; else until the run is over, or Ctrl-C")
     watch.add_argument("--every", type=positive, default=2, metavar="SECONDS", help="from one look to the next")
+
+    about = "In what two runs differ, and where their curves part: recipe, DeepSpeed, data, code, machine. Only reads."
+    compared = command(actions, "compare", _compare, about, example="ofa-ds runs compare runs/a runs/b --png ab.png")
+    compared.add_argument("a", type=Path, metavar="A", help="directory of a run, of any version, whole or not")
+    compared.add_argument("b", type=Path, metavar="B", help="directory of the other")
+    compared.add_argument("--json", action="store_true", help="one JSON object")
+    compared.add_argument("--png", type=drawing, metavar="FILE", help="draw the curves of both")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from ofa_ds.runs.compare import compare, lines
+
+    try:
+        one, other, facts = compare(options.a, options.b)
+        if options.png:
+            from ofa_ds.runs.picture import draw
+
+            drawn = draw(one.metrics, other.metrics, (str(options.a), str(options.b)), options.png)
+    except ValueError as error:
+        raise UsageError(error) from error
+    print(json.dumps(facts, allow_nan=False) if options.json else "\n".join(lines(facts)))
+    if options.png and not options.json:
+        print(f"picture: {options.png}, {drawn}")
+    return 0
 
 
 def _watch(options: argparse.Namespace) -> int:

@@ -6,22 +6,33 @@ import argparse
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ofa_ds.cli.parser import Commands, UsageError, command, drawing, group, natural, positive, recipe_of, text
-from ofa_ds.terms import TASKS
+from ofa_ds.terms import DOWNSTREAM_TASKS, PRETRAINING_FAMILIES, TASKS
+
+if TYPE_CHECKING:
+    from ofa_ds.config import Recipe
 
 WARNINGS_SHOWN = 5
 """Of `shards build`, on the console; all are in the directory."""
 
 
 def add_scenes(commands: Commands) -> None:
-    about = "Draw the embedded data set: pictures with known answers for all eight tasks, as OFA's TSV files."
+    about = "Draw the embedded data set: pictures with known answers, as the TSV files of all eight tasks or of --task."
     parser = command(
         commands, "scenes", _scenes, about, example="ofa-ds scenes --out data/scenes --rows 12000 --seed 1"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the TSV files")
+    out = "directory for the TSV files; none is overwritten"
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
     parser.add_argument(
         "--rows", type=positive, default=12000, metavar="N", help="vision-language rows; the other files follow 8:2:1:1"
+    )
+    parser.add_argument(
+        "--task",
+        choices=DOWNSTREAM_TASKS,
+        metavar="TASK",
+        help=f"rows of this downstream task alone: {', '.join(DOWNSTREAM_TASKS)}",
     )
     parser.add_argument("--seed", type=natural, default=1, metavar="N", help="the same seed draws the same files")
     parser.add_argument("--split", default="train", choices=("train", "heldout"), help="the two never share a scene")
@@ -36,6 +47,12 @@ def add_scenes(commands: Commands) -> None:
 
 
 def _scenes(options: argparse.Namespace) -> None:
+    if options.task:
+        from ofa_ds.data.scenes_tasks import write_task_scenes
+
+        path = write_task_scenes(options.out, options.task, options.rows, options.seed, options.split)
+        print(f"scenes: {options.rows} rows of {options.task} in {path}")
+        return
     from ofa_ds.data.scenes import write_scenes
 
     write_scenes(options.out, rows=options.rows, seed=options.seed, split=options.split, questions=options.questions)
@@ -57,15 +74,54 @@ def add_shards(commands: Commands) -> None:
     build.add_argument(
         "--negatives", type=Path, metavar="DIR", help="OFA's negative_sample: wrong captions and answers"
     )
+    build.add_argument("tsv", type=Path, nargs="*", default=[], metavar="TSV", help="with --task: its files")
+    build.add_argument(
+        "--task", choices=DOWNSTREAM_TASKS, metavar="TASK", help=f"a downstream task: {', '.join(DOWNSTREAM_TASKS)}"
+    )
+    build.add_argument("--answers", type=Path, metavar="FILE", help="with --task: its possible answers, text or JSON")
+    build.add_argument(
+        "--columns", type=columns, default={}, metavar="NAME=N,...",
+        help="with --task: which column, from 0, holds what, where not as in the original's files",
+    )  # fmt: skip
+    build.add_argument(
+        "--no-references", action="store_true", help="with --task: rows to predict; what is right is not read"
+    )
+    build.add_argument(
+        "--held-out", action="store_true", help="with --task: keep rows whose answer is not among --answers, to judge"
+    )
     build.add_argument("--rows-per-shard", type=positive, default=50_000, metavar="N", help="rows of one Arrow file")
     build.add_argument("--workers", type=positive, default=2, metavar="N", help="processes that parse and check")
     build.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help="what a bad line does")
     build.add_argument("--strict", action="store_true", help="a line that looks like a mistake is a bad line")
+    answers = command(
+        shards, "answers", _shards_answers, "Check a list of answers and write it as JSON; nothing of a pickle is run.",
+        example="ofa-ds shards answers trainval_ans2label.pkl --out data/answers.json",
+    )  # fmt: skip
+    answers.add_argument("source", type=Path, metavar="FILE", help="text, an answer a line; JSON; a .pkl")
+    answers.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON file to write")
+    recast = command(
+        shards, "recast", _shards_recast, "Write pretraining rows in the form of a downstream task, as TSV files.",
+        example="ofa-ds shards recast data/shards --task vqa --out data/vqa --rows 64",
+    )  # fmt: skip
+    recast.add_argument("dir", type=Path, metavar="DIR", help="shards of pretraining")
+    recast.add_argument(
+        "--task", choices=DOWNSTREAM_TASKS, required=True, metavar="TASK", help=f"one of {', '.join(DOWNSTREAM_TASKS)}"
+    )
+    out = "directory for TASK.tsv and answers.txt; none is overwritten"
+    recast.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
+    recast.add_argument("--rows", type=positive, metavar="N", help="rows at most; all where not given")
+    recast.add_argument("--seed", type=natural, default=1, metavar="N", help="of what is drawn")
     verify = command(
         shards, "verify", _shards_verify, "Check every checksum and decode every picture.",
         example="ofa-ds shards verify data/shards",
     )  # fmt: skip
     verify.add_argument("dir", type=Path, metavar="DIR", help="shards")
+    frequencies = command(
+        shards, "frequencies", _shards_frequencies, "Count the n-grams of captions, by which CIDEr-D weighs words.",
+        example="ofa-ds shards frequencies data/coco/train --out data/coco/frequencies.json",
+    )  # fmt: skip
+    frequencies.add_argument("dir", type=Path, metavar="DIR", help="shards of captions to train on")
+    frequencies.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file to make")
     show = command(
         shards, "show", _shards_show, "Show what the model sees: picture with boxes, source text, target text.",
         example="ofa-ds shards show data/scenes/train --recipe pretrain-nano --task vqa --row 3 --png vqa.png",
@@ -79,31 +135,74 @@ def add_shards(commands: Commands) -> None:
     )
     show.add_argument("--row", type=natural, default=0, metavar="N", help="row number within the task's source rows")
     show.add_argument("--png", type=drawing, metavar="FILE", help="write the picture here")
-    show.add_argument("--recipe", default="pretrain-tiny", help="a recipe, whose settings to apply")
+    show.add_argument(
+        "--recipe", default="", help="a recipe, whose settings to apply; else pretrain-tiny, or the task's own"
+    )
     show.add_argument("--vocab", default="", metavar="DIR", help="vocabulary; else the recipe's")
     show.add_argument("set", nargs="*", metavar="KEY=VALUE", help="recipe overrides, such as data.image_size=256")
+
+
+def columns(given: str) -> dict[str, int]:
+    """`text=0,label=1` -> where everything is, for argparse."""
+    from ofa_ds.data.task_rows import READERS
+
+    found: dict[str, int] = {}
+    for item in given.split(","):
+        name, _, place = item.partition("=")
+        if name not in READERS or name in found or not (place.isascii() and place.isdigit()):
+            raise argparse.ArgumentTypeError(
+                f"want NAME=N,... with each of {', '.join(READERS)} once at most and N counted from 0, got {item!r}"
+            )
+        found[name] = int(place)
+    return found
 
 
 def _shards_build(options: argparse.Namespace) -> None:
     from ofa_ds.data.shards_build import build_shards
 
-    manifest = build_shards(
-        options.out,
-        vision_language=options.vision_language,
-        text=options.text,
-        image=options.image,
-        detection=options.detection,
-        negatives=options.negatives,
-        rows_per_shard=options.rows_per_shard,
-        workers=options.workers,
-        on_error=options.on_error,
-        strict=options.strict,
-    )
+    families = {name: getattr(options, name) for name in PRETRAINING_FAMILIES}
+    how = {name: getattr(options, name) for name in ("rows_per_shard", "workers", "on_error", "strict")}
+    if options.task:
+        from ofa_ds.tasks.task_shards import build_task_shards
+
+        if any(families.values()) or options.negatives:
+            raise UsageError(f"--task {options.task}: its TSV files come alone, without an option before them")
+        manifest = build_task_shards(
+            options.out, options.task, options.tsv, answers=options.answers, columns=options.columns,
+            references=not options.no_references, held_out=options.held_out, **how,
+        )  # fmt: skip
+    else:
+        if options.tsv or options.answers or options.columns or options.no_references or options.held_out:
+            raise UsageError("files without an option, --answers, --columns, --no-references, --held-out: want --task")
+        manifest = build_shards(options.out, negatives=options.negatives, **families, **how)
     _print_warnings(options.out / "warnings", sum(part.warnings for part in manifest.families.values()))
     for family, part in manifest.families.items():
-        bad = f", {part.quarantined} bad lines in quarantine" if part.quarantined else ""
-        print(f"{family:16} {part.rows:>10} rows{bad}{f', warnings: {part.warnings}' if part.warnings else ''}")
+        counts = {
+            "bad lines in quarantine": part.quarantined, "without an answer": part.unanswered,
+            "answered outside --answers": part.unlisted,
+        }  # fmt: skip
+        more = "".join(f", {count} {what}" for what, count in counts.items() if count)
+        print(f"{family:16} {part.rows:>10} rows{more}{f', warnings: {part.warnings}' if part.warnings else ''}")
     print(f"shards in {options.out}")
+
+
+def _shards_answers(options: argparse.Namespace) -> None:
+    from ofa_ds.data.answer_list import read_answers_file, write_answer_list
+    from ofa_ds.data.answer_pickle import read_answer_pickle
+
+    if options.out.suffix != ".json":
+        raise UsageError(f"--out {options.out}: want a file name that ends in .json")
+    is_pickle = options.source.suffix in (".pkl", ".pickle")
+    found = (read_answer_pickle if is_pickle else read_answers_file)(options.source)
+    write_answer_list(options.out, found)
+    print(f"answers: {len(found)} in {options.out}, from {found[0]!r} to {found[-1]!r}")
+
+
+def _shards_recast(options: argparse.Namespace) -> None:
+    from ofa_ds.data.recast import write_recast
+
+    path, count = write_recast(options.dir, options.out, options.task, rows=options.rows, seed=options.seed)
+    print(f"recast: {count} rows of {options.task} in {path}")
 
 
 def _print_warnings(folder: Path, count: int) -> None:
@@ -128,26 +227,48 @@ def _shards_verify(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def _shards_frequencies(options: argparse.Namespace) -> None:
+    from ofa_ds.data.document_frequency import of_shards, write_document_frequency
+    from ofa_ds.data.shards import Shards
+
+    frequency = of_shards(Shards(options.dir, task="caption"))
+    write_document_frequency(frequency, options.out)
+    print(f"{len(frequency.counts)} n-grams with two pictures or more, of {frequency.images}, in {options.out}")
+
+
 def _shards_show(options: argparse.Namespace) -> None:
     import dataclasses
 
     from ofa_ds.data.shards import Shards
     from ofa_ds.data.vocab import load_vocab
     from ofa_ds.model.config import model_config
-    from ofa_ds.tasks.context import Context
     from ofa_ds.tasks.preview import show_shards
+    from ofa_ds.tasks.task import context_of
+    from ofa_ds.tasks.task_shards import task_shown
 
-    recipe = recipe_of(options.recipe, options.set)
+    shards = Shards(options.dir)
+    task = task_shown(shards, options.task)
+    recipe = _recipe_shown(options.recipe, options.set, task)
     directory = options.vocab or recipe.data.vocab
     if not directory:
         raise UsageError("no vocabulary: give --vocab DIR, or a recipe whose data.vocab names one")
-    shards, vocab = Shards(options.dir), load_vocab(directory)
+    vocab = load_vocab(directory)
     model = model_config(recipe, vocab.size)
-    ctx = Context(
-        vocab=vocab, negatives=shards.negatives, config=dataclasses.replace(recipe.data, shards=str(options.dir)),
-        patch_size=model.patch_size, max_positions=model.max_positions,
-    )  # fmt: skip
-    show_shards(shards, ctx, task=options.task, row=options.row, png=options.png)
+    config = dataclasses.replace(recipe.data, shards=str(options.dir))
+    ctx = context_of(shards, vocab, config, patch_size=model.patch_size, max_positions=model.max_positions)
+    show_shards(shards, ctx, task=task or options.task, row=options.row, png=options.png)
+
+
+def _recipe_shown(name: str, overrides: list[str], task: str) -> Recipe:
+    """The recipe that is asked for; else that of the downstream task, where the shards are of one."""
+    from ofa_ds.config.recipe import shipped_recipes
+
+    if task and not name and f"finetune-{task}-tiny" in shipped_recipes():
+        return recipe_of(f"finetune-{task}-tiny", overrides)
+    named = [f"data.task.name={task}"] if task else []
+    if any(each.partition("=")[0].strip() == "data.task.name" for each in overrides):
+        named = []
+    return recipe_of(name or "pretrain-tiny", [*named, *overrides])
 
 
 def add_vocab(commands: Commands) -> None:

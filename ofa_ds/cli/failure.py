@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import errno
 import os
 import platform
 import re
@@ -20,6 +21,10 @@ from types import TracebackType
 
 _OURS = ("ofa_ds", "ofa_kernels")
 _FORESEEN = (ValueError, RuntimeError, OSError)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says, often without a name, where a disk or a share of it is full."""
+_LITTLE = 1 << 20
+"""Bytes with which a disk counts as full."""
 _PACKAGES = ("ofa-ds", "torch", "deepspeed", "numpy", "pyarrow", "pydantic", "tokenizers", "triton")
 """Whose versions are told."""
 _RANK_VARIABLES = (
@@ -57,6 +62,9 @@ def tell_error(error: Exception, arguments: Sequence[str]) -> None:
     if is_foreseen(error):
         tell(error)
         return
+    if isinstance(error, OSError) and error.errno in _FULL:
+        tell(f"{who()}{os.strerror(error.errno)}{_full_place(arguments)}; make room and run the same command again")
+        return
     text = "".join(traceback.format_exception(error))
     what = f"{who()}{in_words(error)}"
     try:
@@ -66,6 +74,21 @@ def tell_error(error: Exception, arguments: Sequence[str]) -> None:
         print(text, file=sys.stderr)
         return
     tell(f"{what}; unforeseen: please report it with {path}")
+
+
+def _full_place(arguments: Sequence[str]) -> str:
+    """` on the disk of PLACE` for the first argument that lies on a disk without room; nothing where none is known."""
+    for argument in (*arguments, tempfile.gettempdir()):
+        place = Path(argument.rpartition("=")[2])
+        try:
+            known = next(each for each in (place, *place.parents) if each.exists())
+            found = os.statvfs(known)
+        except (OSError, ValueError, StopIteration):
+            continue
+        is_full = found.f_bavail * found.f_frsize < _LITTLE or (found.f_files and not found.f_favail)
+        if place != Path(".") and found.f_blocks and is_full:  # /proc and the like have no blocks
+            return f" on the disk of {place}"
+    return ""
 
 
 def in_words(error: Exception) -> str:

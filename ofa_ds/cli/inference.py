@@ -1,16 +1,25 @@
-"""`ofa-ds evaluate` and `generate`."""
+"""`ofa-ds evaluate`, `generate` and `predict`."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
+import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ofa_ds.cli.heavy_imports import heavy_imports
-from ofa_ds.cli.parser import Commands, command, drawing, positive, text
-from ofa_ds.terms import TASKS
+from ofa_ds.cli.parser import Commands, UsageError, command, drawing, positive, text
+from ofa_ds.terms import DOWNSTREAM_TASKS, TASKS
+
+if TYPE_CHECKING:
+    from ofa_ds.inference.asking import How
+
+INSTRUCTION = "instruction"
+"""`ofa_ds.tasks.instruction.NAME`."""
 
 
 def add_evaluate(commands: Commands) -> None:
@@ -28,9 +37,7 @@ def add_evaluate(commands: Commands) -> None:
         help=f"only this one of {', '.join(TASKS)}; may be repeated; all that were trained where not given",
     )
     parser.add_argument("--rows", type=positive, default=1000, metavar="N", help="examples per task at most")
-    parser.add_argument(
-        "--beam", type=positive, default=1, metavar="N", help="answers kept while one is searched; 1 is greedy"
-    )
+    _add_how(parser, "as many as the task says; of pretraining tasks 1, which is greedy")
     _add_model(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
@@ -39,17 +46,33 @@ def add_evaluate(commands: Commands) -> None:
         metavar="FILE",
         help="write a sheet for each task: boxes, source, expected and generated text",
     )
+    _add_settings(parser)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    is_alone = int(_rendezvous()["WORLD_SIZE"]) == 1
     with heavy_imports():
         from ofa_ds.inference.evaluate import evaluate
+        from ofa_ds.inference.share import ALONE, Share
         from ofa_ds.inference.table import format_table
 
+    share, device = ALONE, None
+    if not is_alone:
+        from ofa_ds.engine.process_group import gather, init_distributed
+
+        ranks = init_distributed()
+        share = Share(rank=ranks.rank, world_size=ranks.world_size, gather=functools.partial(gather, ranks))
+        device = ranks.device
     result = evaluate(
-        options.checkpoint, options.shards, tasks=options.task, rows=options.rows, beam=options.beam, png=options.png,
-        average=options.ema, vocab=options.vocab,
+        options.checkpoint, options.shards, tasks=options.task, rows=options.rows, how=_how(options), png=options.png,
+        device=device, average=options.ema, vocab=options.vocab, share=share,
     )  # fmt: skip
+    if not is_alone:
+        from ofa_ds.engine.process_group import leave_distributed
+
+        leave_distributed()
+    if share.rank:
+        return
     print(json.dumps(_plain(result), allow_nan=False) if options.json else format_table(result))
 
 
@@ -63,24 +86,30 @@ def _plain(value: Any) -> Any:
 
 
 def add_generate(commands: Commands) -> None:
-    about = "Generate the answer to one task for one picture and text."
+    about = "Generate the answer to one task, or to a free instruction, for one picture and text."
     parser = command(
         commands, "generate", _generate, about,
         example="ofa-ds generate runs/nano --task vqa --image a.png --text 'what color is the circle?'",
     )  # fmt: skip
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory (its newest one)")
-    parser.add_argument("--task", choices=TASKS, required=True, metavar="TASK", help=f"one of {', '.join(TASKS)}")
+    names = (*TASKS, INSTRUCTION)
+    parser.add_argument(
+        "--task", choices=names, required=True, metavar="TASK",
+        help=f"one of {', '.join(TASKS)}; or {INSTRUCTION}, whose text the model reads as it stands",
+    )  # fmt: skip
     parser.add_argument("--image", type=Path, metavar="FILE", help="a JPEG or PNG file")
     parser.add_argument(
-        "--text", type=text, default="", help="question, expression, caption to check, or text to complete"
-    )
-    parser.add_argument(
-        "--beam", type=positive, default=5, metavar="N", help="answers kept while one is searched; 1 is greedy"
-    )
+        "--text", type=text, default="",
+        help="question, expression, caption to check, text to complete, a pair of sentences with a tab between; in an "
+        "instruction <box:x0,y0,x1,y1> is a region of the picture",
+    )  # fmt: skip
+    _add_how(parser, "as many as the task says; of pretraining tasks 5")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="the answers that may be given (vqa, imagenet)")
     _add_model(parser)
     parser.add_argument(
         "--png", type=drawing, metavar="FILE", help="write the picture with the generated boxes and text here"
     )
+    _add_settings(parser)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -88,12 +117,114 @@ def _generate(options: argparse.Namespace) -> None:
         from ofa_ds.inference.answers import generate_one
 
     answer = generate_one(
-        options.checkpoint, options.task, image=options.image, text=options.text, beam=options.beam, png=options.png,
-        average=options.ema, vocab=options.vocab,
+        options.checkpoint, options.task, image=options.image, text=options.text, how=_how(options),
+        answers=options.answers, png=options.png, average=options.ema, vocab=options.vocab,
     )  # fmt: skip
     print(answer)
+
+
+def add_predict(commands: Commands) -> None:
+    about = (
+        "Answer every row of shards of a downstream task and write what its leaderboard takes. Alone, or on every rank "
+        "of torchrun or deepspeed --module ofa_ds.predict; run again after a kill, it goes on."
+    )
+    parser = command(
+        commands, "predict", _predict, about,
+        example="ofa-ds predict runs/vqa --task vqa --shards shards/vqa-test --out vqa-test.json",
+    )  # fmt: skip
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory (its newest one)")
+    parser.add_argument(
+        "--task", choices=DOWNSTREAM_TASKS, required=True, metavar="TASK", help=f"one of {', '.join(DOWNSTREAM_TASKS)}"
+    )
+    parser.add_argument("--shards", type=Path, required=True, metavar="DIR", help="rows of the task, answered or not")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE",
+        help="the result: JSON, GLUE's TSV, or lines; what is not complete yet stands in FILE.partial",
+    )  # fmt: skip
+    _add_how(parser, "as many as the task says")
+    _add_model(parser)
+    _add_settings(parser)
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from ofa_ds.beat import Pulse
+
+    found = _rendezvous()
+    pulse = Pulse(int(found["RANK"]))
+    with heavy_imports():
+        from ofa_ds.data.shards import Shards
+        from ofa_ds.engine.ranks import choose_device
+        from ofa_ds.inference.loaded_model import load_model
+        from ofa_ds.inference.predict import check_out, predict
+        from ofa_ds.inference.share import Share
+
+    share = Share(rank=int(found["RANK"]), world_size=int(found["WORLD_SIZE"]))
+    check_out(options.out, share)
+    shards = Shards(options.shards, task=options.task)
+    device = choose_device(int(found["LOCAL_RANK"]), os.environ, None)
+    model = load_model(
+        options.checkpoint, device, average=options.ema, vocab=options.vocab, precision=options.precision
+    )
+    if share.rank == 0:
+        print(model.describe(), file=sys.stderr)
+    how = _how(options)
+    done = 0
+
+    def told(count: int) -> None:
+        nonlocal done
+        done += count
+        pulse.beat("sample", done)  # and no `step`: ranks need not wait for each other
+
+    if predict(model, shards, options.task, options.out, how=how, average=options.ema, share=share, told=told):
+        print(f"{options.out}: written")
+
+
+def _rendezvous() -> dict[str, str]:
+    """RANK, WORLD_SIZE and LOCAL_RANK. Raises UsageError where the launcher of this process left them unclear."""
+    from ofa_ds.engine.rendezvous import rendezvous
+
+    try:
+        return rendezvous(os.environ)
+    except ValueError as error:
+        raise UsageError(error) from error
+
+
+def _add_how(parser: argparse.ArgumentParser, beams: str) -> None:
+    parser.add_argument(
+        "--beam", type=positive, metavar="N", help=f"answers kept while one is searched; where not given {beams}"
+    )
+    parser.add_argument(
+        "--decoding", choices=("all", "beam", "open"), default="",
+        help="of downstream tasks: score every answer of the list, search among them, or search among all texts; as "
+        "the task says where not given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt", choices=("none", "src", "prev_output"),
+        help="of downstream tasks: what the decoder reads before the answer; as the model was fine-tuned where not "
+        "given, none where it was not",
+    )  # fmt: skip
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "set", nargs="*", metavar="KEY=VALUE",
+        help="settings of data that are to differ, or model.pixel_norm: data.image_size=480 data.task.premise=true",
+    )  # fmt: skip
+
+
+def _how(options: argparse.Namespace) -> How:
+    from ofa_ds.inference.asking import How
+
+    prompt = () if options.prompt is None else (f"data.task.prompt={options.prompt}",)
+    settings = (*prompt, *options.set)
+    return How(beams=options.beam, search=options.decoding, settings=settings, precision=options.precision)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ema", action="store_true", help="take the moving average of the weights (optim.ema_decay)")
     parser.add_argument("--vocab", type=Path, metavar="DIR", help="vocabulary directory; else the one the run keeps")
+    parser.add_argument(
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto",
+        help="compute in bfloat16, which halves the memory, or in fp32; where not given bf16 on a GPU, fp32 on a CPU",
+    )  # fmt: skip

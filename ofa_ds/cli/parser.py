@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,34 @@ def natural(text: str) -> int:
     return _at_least(0, text)
 
 
+def from_zero(text: str) -> float:
+    """A finite number of at least 0, for argparse."""
+    if not 0 <= (value := _float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"want a number of at least 0, got {text!r}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """A number above 0, perhaps infinite, for argparse."""
+    if not (value := _float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"want a number above 0, got {text!r}")
+    return value
+
+
+def finite(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    if not 0 < (value := _float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"want a finite number above 0, got {text!r}")
+    return value
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def text(given: str) -> str:
     """Text for a model, for argparse: bytes that are no UTF-8 are refused."""
     try:
@@ -77,8 +106,10 @@ def drawing(given: str) -> Path:
 
 
 def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command; KEY=VALUE may stand after an option too, where argparse takes none any more."""
+    """The options of a command; its words may stand after an option too, where argparse takes none any more."""
     options, more = parser.parse_known_args(arguments)
+    if more and hasattr(options, "words") and not any(each.startswith("-") for each in more):
+        options.words, more = [*options.words, *more], []
     if more and (not hasattr(options, "set") or any(each.startswith("-") or "=" not in each for each in more)):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:

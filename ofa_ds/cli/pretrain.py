@@ -1,9 +1,10 @@
-"""`ofa-ds pretrain`."""
+"""`ofa-ds pretrain` and `ofa-ds finetune`."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ofa_ds.cli.heavy_imports import heavy_imports
@@ -13,15 +14,29 @@ if TYPE_CHECKING:
     from ofa_ds.config import Recipe
 
 
+_EVERYWHERE = "alone, or on every rank under deepspeed, torchrun, srun or mpirun"
+
+
 def add_pretrain(commands: Commands) -> None:
+    about = f"Pretrain by RECIPE: {_EVERYWHERE}, such as: deepspeed --module ofa_ds.pretrain RECIPE"
+    _add(commands, "pretrain", _pretrain, about, "pretrain-nano train.num_steps=100", "pretrain-nano or pretrain-6b")
+
+
+def add_finetune(commands: Commands) -> None:
     about = (
-        "Pretrain by RECIPE: alone, or on every rank under deepspeed, torchrun, srun or mpirun, such as: "
-        "deepspeed --module ofa_ds.pretrain RECIPE"
+        "Fine-tune a model on the task of RECIPE, from the weights train.init_from=CHECKPOINT (ours, or one of "
+        f"another program): {_EVERYWHERE}, such as: deepspeed --module ofa_ds.finetune RECIPE"
     )
-    parser = command(
-        commands, "pretrain", _pretrain, about, example="ofa-ds pretrain pretrain-nano train.num_steps=100"
-    )
-    parser.add_argument("recipe", help="a TOML file, or a shipped recipe such as pretrain-nano or pretrain-6b")
+    settings = "data.shards=shards/vqa data.vocab=vocab train.init_from=ofa_base.pt"
+    example = f"finetune-vqa-base {settings}"
+    _add(commands, "finetune", _finetune, about, example, "finetune-vqa-large or finetune-sst2-nano")
+
+
+def _add(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], about: str, example: str, recipes: str
+) -> None:
+    parser = command(commands, name, run, about, example=f"ofa-ds {name} {example}")
+    parser.add_argument("recipe", help=f"a TOML file, or a shipped recipe such as {recipes}")
     parser.add_argument(
         "set",
         nargs="*",
@@ -32,11 +47,19 @@ def add_pretrain(commands: Commands) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
+    return _train("pretrain", options)
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    return _train("finetune", options)
+
+
+def _train(name: str, options: argparse.Namespace) -> int:
     from ofa_ds.beat import Pulse
 
     rank, world_size = _place()
     pulse = Pulse(rank)  # before anything that takes time
-    recipe = _checked(recipe_of(options.recipe, options.set), world_size)
+    recipe = _checked(name, recipe_of(options.recipe, options.set), world_size)
     with heavy_imports():
         from ofa_ds.train.trainer import run
 
@@ -54,11 +77,12 @@ def _place() -> tuple[int, int]:
     return int(found["RANK"]), int(found["WORLD_SIZE"])
 
 
-def _checked(recipe: Recipe, world_size: int) -> Recipe:
+def _checked(name: str, recipe: Recipe, world_size: int) -> Recipe:
     """Raises UsageError for what every rank would refuse, before any of them imports torch."""
-    from ofa_ds.cluster.check_recipe import check_run
+    from ofa_ds.cluster.check_recipe import check_command, check_run
 
     try:
+        check_command(name, recipe)
         check_run(recipe, world_size)
     except ValueError as error:
         raise UsageError(error) from error

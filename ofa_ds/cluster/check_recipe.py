@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from ofa_ds.config import DataConfig, Recipe, load_recipe
-from ofa_ds.engine.config import load_deepspeed_config
+from ofa_ds.config import CriterionConfig, DataConfig, Recipe, load_recipe
+from ofa_ds.engine.config import check_second_copy, load_deepspeed_config
 from ofa_ds.model.config import VOCAB_SIZE, ModelConfig, model_config
 
 
@@ -18,12 +18,47 @@ def check_run(recipe: Recipe, num_ranks: int) -> None:
     What a recipe says against itself (preset, model.change, ranges) is refused when it is loaded.
     """
     recipe.batch.accumulation_steps(num_ranks)
-    load_deepspeed_config(recipe.deepspeed)
+    check_second_copy(load_deepspeed_config(recipe.deepspeed), num_ranks)
     for key in ("shards", "vocab"):
         if not getattr(recipe.data, key):
             raise ValueError(f"data.{key}: want a directory, got none; add data.{key}=DIR")
+    check_sense(recipe)
+
+
+def check_sense(recipe: Recipe) -> None:
+    """The part of it that neither ranks nor data have to do with."""
     recipe.data.check_sizes()
+    _check_scst(recipe)
     _check_pictures(recipe.data, model_config(recipe, VOCAB_SIZE))
+
+
+def check_command(name: str, recipe: Recipe) -> None:
+    """Raises ValueError where `ofa-ds NAME` is not what this recipe is for."""
+    task = recipe.data.task.name
+    if name == "pretrain" and task:
+        raise ValueError(f"data.task.name={task}: is fine-tuning; run it with ofa-ds finetune")
+    if not task and (recipe.train.num_epochs or recipe.train.evaluate_every):
+        key = "num_epochs" if recipe.train.num_epochs else "evaluate_every"
+        raise ValueError(f"train.{key}: is of fine-tuning; pretraining has train.num_steps, and ofa-ds evaluate")
+    if not task and recipe.criterion != CriterionConfig():
+        raise ValueError("criterion: is of fine-tuning; pretraining has optim.label_smoothing alone")
+    if name == "finetune" and not task:
+        raise ValueError("data.task.name: want a task to fine-tune on, got none; ofa-ds pretrain runs this recipe")
+
+
+def _check_scst(recipe: Recipe) -> None:
+    """Rewards are of captions; and where nothing is a label, nothing is smoothed."""
+    if recipe.criterion.kind != "scst":
+        return
+    if recipe.data.task.name not in ("caption", "caption_scst"):
+        raise ValueError(f"criterion.kind scst rewards captions, not {recipe.data.task.name!r}; use caption_scst")
+    if recipe.optim.label_smoothing:
+        raise ValueError(
+            "criterion.kind scst has no labels to smooth; set optim.label_smoothing=0, not "
+            f"{recipe.optim.label_smoothing}"
+        )
+    if recipe.criterion.rdrop_alpha or recipe.criterion.drop_worst_ratio or recipe.criterion.drop_best_ratio:
+        raise ValueError("criterion.kind scst drops no token and has no R-Drop: set drop_*_ratio and rdrop_alpha to 0")
 
 
 def _check_pictures(data: DataConfig, model: ModelConfig) -> None:

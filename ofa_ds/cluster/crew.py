@@ -65,6 +65,8 @@ class Crew:
         self.first_step: dict[int, int] = {}
         """Of each rank, before its first step of this attempt."""
         self.engine: asyncio.subprocess.Process | None = None
+        self._parent = ""
+        """Where the agents of a central runner find this process; in the environment of all that the runner starts."""
         """Of a central runner."""
         self._num_stacks_ended = 0
         self._inbox: Inbox = asyncio.Queue()
@@ -107,7 +109,8 @@ class Crew:
         addresses = own_addresses([self.job.hosts[0].machine])
         path = _with_checkout(os.environ.get("PYTHONPATH", ""))
         # First of all: MPICH 4.0's `-genvlist` loses the last variable that there is.
-        ours = {PARENT: pack(addresses, port, self.token), "PYTHONPATH": path}
+        self._parent = pack(addresses, port, self.token)
+        ours = {PARENT: self._parent, "PYTHONPATH": path}
         others = {name: value for name, value in os.environ.items() if name not in ours}
         parent = os.getpid()
 
@@ -293,6 +296,8 @@ class Crew:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.engine.pid, signal.SIGKILL)
             await self.engine.wait()
+        if self._parent:  # the runner's own ssh sessions outlive it where the other host is gone
+            processes.kill_all_having(PARENT, self._parent)
         await asyncio.gather(*self._tasks, *(channel.close() for channel in self._channels), return_exceptions=True)
         if self._server is not None:
             await self._server.close()

@@ -10,16 +10,18 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from ofa_ds.cluster import environment, rdma, reaching, runners, shrinking
-from ofa_ds.cluster.check_recipe import check_run
+from ofa_ds.cluster.check_recipe import check_command, check_run
 from ofa_ds.cluster.hostfile import Host, choose, read_hostfile, split_spares
 from ofa_ds.cluster.job import Job
 from ofa_ds.config import Recipe, load_recipe
 
 CHECKOUT = Path(__file__).absolute().parents[2]
-LAUNCHABLE = ("pretrain",)
+TRAINING = ("pretrain", "finetune")
+LAUNCHABLE = (*TRAINING, "predict")
 """Commands of `ofa-ds` that run on all ranks at once."""
 
 _SAFE = re.compile(r"[\w@+=:,./-]+")
@@ -30,7 +32,7 @@ class Request:
     """What was asked for; "" for what was not."""
 
     program: tuple[str, ...]
-    """`pretrain`, RECIPE, KEY=VALUE ..."""
+    """`pretrain` or `finetune`, RECIPE, KEY=VALUE ...; or `predict`, CHECKPOINT and its options."""
     hostfile: str = ""
     runner: str = "deepspeed"
     include: str = ""
@@ -56,9 +58,14 @@ def prepare(request: Request) -> Plan:
     recipe = _recipe(request.program)
     hosts, spares = _hosts(request)
     num_ranks = sum(host.slots for host in hosts)
-    check_run(recipe, num_ranks)
-    if Path(recipe.run_dir).exists() and not Path(recipe.run_dir).is_dir():
-        raise ValueError(f"run_dir {recipe.run_dir}: is a file; name a directory that all hosts share")
+    if recipe is None:
+        run_dir = _predicts_into(request.program)
+    else:
+        run_dir = recipe.run_dir
+        check_command(request.program[0], recipe)
+        check_run(recipe, num_ranks)
+    if Path(run_dir).exists() and not Path(run_dir).is_dir():
+        raise ValueError(f"run_dir {run_dir}: is a file; name a directory that all hosts share")
     merged, of_ranks = environment.gather(os.environb, _env_file(request.env_file))
     draft = Job(
         hosts=tuple(hosts),
@@ -68,7 +75,7 @@ def prepare(request: Request) -> Plan:
         environment=of_ranks,
         master_address=os.fsdecode(merged.get(b"MASTER_ADDR", b"")),
         master_port=_port(os.fsdecode(merged.get(b"MASTER_PORT", b""))),
-        run_dir=Path(recipe.run_dir).absolute(),
+        run_dir=Path(run_dir).absolute(),
     )
     runners.check(draft)
     address, facts = reaching.ask(draft)
@@ -78,19 +85,36 @@ def prepare(request: Request) -> Plan:
     return Plan(job=job, spares=tuple(spares), settings=settings, warnings=tuple(losses))
 
 
-def _recipe(program: tuple[str, ...]) -> Recipe:
-    """The recipe that all ranks will load."""
-    wanted = f"-- {'|'.join(LAUNCHABLE)} RECIPE [KEY=VALUE ...]"
+def _recipe(program: tuple[str, ...]) -> Recipe | None:
+    """The recipe that all ranks will load; None for a prediction, which has none."""
+    wanted = f"-- {'|'.join(TRAINING)} RECIPE [KEY=VALUE ...]"
+    if not program or program[0] not in LAUNCHABLE:
+        wanted += ", or -- predict CHECKPOINT ..."
     if not program:
         raise ValueError(f"launch: nothing to run; want {wanted}")
     if program[0] not in LAUNCHABLE:
         raise ValueError(f"launch: {program[0]!r} does not run on all ranks; want {wanted}")
+    if program[0] == "predict":
+        return None
     if len(program) == 1 or program[1].startswith("-"):
         raise ValueError(f"launch: {program[0]} without a recipe; want {wanted}")
     for word in program[2:]:
         if "=" not in word or word.startswith("-"):
             raise ValueError(f"launch: {word!r} after the recipe: want KEY=VALUE; options of launch stand before --")
     return load_recipe(program[1], program[2:])
+
+
+def _predicts_into(program: tuple[str, ...]) -> str:
+    """Where what is known of the launch goes: beside the result. All else of the options the ranks check."""
+    if len(program) == 1 or program[1].startswith("-"):
+        raise ValueError("launch: predict without a checkpoint; want -- predict CHECKPOINT --task T --out FILE ...")
+    found = [word.removeprefix("--out=") for word in program[2:] if word.startswith("--out=")]
+    found += [after for word, after in pairwise([*program[2:], ""]) if word == "--out"]
+    if not found or not found[-1]:
+        raise ValueError("launch: predict without --out FILE, beside which is noted how the launch goes")
+    if Path(found[-1]).exists():
+        raise ValueError(f"{found[-1]}: exists; give another --out or remove it")
+    return f"{found[-1]}.launch"
 
 
 def _hosts(request: Request) -> tuple[list[Host], list[Host]]:
@@ -156,8 +180,12 @@ def _address(address: str, first: Host) -> str:
     return address
 
 
-def _fits(recipe: Recipe) -> Callable[[int], bool]:
+def _fits(recipe: Recipe | None) -> Callable[[int], bool]:
+    """Whether so many ranks can do it; any number predicts."""
+
     def fits(num_ranks: int) -> bool:
+        if recipe is None:
+            return True
         try:
             recipe.batch.accumulation_steps(num_ranks)
         except ValueError:

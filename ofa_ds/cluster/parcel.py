@@ -5,8 +5,8 @@ of the other host and quotes next to nothing:
 
     deepspeed --hostfile HOSTS --module ofa_ds.pretrain $(python -m ofa_ds.cluster.parcel RECIPE [KEY=VALUE ...])
 
-The word has letters, digits, `-` and `_` only; `ofa_ds.pretrain --encoded=WORD` opens it on the other side. Everything
-inside is bytes, so it arrives as it was typed whatever the locale of either host.
+The word has letters, digits, `-` and `_` only; `ofa_ds.pretrain --encoded=WORD` opens it there (ofa_ds.finetune too).
+Everything inside is bytes, so it arrives as it was typed whatever the locale of either host.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Parcel:
     directory: bytes
     """Where relative paths start."""
     arguments: tuple[bytes, ...]
-    """Those of `ofa-ds pretrain`."""
+    """Those of `ofa-ds pretrain`, or of what opens it."""
     environment: dict[bytes, bytes]
 
 
@@ -69,8 +69,8 @@ def unpack(word: str) -> Parcel:
         raise ValueError(f"{OPTION}{word[:40]!r}: not what ofa_ds.cluster.parcel prints: {error}") from error
 
 
-def start(word: str) -> NoReturn:
-    """Become the rank that `word` describes: in its directory, with its environment and arguments.
+def start(word: str, module: str) -> NoReturn:
+    """Become the rank that `word` describes: `module` in its directory, with its environment and arguments.
 
     A new interpreter, since PYTHON* and library settings count only at a start. Raises ValueError for a wrong word,
     RuntimeError where this host lacks the directory.
@@ -80,7 +80,7 @@ def start(word: str) -> NoReturn:
     environment |= {name: value for name, value in parcel.environment.items() if name not in _OF_THE_LAUNCHER}
     # Over ssh a login has its own PATH; compiled extensions look for ninja beside the interpreter.
     environment[b"PATH"] = b":".join([os.fsencode(os.path.dirname(sys.executable)), environment.get(b"PATH", b"/bin")])
-    arguments = [os.fsencode(sys.executable), b"-u", b"-m", b"ofa_ds.pretrain", *parcel.arguments]
+    arguments = [os.fsencode(sys.executable), b"-u", b"-m", os.fsencode(module), *parcel.arguments]
     try:
         os.chdir(parcel.directory)
         os.execve(sys.executable, arguments, environment)

@@ -65,7 +65,12 @@ def descendants(root: int) -> set[int]:
 
 def of_attempt(attempt: str) -> set[int]:
     """All living processes that were started with this attempt in their environment, whoever their parents are now."""
-    mark = f"{ATTEMPT}={attempt}".encode()
+    return having(ATTEMPT, attempt)
+
+
+def having(name: str, value: str) -> set[int]:
+    """All living processes but this one that were started with this variable in their environment."""
+    mark = f"{name}={value}".encode()
     found = set()
     for pid in _pids():
         try:
@@ -92,6 +97,13 @@ def end_all(attempt: str, *, limit_s: float) -> set[int]:
         if not left or time.monotonic() > until:
             return left
         time.sleep(0.05)
+
+
+def kill_all_having(name: str, value: str) -> None:
+    """SIGKILL for all of `having`."""
+    for pid in having(name, value):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def reap() -> dict[int, int]:

@@ -38,6 +38,8 @@ SLOW_S = 10.0
 SLOW_STEPS = 5.0
 """A rank that has made no step for so many times the usual one is."""
 _CHECKPOINT = re.compile(CHECKPOINT)
+_JUDGED = "heldout/"
+"""How names of scores begin, in a record of a judgement of held-out rows."""
 _BEFORE_STEPS = ("start", "launch")
 STATES = {"T": "stopped (SIGSTOP)", "t": "held by a debugger", "Z": "dead", "X": "gone"}
 """Of /proc, which a healthy rank is never in."""
@@ -87,7 +89,10 @@ class _Look:
         ranks = [rank for host in hosts for rank in host["ranks"]]
         checkpoint = self._checkpoint()
         limit = self._limit(attempts, ranks) if launch else self._limit_of_job(job, checkpoint)
-        record = self._record(records, limit)
+        judged, steps = [], []
+        for each in records:
+            (judged if any(name.startswith(_JUDGED) for name in each) else steps).append(each)
+        record = self._record(steps, limit)
         self._mark(ranks, record)
         step = self._step(launch, attempts, ranks, record, checkpoint)
         is_over = launch["state"] == "over" if launch else job is not None and job["is_free"]
@@ -108,6 +113,8 @@ class _Look:
             "launch": launch,
             "job": job,
             "metrics": record or None,
+            "judged": self._record(judged, limit) or None,
+            "best": files.word(self.run_dir / "best") or None,
             "checkpoint": checkpoint,
             "attempts": attempts,
             "hosts": hosts,

@@ -23,6 +23,15 @@ def names(directory: Path) -> list[str]:
         return []
 
 
+def word(path: Path) -> str:
+    """The name that a pointer to a checkpoint holds."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return text(file.readline(200).strip())
+    except OSError:
+        return ""
+
+
 def json_object(path: Path) -> Facts:
     try:
         found = json.loads(path.read_bytes())

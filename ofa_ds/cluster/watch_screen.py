@@ -60,6 +60,7 @@ def lines(facts: Facts, *, height: int = 1000) -> list[str]:
     found = [f"{facts['run_dir']}  {_progress(facts)}  {_state(facts)}"]
     found += [f"speed      {speed}" for speed in [_speed(facts)] if speed]
     found += [f"training   {text}" for text in [_loss(facts)] if text]
+    found += [f"judged     {text}" for text in [_judged(facts)] if text]
     found += [f"saved      {_checkpoint(facts)}"]
     found += [f"WARNING    {text}" for text in facts["warnings"]]
     ended = [each for each in facts["attempts"] if each["outcome"]]
@@ -116,6 +117,15 @@ def _speed(facts: Facts) -> str:
         f"{age(facts['remaining_s'])} left" if facts["remaining_s"] else "",
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _judged(facts: Facts) -> str:
+    record = facts["judged"]
+    if record is None:
+        return ""
+    scores = {name.partition("/")[2]: value for name, value in record.items() if "/" in name and value is not None}
+    text = f"{', '.join(f'{name} {value:.4f}' for name, value in scores.items())} at step {record['step']:,}"
+    return f"{text}; the best is {facts['best']}" if facts["best"] else text
 
 
 def _loss(facts: Facts) -> str:

@@ -5,19 +5,22 @@ saved: a recipe written and read again, by whatever version wrote it. values: th
 """
 
 from ofa_ds.config.architecture import KernelConfig
-from ofa_ds.config.recipe import find_recipe, load_recipe, shipped_recipes
+from ofa_ds.config.recipe import changed_recipe, find_recipe, load_recipe, shipped_recipes
 from ofa_ds.config.saved import recipe_from_dict, recipe_to_dict, recipe_to_toml
 from ofa_ds.config.schema import (
     BatchConfig,
+    CriterionConfig,
     DataConfig,
     MixConfig,
     ModelOptions,
     OptimConfig,
     Recipe,
+    TaskOptions,
     TrainConfig,
 )
 
 __all__ = [
-    "BatchConfig", "DataConfig", "KernelConfig", "MixConfig", "ModelOptions", "OptimConfig", "Recipe", "TrainConfig",
-    "find_recipe", "load_recipe", "recipe_from_dict", "recipe_to_dict", "recipe_to_toml", "shipped_recipes",
+    "BatchConfig", "CriterionConfig", "DataConfig", "KernelConfig", "MixConfig", "ModelOptions", "OptimConfig",
+    "Recipe", "TaskOptions", "TrainConfig", "changed_recipe", "find_recipe", "load_recipe", "recipe_from_dict",
+    "recipe_to_dict", "recipe_to_toml", "shipped_recipes",
 ]  # fmt: skip

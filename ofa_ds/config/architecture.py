@@ -25,6 +25,7 @@ MAX_TOKEN_DISTANCE = 1024
 
 Kernel = Literal["auto", "triton", "torch"]
 BatchNormMode = Literal["frozen", "batch", "sync"]
+PixelNorm = Literal["half", "imagenet"]
 Rate = Annotated[Real, Field(ge=0, lt=1)]
 Width = Annotated[Count, Field(ge=1, le=2**20)]
 Layers = Annotated[Count, Field(ge=1, le=1000)]
@@ -33,13 +34,13 @@ Pixels = Annotated[Count, Field(ge=1, le=2**16)]
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=STRICT)
 class KernelConfig:
-    """auto: Triton on a GPU where it pays, torch elsewhere; triton: always; torch: never."""
+    """auto: Triton on a GPU, in 16 bits, where it pays, torch elsewhere; triton: always; torch: never."""
 
     attention: Kernel = "auto"
     layer_norm: Literal["auto", "triton", "torch", "apex"] = "auto"
     cross_entropy: Kernel = "auto"
     deterministic: bool = True
-    """Gradients of the relative tables with the same bits in every run; false is faster."""
+    """Gradients of convolutions with the same bits in every run, as all others have; false is faster."""
 
 
 class _Checked:
@@ -192,6 +193,7 @@ class ModelConfig(_Checked):
     drop_path: Rate = 0.0
     backbone_drop_path: Rate = 0.0
     batch_norm: BatchNormMode = "batch"
+    pixel_norm: PixelNorm = "half"
     activation_checkpointing: bool = False
     init_std: Annotated[Real, Field(gt=0, le=10)] = 0.02
 
@@ -247,6 +249,7 @@ OWNED_BY_RECIPE = {
     "attention_dropout": "model.attention_dropout",
     "drop_path": "model.drop_path",
     "batch_norm": "model.batch_norm",
+    "pixel_norm": "model.pixel_norm",
     "activation_checkpointing": "model.activation_checkpointing",
     "code_image_size": "data.code_image_size",
     "kernels": "[kernels]",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ofa_ds.config.saved import checked, migrated
+from ofa_ds.config.saved import VERSION_KEY, checked, migrated, recipe_to_dict
 from ofa_ds.config.schema import Recipe
 from ofa_ds.config.sections import is_text, keys_of
 from ofa_ds.config.values import nearest, shown
@@ -20,6 +20,7 @@ else:
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 _EXTENDS = "extends"
+_FINETUNE = "finetune-"
 
 
 def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -29,13 +30,23 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     values = _read(find_recipe(recipe))
     given: dict[str, str] = {}
+    changes: dict[str, Any] = {}
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key in given:
             raise ValueError(f"{key} is given twice: {shown(given[key])} and {shown(override)}; leave one out")
         given[key] = override
+        changes = _applied(changes, override)
+    _check_length(changes, "overrides")
+    return checked(_on_top(values, changes), str(recipe))
+
+
+def changed_recipe(recipe: Recipe, overrides: Iterable[str], origin: str) -> Recipe:
+    """A recipe with KEY=VALUE on top. Raises ValueError as `load_recipe`, beginning with `origin`."""
+    values = migrated(recipe_to_dict(recipe), origin)
+    for override in overrides:
         values = _applied(values, override)
-    return checked(values, str(recipe))
+    return checked(values, origin)
 
 
 def find_recipe(recipe: str | Path) -> Path:
@@ -54,8 +65,9 @@ def find_recipe(recipe: str | Path) -> Path:
     names = shipped_recipes()
     if str(recipe) in names:
         return RECIPES / f"{recipe}.toml"
+    told = [*(name for name in names if not name.startswith(_FINETUNE)), f"{_FINETUNE}TASK-SIZE"]
     raise ValueError(
-        f"recipe {shown(str(recipe))}: neither a .toml file nor one of {', '.join(names)}{nearest(str(recipe), names)}"
+        f"recipe {shown(str(recipe))}: neither a .toml file nor one of {', '.join(told)}{nearest(str(recipe), names)}"
     )
 
 
@@ -72,7 +84,9 @@ def _read(path: Path) -> dict[str, Any]:
         chain.append(path)
         own = _parsed(path)
         base = own.pop(_EXTENDS, None)
-        values = _merged(migrated(own, str(path)), values)
+        if VERSION_KEY not in own:  # what a run saves has both: the epochs, and the steps that they are
+            _check_length(own, str(path))
+        values = _on_top(migrated(own, str(path)), values)
         if base is None:
             return values
         if not isinstance(base, str) or not base.strip():
@@ -98,6 +112,22 @@ def _parsed(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid TOML: brackets too deep") from error
     except ValueError as error:  # of TOML, of UTF-8, or a number of thousands of digits
         raise ValueError(f"{path}: not valid TOML: {error}") from error
+
+
+def _check_length(values: Mapping[str, Any], origin: str) -> None:
+    """Raises ValueError where one file, or one command, says in both ways how long the run is."""
+    train = values.get("train")
+    if isinstance(train, dict) and "num_steps" in train and train.get("num_epochs", 0) != 0:
+        both = " and ".join(f"train.{key}={shown(train[key])}" for key in ("num_epochs", "num_steps"))
+        raise ValueError(f"{origin}: {both} both say how long the run is; leave one out")
+
+
+def _on_top(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """`extra` on top of `base`; whoever says train.num_steps takes back the epochs of what is below."""
+    own, train = extra.get("train"), base.get("train")
+    if isinstance(own, dict) and isinstance(train, dict) and "num_steps" in own:
+        base = {**base, "train": {key: value for key, value in train.items() if key != "num_epochs"}}
+    return _merged(base, extra)
 
 
 def _merged(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,6 +62,28 @@ def migrated(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 def recipe_to_toml(recipe: Recipe) -> str:
     """The recipe as TOML that `load_recipe` reads back to an equal one."""
+    return _sections(recipe_to_dict(recipe))
+
+
+def recipe_as_change(recipe: Recipe, base: str, *, base_recipe: Recipe, comment: str) -> str:
+    """TOML of what differs from the recipe `base`, which it extends. comment: one line at its top."""
+    changes = _difference(recipe_to_dict(base_recipe), recipe_to_dict(recipe))
+    return f"# {' '.join(comment.split())}\n" + _sections({"extends": base, **changes})
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(old.get(key), dict):
+            value = _difference(old[key], value)
+            if value:
+                found[key] = value
+        elif value != old.get(key):
+            found[key] = value
+    return found
+
+
+def _sections(recipe: Mapping[str, Any]) -> str:
     lines: list[str] = []
 
     def section(name: str, values: dict[str, Any]) -> None:
@@ -72,7 +94,7 @@ def recipe_to_toml(recipe: Recipe) -> str:
             if isinstance(value, dict):
                 section(f"{name}.{key}".lstrip("."), value)
 
-    section("", recipe_to_dict(recipe))
+    section("", dict(recipe))
     return "\n".join(lines) + "\n"
 
 

@@ -13,13 +13,14 @@ from ofa_ds.config.architecture import (
     BatchNormMode,
     KernelConfig,
     ModelChange,
+    PixelNorm,
     Pixels,
     PresetName,
     Rate,
 )
 from ofa_ds.config.meaning import MEANING
-from ofa_ds.config.values import STRICT, Count, GivenText, Real, Seed, Text, problem_within
-from ofa_ds.terms import FAMILIES
+from ofa_ds.config.values import STRICT, Count, GivenText, Real, Seed, StepWindow, Text, problem_within
+from ofa_ds.terms import DOWNSTREAM_TASKS, FAMILIES, NUM_SPECIAL_IDS, PRETRAINING_FAMILIES
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -38,6 +39,8 @@ class ModelOptions:
     """Recompute each layer in the backward instead of keeping its activations."""
     batch_norm: BatchNormMode = "batch"
     """ResNet statistics: from the buffers, from this rank's images, or from the images of all ranks."""
+    pixel_norm: PixelNorm = "half"
+    """Mean and deviation that pixels are normalised by: 0.5 and 0.5, or those of ImageNet, as that task has them."""
 
     @field_validator("change")
     @classmethod
@@ -70,8 +73,31 @@ class MixConfig:
         return self
 
     def weights(self) -> dict[str, int]:
-        """Weight per family, in the order of FAMILIES."""
-        return {family: getattr(self, family) for family in FAMILIES}
+        """Weight per family, in the order of PRETRAINING_FAMILIES."""
+        return {family: getattr(self, family) for family in PRETRAINING_FAMILIES}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TaskOptions:
+    """What a model is fine-tuned on, and how it is asked (docs/finetuning.md)."""
+
+    name: Literal[("", *DOWNSTREAM_TASKS)] = ""
+    """One of the downstream tasks; empty for pretraining, whose mix then says what is learnt."""
+    prompt: Literal["none", "src", "prev_output"] = "none"
+    """What the decoder reads before the answer: nothing, the source with its end, or the source without it."""
+    objects: bool = False
+    """The row's objects are part of the question."""
+    premise: bool = False
+    """The row's premise is part of the question."""
+    constrained: bool = True
+    """Where the answer is one of a list, the loss is over what may come in that list, not over the vocabulary."""
+    decoder_noise: Rate = 0.0
+    """Share of the previous tokens that training replaces by random ones."""
+    max_objects: Count = Field(30, ge=0)
+    max_target_tokens: Count = Field(30, ge=1)
+    """Of an answer; captions and summaries are measured in words (data.max_target_words)."""
+    language: Literal["en", "zh"] = "en"
+    """Of the instruction."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -99,8 +125,17 @@ class DataConfig:
     extra_confidence: Real = Field(2.0, gt=0)
     """Loss weight of text, image and detection examples (docs/ofa.md, Tasks: text infilling)."""
     mix: MixConfig = MixConfig()
+    task: TaskOptions = TaskOptions()
+    heldout: Text = ""
+    """Shards that `train.evaluate_every` judges."""
     workers: Count = Field(2, ge=0, le=1024)
     """Processes per rank that prepare batches; 0 prepares them in the training process. Never changes a bit."""
+
+    def weights(self) -> dict[str, int]:
+        """Rows drawn from each family, relative to each other, in the order of FAMILIES."""
+        downstream = bool(self.task.name)
+        mix = {family: 0 if downstream else weight for family, weight in self.mix.weights().items()}
+        return {family: mix.get(family, int(downstream)) for family in FAMILIES}
 
     def check_sizes(self) -> None:
         """Raises ValueError where the sizes of pictures say against each other."""
@@ -138,10 +173,48 @@ class BatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class CriterionConfig:
+    """Of fine-tuning, beside optim.label_smoothing (docs/ofa.md, Training: criteria); pretraining has none of it."""
+
+    kind: Literal["cross_entropy", "encouraging", "scst"] = "cross_entropy"
+    drop_worst_ratio: Rate = 0.0
+    """Share of a micro-batch's tokens that is left out because its loss is largest."""
+    drop_worst_after: Count = Field(0, ge=0)
+    """Updates after which that begins."""
+    drop_best_ratio: Rate = 0.0
+    drop_best_after: Count = Field(0, ge=0)
+    rdrop_alpha: Real = Field(0.0, ge=0)
+    """Weight of R-Drop: each example twice under different dropout, which are to agree. 0: none."""
+    constraint_range: tuple[()] | tuple[Count, Count] = ()
+    """[start, end]: the loss is over the special ids and start <= id < end, not over the vocabulary. []: over all, or
+    over what data.task.constrained allows. Whether the vocabulary has them is told when the run starts."""
+    log_end: Real = Field(0.75, gt=0, le=1)
+    """Of the encouraging loss: where its bonus goes on as its tangent; 1 for nowhere."""
+    scst_beams: Count = Field(5, ge=2)
+    """Of `scst`: hypotheses of each picture that are rewarded."""
+    scst_max_tokens: Count = Field(16, ge=1)
+    scst_no_repeat_ngram: Count = Field(3, ge=0)
+    scst_document_frequency: Text = ""
+    """Of `scst`: a file of document frequencies; those of the training shards where empty."""
+
+    @field_validator("constraint_range")
+    @classmethod
+    def _is_a_range(cls, given: tuple[()] | tuple[int, int]) -> tuple[()] | tuple[int, int]:
+        if given and not NUM_SPECIAL_IDS <= given[0] < given[1]:
+            raise ValueError(f"want [] or [start, end] with {NUM_SPECIAL_IDS} <= start < end")
+        return given
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimConfig:
     peak_lr: Real = Field(1e-4, ge=0)
     end_lr: Real = Field(0.0, ge=0)
     warmup_steps: Count = Field(0, ge=0)
+    warmup_ratio: Rate = 0.0
+    """Share of all steps that warm up, where warmup_steps is 0."""
+    freeze: tuple[Literal["token_embedding", "backbone_norms"], ...] = ()
+    """Parts that keep the values they begin with: the vocabulary's matrix; statistics, scales and offsets of the
+    ResNet's norms, as model.batch_norm = "frozen" has it."""
     weight_decay: Real = Field(0.01, ge=0)
     betas: tuple[Real, Real] = (0.9, 0.999)
     eps: Real = Field(1e-8, gt=0)
@@ -166,10 +239,24 @@ Changeable = Literal[("data", "vocab", *MEANING)]
 class TrainConfig:
     num_steps: Count = Field(1000, ge=0)
     """Optimizer steps; the learning rate reaches optim.end_lr at the last."""
+    num_epochs: Real = Field(0.0, ge=0)
+    """Times that a fine-tuning run sees each row; it then sets num_steps. 0: num_steps counts. A file or a command says
+    one of the two; num_steps there takes back the epochs of the recipe that it changes."""
+    evaluate_every: Count = Field(0, ge=0)
+    """Steps between two judgements of data.heldout, where that is given; the best checkpoint is kept beside the newest.
+    0: none."""
+    evaluate_rows: Count = Field(1000, ge=1)
+    """Rows of data.heldout that are judged, the first."""
+    best_metric: Text = ""
+    """By which score the best checkpoint is chosen; the task's own where empty (`Task.metric`)."""
     seed: Seed = 1
     """Of weights, order, augmentation and dropout: 0 ... 2^64 - 1."""
     init_from: Text = ""
-    """A checkpoint, or a run directory, whose weights a new run starts from; without moments, at step 0."""
+    """What a new run starts from, without moments, at step 0: the weights of a checkpoint, of a run directory (its
+    newest one; RUN_DIR/best), or of another program, in each format of `ofa-ds checkpoint import`."""
+    init_changes: tuple[Literal["grow_vocab", "resize_image_positions"], ...] = ()
+    """What may be changed of them: rows that data.vocab has more are drawn at random; the tables of image positions are
+    resized to the model's grid of patches."""
     accept_changed: tuple[Changeable, ...] = ()
     """What may differ from the run that is gone on with: data, vocab, or a key of `ofa_ds.config.meaning.MEANING`."""
     skip_steps: tuple[Annotated[Count, Field(ge=1)], ...] = ()
@@ -190,6 +277,18 @@ class TrainConfig:
     """Training waits only for a copy of its state (as much host memory again), another process writes it."""
     sample_every: Count = Field(0, ge=0)
     """Steps between pictures of what the model generates, written to TensorBoard; 0 for none."""
+    profile_steps: StepWindow = ""
+    """Steps that are traced, "FIRST:LAST" from 1 on, both included, such as "20:25" (docs/running.md, Profiling)."""
+    profile_ranks: tuple[Annotated[Count, Field(ge=0)], ...] = (0,)
+    """Whose steps are traced; each writes files of its own."""
+    memory_snapshot: bool = False
+    """On a GPU, remember where each piece of memory was asked for, and write it all down where there is no more."""
+    histograms_every: Count = Field(0, ge=0)
+    """Steps between histograms of each tensor's weights and gradient moments in TensorBoard; 0 for none."""
+    wandb: Text = ""
+    """Project of Weights & Biases that the records go to as well, where it is installed; empty for none."""
+    calibration: Text = ""
+    """A file of `ofa-ds bench` that has the peak of this kind of device, where no data sheet of it is known (MFU)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -203,4 +302,5 @@ class Recipe:
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
+    criterion: CriterionConfig = CriterionConfig()
     train: TrainConfig = TrainConfig()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from datetime import date, datetime, time
@@ -56,12 +57,29 @@ def _given(text: str) -> str:
     return text
 
 
+def step_window(text: str) -> range:
+    """The numbers of the steps of "FIRST:LAST", both included; none of "". Raises ValueError for any other text."""
+    if not text:
+        return range(0)
+    match = re.fullmatch(r"(\d{1,10}):(\d{1,10})", text, re.ASCII)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]) <= LARGEST_COUNT:
+        raise ValueError("want FIRST:LAST, numbers of steps from 1 on, both included, such as 20:25")
+    return range(int(match[1]), int(match[2]) + 1)
+
+
+def _window(text: str) -> str:
+    step_window(text)
+    return text
+
+
 Count = Annotated[int, BeforeValidator(_no_switch), Field(le=LARGEST_COUNT)]
 """A whole number; say its lower limit with `Field(..., ge=...)`."""
 Seed = Annotated[int, BeforeValidator(_no_switch), AfterValidator(_seed)]
 Real = Annotated[float, BeforeValidator(_no_switch), Field(allow_inf_nan=False)]
 Text = Annotated[str, AfterValidator(_utf8), AfterValidator(_no_blank)]
 """A name or a path; empty where none is given."""
+StepWindow = Annotated[str, AfterValidator(_window)]
+"""`step_window` reads it."""
 GivenText = Annotated[Text, AfterValidator(_given)]
 
 

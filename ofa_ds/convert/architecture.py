@@ -16,7 +16,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 RUN_FIELDS = (
     "vocab_size", "dropout", "attention_dropout", "drop_path", "backbone_drop_path", "batch_norm",
-    "activation_checkpointing", "init_std", "kernels",
+    "pixel_norm", "activation_checkpointing", "init_std", "kernels",
 )  # fmt: skip
 """Fields of ModelConfig that a recipe sets, or that only matter while a model is made; the rest is architecture."""
 

@@ -65,6 +65,16 @@ class ImportPlan:
     stage: int = 3
 
 
+def read_foreign(source: Path) -> tuple[ForeignState, ModelConfig, str]:
+    """(the training state of another program's file or folder, the model it is of, the format's name).
+
+    Nothing is read yet but names and sizes. Raises ValueError, one line, as `import_checkpoint` does.
+    """
+    kind = detect(source)
+    state, config, _, _ = _read(kind, source, Options())
+    return state, config, kind
+
+
 def import_checkpoint(source: Path, destination: Path, plan: ImportPlan) -> dict[str, Any]:
     """Write a checkpoint of ours from another program's. Returns facts for the user: format, preset, parameters.
 

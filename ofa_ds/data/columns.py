@@ -31,14 +31,21 @@ SCHEMAS = {
     "text": _schema(id=pa.utf8(), text=pa.utf8()),
     "image": _schema(id=pa.utf8(), image=pa.binary(), codes=list_of(pa.int16())),
     "detection": _schema(**_PICTURE, boxes=list_of(BOX), cat_ids=list_of(pa.utf8()), cat_names=list_of(pa.utf8())),
+    "downstream": _schema(
+        **_PICTURE, image_id=pa.utf8(), text=pa.utf8(), text_pair=pa.utf8(), answer_text=list_of(pa.utf8()),
+        answer_confidence=list_of(pa.float64()), box=BOX, objects=list_of(pa.utf8()), type=pa.utf8(),
+    ),
 }  # fmt: skip
-"""Columns of each family. A vision-language box of NaN means none."""
+"""Columns of each family. A box of NaN means none; so does an empty image of a downstream row."""
+
+WITH_ANSWERS = ("vision_language", "downstream")
+"""Families whose rows have answers with confidences, and one box or none."""
 
 
 def to_columns(family: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """A row as `Shards.row` gives it -> its Arrow columns."""
     columns = dict(row)
-    if family == "vision_language":
+    if family in WITH_ANSWERS:
         answers = columns.pop("answers")
         columns["answer_text"] = [text for text, _ in answers]
         columns["answer_confidence"] = [confidence for _, confidence in answers]
@@ -50,7 +57,7 @@ def to_columns(family: str, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_columns(family: str, columns: dict[str, Any]) -> dict[str, Any]:
     """The other way round. Takes `columns` over."""
-    if family == "vision_language":
+    if family in WITH_ANSWERS:
         columns["answers"] = list(zip(columns.pop("answer_text"), columns.pop("answer_confidence"), strict=True))
         if math.isnan(columns["box"][0]):
             columns["box"] = None

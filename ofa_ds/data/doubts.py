@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ofa_ds.data.picture import orientation
 from ofa_ds.data.text import clean_caption
 from ofa_ds.data.tsv import COLUMNS
+
+if TYPE_CHECKING:
+    from ofa_ds.data.task_rows import TaskLines
 
 MISSING = ("nan", "NaN", "NAN", "None", "null", "NULL", "NaT", "<NA>")
 """What pandas, numpy, Python and SQL write for a value that is not there. "none" is a word, and an answer."""
@@ -34,6 +37,27 @@ def doubts(family: str, line: bytes, row: Row) -> list[str]:
     return found
 
 
+def task_doubts(lines: TaskLines, line: bytes, row: Row) -> list[str]:
+    """The same of a line of a downstream task. row: what `task_rows.parse` made of it."""
+    columns = dict(zip(lines.names, line.split(b"\t"), strict=True))
+    quoted = [name for name in lines.reads if name != "image" and _is_quoted(columns[name])]
+    if set(quoted) <= {"text", "text_pair"} and not any(b'""' in columns[name][1:-1] for name in quoted):
+        quoted = []  # sentences of direct speech
+    found = [f"{name}: {_QUOTED}" for name in quoted]
+    for name in lines.reads:
+        texts = {"objects": row["objects"], "text": [row["text"]], "text_pair": [row["text_pair"]]}.get(name)
+        if name in ("answers", "captions", "answer"):
+            texts = [text for text, _ in row["answers"]]
+        if name == "answers" and (blank := next((text for text in texts if text != text.strip()), None)):
+            found.append(f"{name}: {blank[:60]!r} begins or ends with a blank, which no generated answer does")
+        found += _missing_in(name, texts or ())
+    if "image" in lines.columns:
+        found += _padding(columns["image"], row["image"])
+        found += _turned(row)
+        found += _within_one("box", row["box"], row)
+    return found
+
+
 _QUOTED = "stands in quotation marks, as pandas and csv write, and they are kept; join plain fields with tabs instead"
 
 
@@ -52,10 +76,15 @@ def _missing(family: str, row: Row) -> Iterator[str]:
         "detection": [("label", row.get("cat_names", ()))],
     }[family]  # fmt: skip
     for column, values in texts:
-        for value in values:
-            if value.strip() in MISSING:
-                yield f"{column}: {value.strip()!r} is what programs write for a missing value; leave such rows out"
-                break
+        yield from _missing_in(column, values)
+
+
+def _missing_in(column: str, values: Iterable[str]) -> Iterator[str]:
+    """The first of them that is none."""
+    for value in values:
+        if value.strip() in MISSING:
+            yield f"{column}: {value.strip()!r} is what programs write for a missing value; leave such rows out"
+            break
 
 
 def _padding(column: bytes, image: bytes) -> Iterator[str]:
@@ -73,14 +102,15 @@ def _turned(row: Row) -> Iterator[str]:
 
 
 def _normalised(family: str, row: Row) -> Iterator[str]:
-    """Nothing that is worth a box is within the first pixel of its picture."""
     if family == "detection":
-        column, boxes = "label", row["boxes"]
-    elif family == "vision_language" and row["box"]:
-        column, boxes = "refs", np.array(row["box"])
-    else:
-        return
-    if boxes.max() <= 1 and max(row["width"], row["height"]) > 1:
+        yield from _within_one("label", row["boxes"], row)
+    elif family == "vision_language":
+        yield from _within_one("refs", row["box"], row)
+
+
+def _within_one(column: str, boxes: Sequence[float] | np.ndarray | None, row: Row) -> Iterator[str]:
+    """Nothing that is worth a box is within the first pixel of its picture."""
+    if boxes is not None and np.max(boxes) <= 1 and max(row["width"], row["height"]) > 1:
         yield f"{column}: all of it is within 0 ... 1, as of coordinates relative to the picture; want pixels"
 
 

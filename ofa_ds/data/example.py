@@ -31,6 +31,12 @@ class Example:
     """int64, ascending: the row-major patches that were sampled; None keeps all."""
     code: bool = False
     """The target is a run of image codes."""
+    prompt: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    """int64: what the decoder is given after bos, before the answer, without loss; `prev` and `target` hold it too.
+    See docs/downstream.md, Decoder prompt."""
+    allowed: tuple[np.ndarray, ...] = ()
+    """Per target position the ids that may come, ascending int64; empty where there is no loss, or every id may.
+    Without any constraint there is no entry at all."""
     conf: float = 1.0
     """Loss weight."""
     boxes: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 4), np.float32))
@@ -40,6 +46,13 @@ class Example:
     source_text: str = ""
     target_text: str = ""
     row_id: str = ""
+    image_id: str = ""
+    references: tuple[tuple[str, float], ...] = ()
+    """Downstream: every right answer, as the row has it, with its confidence."""
+    picture_size: tuple[int, int] = (0, 0)
+    """Downstream: width and height of the stored picture."""
+    region: tuple[float, float, float, float] | None = None
+    """Downstream: the right box, in pixels of the stored picture."""
     dataset: str = ""
     """The row's dataset column; scenes keep the question type there."""
     row_type: str = ""

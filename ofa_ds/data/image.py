@@ -70,8 +70,9 @@ def resize(image_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
     old_height, old_width = image_HW3.shape[:2]
     if (old_height, old_width) == (height, width):
         return image_HW3
-    if old_height * width > MAX_BETWEEN and height < old_height:
-        image_HW3 = _interpolate(image_HW3, height, old_width)  # torch goes along the rows first: too much in between
+    columns_first = width > old_width or old_height > 3 * old_width or old_height * width > MAX_BETWEEN
+    if height < old_height and columns_first:  # as Pillow, which rounds between the two; torch goes along rows first
+        image_HW3 = _interpolate(image_HW3, height, old_width)
     return _interpolate(image_HW3, height, width)
 
 

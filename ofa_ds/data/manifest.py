@@ -12,11 +12,15 @@ import xxhash
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from ofa_ds.data.columns import SCHEMAS
 from ofa_ds.terms import FAMILIES
 
 MANIFEST = "manifest.json"
 NEGATIVES = "negative_sample"
 FORMAT = {"format": "ofa-ds shards", "version": 1}
+
+TYPED = tuple(family for family in FAMILIES if "type" in SCHEMAS[family].names)
+"""Families whose rows have a type."""
 
 _STRICT = ConfigDict(strict=True)
 _Count = Annotated[int, Field(ge=0)]
@@ -63,13 +67,19 @@ class Shard:
 class Family:
     rows: Annotated[int, Field(ge=1)]
     types: dict[str, _Count]
-    """Rows of each type, of vision-language rows."""
+    """Rows of each type, of the families that have types: vision-language and downstream rows."""
     quarantined: _Count
     digest: _Count
     sources: tuple[Source, ...]
     shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
     warnings: _Count = 0
     """Lines that are well formed and look like a mistake."""
+    unanswered: _Count = 0
+    """Downstream: rows that do not say what is right. They can be answered, not trained on or judged."""
+    unlisted: _Count = 0
+    """Downstream: rows whose best answer is not in the list of answers. They can be judged, not trained on with it."""
+    own_ids: bool | None = None
+    """Downstream: ids are those of an id column, else line numbers; None where an earlier version wrote it."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -78,7 +88,9 @@ class Manifest:
     negatives: dict[_Name, _Checksum]
     """Checksum of each file of the negatives."""
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-    """Of the rows and the negatives in order, not of how they are cut into files."""
+    """Of the rows, the negatives and the answer list in order, not of how they are cut into files."""
+    answers: Annotated[str, Field(pattern=r"^([0-9a-f]{16})?$")] = ""
+    """Checksum of the list of candidate answers (`data.answer_list`); empty where there is none."""
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps(FORMAT | asdict(self), indent=1) + "\n")
@@ -88,7 +100,7 @@ class Manifest:
         for family, part in self.families.items():
             if family not in FAMILIES:
                 return f"families.{family}: want {', '.join(FAMILIES)}"
-            typed = part.rows if family == "vision_language" else 0
+            typed = part.rows if family in TYPED else 0
             if sum(part.types.values()) != typed:
                 return f"families.{family}.types: their sum is {sum(part.types.values())}, want {typed}"
             for number, shard in enumerate(part.shards):
@@ -99,20 +111,25 @@ class Manifest:
         return None
 
 
-def fingerprint(families: Mapping[str, Family], negatives: Mapping[str, str]) -> str:
+def fingerprint(families: Mapping[str, Family], negatives: Mapping[str, str], answers: str = "") -> str:
     """See `Manifest.fingerprint`."""
-    content = {family: [part.rows, part.digest] for family, part in families.items()}
-    return xxhash.xxh3_128_hexdigest(json.dumps([content, negatives], sort_keys=True).encode())
+    rows = {family: [part.rows, part.digest] for family, part in families.items()}
+    content = [rows, negatives, answers] if answers else [rows, negatives]
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Raises ValueError of one line, with file and key, where `folder` is no directory of shards of this version."""
+def read_manifest(folder: Path, task: str = "") -> Manifest:
+    """Raises ValueError of one line, with file and key, where `folder` is no directory of shards of this version.
+
+    task: the downstream task whose shards are wanted, where they are of one; the message says how to build them.
+    """
     path = folder / MANIFEST
     try:
         data = path.read_bytes()
         head = json.loads(data)
     except (FileNotFoundError, NotADirectoryError) as error:
-        build = f"ofa-ds shards build --out {folder} --vision-language TSV ..."
+        rows = f"--task {task} --out {folder} TSV ..." if task else f"--out {folder} --vision-language TSV ..."
+        build = f"ofa-ds shards build {rows}"
         raise ValueError(f"{folder}: no shards there (no {MANIFEST}); build them with: {build}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); build the shards again") from error

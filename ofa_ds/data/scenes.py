@@ -8,10 +8,8 @@ A scene belongs to the held-out part by its content alone (`_part`), whatever th
 
 from __future__ import annotations
 
-import base64
 import json
 import random
-import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+
+from ofa_ds.data.png import encode_png
+from ofa_ds.storage.atomic import new_files
 
 SIDE = 64
 """Width and height of every picture, in pixels."""
@@ -47,9 +48,9 @@ SPLITS = ("train", "heldout")
 
 _GRID = 8
 """Pixels that corners of shapes are multiples of. With 4 a nano model needs twice the steps to tell kinds apart."""
-_BIG_GRID = 4
+BIG_GRID = 4
 _MIN_CENTER_DISTANCE = 8
-_BIG_SIZES = (40, 44, 48)
+BIG_SIZES = (40, 44, 48)
 _HELDOUT_SHARE = 8
 _NUM_NEGATIVE_CAPTIONS = 2000
 _FAMILY_SHARES = {"text_examples": 4, "image_examples": 8, "detection_examples": 8}
@@ -79,7 +80,7 @@ class Shape:
 
     @property
     def sized_phrase(self) -> str:
-        return f"{_size_name(self.size)} {self.phrase}"
+        return f"{size_name(self.size)} {self.phrase}"
 
     @property
     def box(self) -> str:
@@ -99,34 +100,40 @@ def write_scenes(out: Path, rows: int, seed: int, split: str = "train", question
     """Write `rows` vision-language rows, a quarter as many text rows, an eighth as many image and detection rows each.
 
     Of ten vision-language rows, `questions` are questions, the others captions and regions by halves.
-    Files: {vision_language,text,image,detection}_examples.tsv and negative_sample/; existing ones are overwritten.
-    Returns the number of rows of each TSV. Raises ValueError for an unknown split, fewer than one row or a wrong share.
+    Files: {vision_language,text,image,detection}_examples.tsv and negative_sample/; none is overwritten (`new_files`).
+    Returns the number of rows of each TSV. Raises ValueError for an unknown split, fewer than one row or a wrong share,
+    and where another file is there.
     """
+    check_arguments(rows, seed, split)
+    if not 0 <= questions <= len(_QUESTION_PLACES):
+        raise ValueError(f"scenes: want 0 to {len(_QUESTION_PLACES)} questions in ten rows, got {questions}")
+    numbers = {"vision_language_examples": rows} | {name: max(rows // n, 1) for name, n in _FAMILY_SHARES.items()}
+    makers = (partial(_vision_language_row, questions=questions), _text_row, _image_row, _detection_row)
+    with new_files(Path(out), "scenes") as folder:
+        for number, (name, maker) in enumerate(zip(numbers, makers, strict=True)):
+            with open(folder / f"{name}.tsv", "w", encoding="utf-8", newline="\n") as file:
+                for i in range(numbers[name]):
+                    columns = maker(Draw(seed, split, number, i), i)
+                    file.write("\t".join((f"{split}-{seed}-{i}", *columns)) + "\n")
+        (folder / "negative_sample").mkdir()
+        _write_negatives(folder / "negative_sample", Draw(seed, split, len(makers), 0))
+    return numbers
+
+
+def check_arguments(rows: int, seed: int, split: str) -> None:
+    """Raises ValueError for an unknown split, fewer than one row, or a seed below 0."""
     if split not in SPLITS:
         raise ValueError(f"scenes: unknown split {split!r}; want one of {', '.join(SPLITS)}")
     if rows < 1:
         raise ValueError(f"scenes: want at least 1 row, got {rows}")
-    if not 0 <= questions <= len(_QUESTION_PLACES):
-        raise ValueError(f"scenes: want 0 to {len(_QUESTION_PLACES)} questions in ten rows, got {questions}")
     if seed < 0:
         raise ValueError(f"scenes: want a seed of at least 0, got {seed}")
-    out = Path(out)
-    (out / "negative_sample").mkdir(parents=True, exist_ok=True)
-    numbers = {"vision_language_examples": rows} | {name: max(rows // n, 1) for name, n in _FAMILY_SHARES.items()}
-    makers = (partial(_vision_language_row, questions=questions), _text_row, _image_row, _detection_row)
-    for number, (name, maker) in enumerate(zip(numbers, makers, strict=True)):
-        with open(out / f"{name}.tsv", "w", encoding="utf-8", newline="\n") as file:
-            for i in range(numbers[name]):
-                columns = maker(_Draw(seed, split, number, i), i)
-                file.write("\t".join((f"{split}-{seed}-{i}", *columns)) + "\n")
-    _write_negatives(out / "negative_sample", _Draw(seed, split, len(makers), 0))
-    return numbers
 
 
-class _Draw:
-    """The random choices of one row; a function of (seed, split, family, row)."""
+class Draw:
+    """The random choices of one row; a function of (seed, split, family or task, row)."""
 
-    def __init__(self, seed: int, split: str, family: int, row: int) -> None:
+    def __init__(self, seed: int, split: str, family: int | str, row: int) -> None:
         self.split = split
         self._random = random.Random(f"scenes/{seed}/{split}/{family}/{row}")
 
@@ -140,7 +147,7 @@ class _Draw:
     def coin(self) -> bool:
         return bool(self._random.randrange(2))
 
-    def until_own(self, make: Callable[[_Draw], T]) -> T:
+    def until_own(self, make: Callable[[Draw], T]) -> T:
         """What `make` gives, drawn again until it belongs to this split; a tuple is judged by its first element."""
         while True:
             made = make(self)
@@ -153,15 +160,15 @@ def _part(content: object) -> str:
     return SPLITS[zlib.crc32(repr(content).encode()) % _HELDOUT_SHARE == 0]
 
 
-def _size_name(size: int) -> str:
+def size_name(size: int) -> str:
     return next((name for name, side in SIZES.items() if side >= size), "huge")
 
 
-def _look(draw: _Draw) -> Look:
+def any_look(draw: Draw) -> Look:
     return draw.pick(KINDS), draw.pick(tuple(COLORS))
 
 
-def _place(draw: _Draw, looks: Sequence[Look]) -> Scene:
+def place(draw: Draw, looks: Sequence[Look]) -> Scene:
     """Shapes of these looks with random sizes, at random places that do not touch and whose centers are apart."""
     sizes = [draw.pick(tuple(SIZES.values())) for _ in looks]
     while True:
@@ -178,20 +185,20 @@ def _apart(a: Shape, b: Shape) -> bool:
     return min(gaps) >= 2 * _MIN_CENTER_DISTANCE and max(gaps) > a.size + b.size
 
 
-def _any_looks(draw: _Draw) -> list[Look]:
+def any_looks(draw: Draw) -> list[Look]:
     """One or two, all different."""
-    looks = [_look(draw) for _ in range(draw.number(1, 2))]
-    return looks if len(set(looks)) == len(looks) else _any_looks(draw)
+    looks = [any_look(draw) for _ in range(draw.number(1, 2))]
+    return looks if len(set(looks)) == len(looks) else any_looks(draw)
 
 
-def _looks_where(draw: _Draw, right: Callable[[list[Look]], bool]) -> list[Look]:
-    while not right(looks := _any_looks(draw)):
+def looks_where(draw: Draw, right: Callable[[list[Look]], bool]) -> list[Look]:
+    while not right(looks := any_looks(draw)):
         pass
     return looks
 
 
-def _any_scene(draw: _Draw) -> Scene:
-    return _place(draw, _any_looks(draw))
+def any_scene(draw: Draw) -> Scene:
+    return place(draw, any_looks(draw))
 
 
 def caption(scene: Scene) -> str:
@@ -203,56 +210,56 @@ def caption(scene: Scene) -> str:
 Question = tuple[Scene, str, str]
 
 
-def _ask_color(draw: _Draw) -> Question:
-    kind, color = asked = _look(draw)
-    looks = _looks_where(draw, lambda looks: asked in looks and [each for each, _ in looks].count(kind) == 1)
-    return _place(draw, looks), f"what color is the {kind}?", color
+def _ask_color(draw: Draw) -> Question:
+    kind, color = asked = any_look(draw)
+    looks = looks_where(draw, lambda looks: asked in looks and [each for each, _ in looks].count(kind) == 1)
+    return place(draw, looks), f"what color is the {kind}?", color
 
 
-def _ask_kind(draw: _Draw) -> Question:
-    kind, color = asked = _look(draw)
-    looks = _looks_where(draw, lambda looks: asked in looks and [each for _, each in looks].count(color) == 1)
-    return _place(draw, looks), f"what shape is {color}?", kind
+def _ask_kind(draw: Draw) -> Question:
+    kind, color = asked = any_look(draw)
+    looks = looks_where(draw, lambda looks: asked in looks and [each for _, each in looks].count(color) == 1)
+    return place(draw, looks), f"what shape is {color}?", kind
 
 
-def _ask_count(draw: _Draw) -> Question:
+def _ask_count(draw: Draw) -> Question:
     """0, 1 or 2 shapes of a kind or of a color, among one or two."""
     number, by = draw.number(0, 2), draw.pick((0, 1))
-    asked = _look(draw)[by]
-    looks = _looks_where(draw, lambda looks: [look[by] for look in looks].count(asked) == number)
+    asked = any_look(draw)[by]
+    looks = looks_where(draw, lambda looks: [look[by] for look in looks].count(asked) == number)
     return (
-        _place(draw, looks),
+        place(draw, looks),
         f"how many {asked}s are there?" if by == 0 else f"how many shapes are {asked}?",
         str(number),
     )
 
 
-def _ask_size(draw: _Draw) -> Question:
+def _ask_size(draw: Draw) -> Question:
     size, kind = draw.pick(tuple(SIZES)), draw.pick(KINDS)
     while True:
-        scene = _any_scene(draw)
-        if [_size_name(shape.size) for shape in scene if shape.kind == kind] == [size]:
+        scene = any_scene(draw)
+        if [size_name(shape.size) for shape in scene if shape.kind == kind] == [size]:
             return scene, f"is the {kind} small or large?", size
 
 
-def _ask_exist(draw: _Draw) -> Question:
+def _ask_exist(draw: Draw) -> Question:
     """Where kind and color are both named and denied, a shape that is there has one of them."""
-    kind, color = asked = _look(draw)
+    kind, color = asked = any_look(draw)
     present, by = draw.coin(), draw.pick((0, 1, 2))
     if by == 2:
-        looks = _looks_where(
+        looks = looks_where(
             draw, lambda looks: (asked in looks) == present and any(k == kind or c == color for k, c in looks)
         )
     else:
-        looks = _looks_where(draw, lambda looks: (asked[by] in [look[by] for look in looks]) == present)
+        looks = looks_where(draw, lambda looks: (asked[by] in [look[by] for look in looks]) == present)
     what = (f"a {kind}", f"a {color} shape", f"a {color} {kind}")[by]
-    return _place(draw, looks), f"is there {what}?", "yes" if present else "no"
+    return place(draw, looks), f"is there {what}?", "yes" if present else "no"
 
 
-def _ask_side(draw: _Draw) -> Question:
+def _ask_side(draw: Draw) -> Question:
     """Which of two shapes lies further to one side."""
-    looks = _looks_where(draw, lambda looks: len(looks) == 2 and all(a != b for a, b in zip(*looks, strict=True)))
-    scene = _place(draw, looks)
+    looks = looks_where(draw, lambda looks: len(looks) == 2 and all(a != b for a, b in zip(*looks, strict=True)))
+    scene = place(draw, looks)
     axis, last = draw.pick((0, 1)), draw.coin()
     shape = sorted(scene, key=lambda each: each.center2[axis])[-1 if last else 0]
     where = ("on the left", "on the right", "at the top", "at the bottom")[2 * axis + last]
@@ -261,7 +268,7 @@ def _ask_side(draw: _Draw) -> Question:
     return scene, f"which color is {where}?", shape.color
 
 
-_QUESTIONS: tuple[Callable[[_Draw], Question], ...] = (
+QUESTION_MAKERS: tuple[Callable[[Draw], Question], ...] = (
     _ask_color, _ask_color, _ask_kind, _ask_kind, _ask_count, _ask_count, _ask_size, _ask_exist, _ask_side, _ask_side,
 )  # fmt: skip
 
@@ -274,54 +281,55 @@ def _row_type(row: int, questions: int) -> str:
     return ("caption", "visual_grounding")[(cycle * len(others) + others.index(place)) % 2]
 
 
-def _vision_language_row(draw: _Draw, row: int, questions: int) -> tuple[str, ...]:
+def _vision_language_row(draw: Draw, row: int, questions: int) -> tuple[str, ...]:
     kind = _row_type(row, questions)
     if kind == "qa":
-        scene, question, answer = draw.until_own(draw.pick(_QUESTIONS))
-        return _encode(paint(scene)), "", question, f"1.0|!+{answer}", "", "scenes", kind
-    scene = draw.until_own(_any_scene)
+        scene, question, answer = draw.until_own(draw.pick(QUESTION_MAKERS))
+        return encode_png(paint(scene)), "", question, f"1.0|!+{answer}", "", "scenes", kind
+    scene = draw.until_own(any_scene)
     if kind == "caption":
-        return _encode(paint(scene)), caption(scene), "", "", "&&".join(shape.phrase for shape in scene), "scenes", kind
+        objects = "&&".join(shape.phrase for shape in scene)
+        return encode_png(paint(scene)), caption(scene), "", "", objects, "scenes", kind
     shape = draw.pick(scene)
-    return _encode(paint(scene)), f"the {shape.sized_phrase}", "", shape.box, "", "scenes", kind
+    return encode_png(paint(scene)), f"the {shape.sized_phrase}", "", shape.box, "", "scenes", kind
 
 
-def _text_row(draw: _Draw, row: int) -> tuple[str, ...]:
+def _text_row(draw: Draw, row: int) -> tuple[str, ...]:
     """A sentence that says the same thing twice, so that most of a gap can be told from the rest."""
     return (draw.until_own(_sentence),)
 
 
-def _sentence(draw: _Draw) -> str:
-    looks = _looks_where(draw, lambda looks: len(looks) == 2)
+def _sentence(draw: Draw) -> str:
+    looks = looks_where(draw, lambda looks: len(looks) == 2)
     a, b = (f"the {color} {kind}" for kind, color in looks)
     word, back = draw.pick((("above", "below"), ("below", "above"), ("left of", "right of"), ("right of", "left of")))
     return f"{a} is {word} {b} and {b} is {back} {a}"
 
 
-def _image_row(draw: _Draw, row: int) -> tuple[str, ...]:
+def _image_row(draw: Draw, row: int) -> tuple[str, ...]:
     """One big shape near the middle; the part outside the hole tells its color and mostly its kind."""
 
-    def make(draw: _Draw) -> Scene:
-        kind, color = _look(draw)
-        size = draw.pick(_BIG_SIZES)
-        free = (SIDE - size) // _BIG_GRID
-        x, y = (draw.number(max(free // 2 - 2, 0), min(free // 2 + 2, free)) * _BIG_GRID for _axis in "xy")
+    def make(draw: Draw) -> Scene:
+        kind, color = any_look(draw)
+        size = draw.pick(BIG_SIZES)
+        free = (SIDE - size) // BIG_GRID
+        x, y = (draw.number(max(free // 2 - 2, 0), min(free // 2 + 2, free)) * BIG_GRID for _axis in "xy")
         return (Shape(kind, color, size, x, y),)
 
     pixels = paint(draw.until_own(make))
-    return _encode(pixels), " ".join(str(code) for code in codes(pixels))
+    return encode_png(pixels), " ".join(str(code) for code in codes(pixels))
 
 
-def _detection_row(draw: _Draw, row: int) -> tuple[str, ...]:
-    scene = draw.until_own(_any_scene)
+def _detection_row(draw: Draw, row: int) -> tuple[str, ...]:
+    scene = draw.until_own(any_scene)
     names = [f"{color} {kind}" for kind in KINDS for color in COLORS]
     labels = "&&".join(f"{shape.box},{names.index(shape.phrase)},{shape.phrase}" for shape in scene)
-    return _encode(paint(scene)), labels
+    return encode_png(paint(scene)), labels
 
 
-def _write_negatives(folder: Path, draw: _Draw) -> None:
+def _write_negatives(folder: Path, draw: Draw) -> None:
     """Words for statements that are false of a picture, with the frequencies of the true ones."""
-    captions = [caption(_any_scene(draw)) for _ in range(_NUM_NEGATIVE_CAPTIONS)]
+    captions = [caption(any_scene(draw)) for _ in range(_NUM_NEGATIVE_CAPTIONS)]
     (folder / "all_captions.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
     objects = [f"{color} {kind}" for kind in KINDS for color in COLORS]
     (folder / "object.txt").write_text("\n".join(objects) + "\n", encoding="utf-8")
@@ -383,16 +391,3 @@ def picture_of_codes(values: Sequence[int]) -> np.ndarray:
             top, left = y + quarter // 2 * half, x + quarter % 2 * half
             pixels[top : top + half, left : left + half] = list(COLORS.values())[color] if filled else GROUND
     return pixels
-
-
-def _encode(pixels: np.ndarray) -> str:
-    """A PNG in base64. Written by hand: for pictures this small an encoder's set-up costs more than its work."""
-    height, width = pixels.shape[:2]
-    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
-    rows = np.zeros((height, 1 + 3 * width), np.uint8)  # each row begins with its filter type, 0
-    rows[:, 1:] = pixels.reshape(height, -1)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 1)), (b"IEND", b""))
-    png = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    )
-    return base64.b64encode(png).decode()

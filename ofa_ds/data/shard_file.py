@@ -67,6 +67,14 @@ class ShardFile:
 
     def row(self, i: int, verify: bool) -> dict[str, Any]:
         """Raises RuntimeError that names the file where it is damaged, cut, or not the manifest's; OSError."""
+        return from_columns(self.family, self._read(i, self._columns, verify))
+
+    def fields(self, i: int, names: Collection[str]) -> dict[str, Any]:
+        """Some columns of row `i`, as they are stored. Raises as `row` does, KeyError for a column that is not here."""
+        columns = {column[0]: column for column in self._columns}
+        return self._read(i, [columns[name] for name in names], verify=False)
+
+    def _read(self, i: int, columns: Sequence[tuple[str, Any, slice]], verify: bool) -> dict[str, Any]:
         batch = bisect_right(self.batch_ends, i)
         positions = self._positions[batch].tolist()
         if not positions[0]:
@@ -74,7 +82,7 @@ class ShardFile:
         j = i - (self.batch_ends[batch - 1] if batch else 0)
         file = self._open()
         try:
-            return from_columns(self.family, {name: read(file, positions[at], j) for name, read, at in self._columns})
+            return {name: read(file, positions[at], j) for name, read, at in columns}
         except UnicodeDecodeError as error:
             raise RuntimeError(f"{self.path}: row {i}: damaged: its text is not UTF-8; build it again") from error
 

@@ -1,8 +1,9 @@
 """Shards: rows by number, from Arrow files of which nothing is read before it is asked for.
 
 A directory holds `manifest.json`, one Arrow IPC file per shard (uncompressed, nothing nullable, at most 256 rows or
-16 MB a record batch, pictures byte for byte as they came), `negative_sample/`, and `quarantine/` and `warnings/` where
-lines were bad or doubtful. `shards_build` writes it, `shards_verify` checks it.
+16 MB a record batch, pictures byte for byte as they came), `negative_sample/` (of a downstream task its list,
+`answers.json`), and `quarantine/` and `warnings/` where lines were bad or doubtful. `shards_build` writes it,
+`shards_verify` checks it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ofa_ds.data.manifest import read_manifest
+from ofa_ds.data.answer_list import read_answer_list
+from ofa_ds.data.manifest import TYPED, read_manifest
 from ofa_ds.data.negative_files import Negatives, read_negatives
 from ofa_ds.data.open_file import opener
 from ofa_ds.data.shard_file import ShardFile
@@ -33,20 +35,26 @@ class Shards:
         text            {id, text}
         image           {id, image, codes int16 [n]}
         detection       {id, image, width, height, boxes float32 [n, 4], cat_ids [str], cat_names [str]}
+        downstream      {id, image (b"" for none), width, height, image_id, text, text_pair,
+                         answers [(text, confidence)], box (x0, y0, x1, y1) or None, objects [str],
+                         type: whose rows they are, `Task.row_types`}
 
     `image` is the encoded picture as it came; boxes are in pixels of it.
     """
 
-    def __init__(self, path: Path | str, *, verify: bool = False) -> None:
-        """verify: compare each record batch with its checksum when first touched (about 1 ms for 10 MB)."""
+    def __init__(self, path: Path | str, *, verify: bool = False, task: str = "") -> None:
+        """verify: compare each record batch with its checksum when first touched (about 1 ms for 10 MB). task: the
+        downstream task whose rows are wanted; it is named where no shards are there.
+        """
         self.path = Path(path)
         self.verify = verify
-        self.manifest = read_manifest(self.path)
+        self.manifest = read_manifest(self.path, task)
         self.fingerprint = self.manifest.fingerprint
         families = self.manifest.families
         self.families = {family: families[family].rows for family in FAMILIES if family in families}
-        self.types = families["vision_language"].types if "vision_language" in families else {}
-        """Vision-language rows of each type."""
+        typed = [family for family in TYPED if family in families]
+        self.types = {kind: count for family in typed for kind, count in families[family].types.items()}
+        """Rows of each type, of the families that have types."""
         open_file = opener()
         self._files = {
             family: [ShardFile(self.path, family, shard, open_file) for shard in families[family].shards]
@@ -67,10 +75,25 @@ class Shards:
         file, j = self._place(family, i)
         return file.row(j, self.verify)
 
+    def fields(self, family: str, i: int, columns: Collection[str]) -> dict[str, Any]:
+        """Some Arrow columns of row `i`, as they are stored; nothing else of it is read. Raises as `row` does."""
+        file, j = self._place(family, i)
+        return file.fields(j, columns)
+
     def where(self, family: str, i: int) -> str:
         """The file that row `i` of a family is in and its number there, for messages. Raises as `row` does."""
         file, j = self._place(family, i)
         return f"{file.path.name} row {j}"
+
+    def lines_before(self, family: str, i: int) -> int:
+        """Lines, bad ones too, of the source files before the one that row `i` of a family is from."""
+        rows = lines = 0
+        for source in self.manifest.families[family].sources:
+            rows += source.rows
+            if i < rows:
+                break
+            lines += source.rows + source.quarantined
+        return lines
 
     def at_row(self, family: str, i: int, row: Mapping[str, Any] | None, error: Exception) -> ValueError | RuntimeError:
         """What went wrong with row `i`, with its place; all but ValueErrors (memory, damage) as RuntimeError."""
@@ -109,6 +132,11 @@ class Shards:
                 if last > start and first < end:
                     found = (first + i for i in file.rows_of_types(types, max(start - first, 0)))
                     yield from itertools.takewhile(lambda i: i < end, found)
+
+    @cached_property
+    def answers(self) -> tuple[str, ...]:
+        """The list of candidate answers; empty where the shards have none. Raises RuntimeError where it is damaged."""
+        return read_answer_list(self.path, self.manifest.answers)
 
     @cached_property
     def negatives(self) -> Negatives:

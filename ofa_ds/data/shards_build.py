@@ -7,6 +7,7 @@ directory beside the target, which takes its place when all is well and is remov
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ofa_ds.data import tsv
-from ofa_ds.data.doubts import doubts, without_negative_answer, without_negative_caption
+from ofa_ds.data import answer_list, task_rows, tsv
+from ofa_ds.data.doubts import doubts, task_doubts, without_negative_answer, without_negative_caption
 from ofa_ds.data.manifest import Family, Manifest, Shard, Source, fingerprint
 from ofa_ds.data.negative_files import derive_negatives, read_negatives, write_negatives
 from ofa_ds.data.pool import run_jobs, serve_if_worker
@@ -40,6 +41,14 @@ class Job:
     span: tsv.Span
     on_error: str
     strict: bool
+    lines: task_rows.TaskLines | None = None
+    """Of a downstream task."""
+    answers: str = ""
+    """Checksum of the list of answers in `folder`, where there is one."""
+
+    def listed(self) -> frozenset[str]:
+        """The answers that rows may have; empty where there is no list."""
+        return answer_list.listed(self.folder, self.answers)
 
     def notes(self, suffix: str) -> Path:
         """File for lines about its lines, until `_gather` puts those of a source together."""
@@ -60,6 +69,8 @@ class Built:
     """Image family: side of the picture -> first line that has it."""
     quarantined: int = 0
     warnings: int = 0
+    unanswered: int = 0
+    unlisted: int = 0
 
     @property
     def rows(self) -> int:
@@ -69,6 +80,11 @@ class Built:
         if self.job.family == "vision_language":
             self.types[row["type"]] += 1
             self.first_lines.setdefault(row["type"], line)
+        elif self.job.family == "downstream":
+            self.types[row["type"]] += 1
+            self.unanswered += not task_rows.is_answered(row)
+            if self.job.answers and row["answers"]:
+                self.unlisted += answer_list.best_answer(row["answers"]) not in self.job.listed()
         elif self.job.family == "image":
             self.sides.setdefault(tsv.PIXELS_PER_CODE * 2 * round(len(row["codes"]) ** 0.5), line)
 
@@ -81,39 +97,50 @@ def build_shards(
     workers: int = 2,
     on_error: str = "stop",
     strict: bool = False,
+    lines: task_rows.TaskLines | None = None,
+    answers: Sequence[str] = (),
     **sources: Sequence[Path | str],
 ) -> Manifest:
     """Turn OFA's TSV files into shards in `out`, which must not exist yet (or be empty).
 
-    sources: vision_language, text, image, detection = files; any of them, read in the order given. negatives: OFA's
-    negative_sample directory; without it one is derived from the vision-language rows. on_error: what a bad line does:
-    "stop" raises ValueError "file:line: column: reason" and leaves nothing behind, "quarantine" puts it into
-    out/quarantine and counts it. Well-formed lines that look like a mistake (`doubts`) are listed in out/warnings and
-    counted; strict makes them bad lines. The same sources and rows_per_shard give the same bytes with any number of
-    workers. Under MPI, rank 0 gives the work to the other ranks, which leave the program when it is done.
+    sources: vision_language, text, image, detection = files; any of them, read in the order given; or downstream =
+    files of one task, whose lines read as `lines` says, with the list of `answers` that the task may give.
+    negatives: OFA's negative_sample directory; without it one is derived from the vision-language rows. on_error:
+    what a bad line does: "stop" raises ValueError "file:line: column: reason" and leaves nothing behind,
+    "quarantine" puts it into out/quarantine and counts it. Well-formed lines that look like a mistake (`doubts`)
+    are listed in out/warnings and counted; strict makes them bad lines. The same sources and rows_per_shard give
+    the same bytes with any number of workers. Under MPI, rank 0 gives the work to the other ranks, which leave the
+    program when it is done.
     """
     serve_if_worker()
     out, paths = Path(out), {family: [Path(file) for file in files] for family, files in sources.items()}
-    _refuse(out, paths, on_error)
+    _refuse(out, paths, on_error, lines)
     with new_directory(out) as folder:
-        built = _run(_plan(folder, paths, rows_per_shard, on_error=on_error, strict=strict), workers)
+        answers_sum = answer_list.write_answer_list(folder / answer_list.FILE, answers) if answers else ""
+        jobs = _plan(folder, paths, rows_per_shard, on_error=on_error, strict=strict)
+        if lines:
+            jobs = [dataclasses.replace(job, lines=lines, answers=answers_sum) for job in jobs]
+        built = _run(jobs, workers)
         _one_side(built)
         sums = _negatives(folder, Path(negatives) if negatives else None, built)
         _doubt_negatives(folder, built, strict)
         _gather(folder, built)
         families = {family: _family(family, built) for family in FAMILIES if paths.get(family)}
-        manifest = Manifest(families=families, negatives=sums, fingerprint=fingerprint(families, sums))
+        name = fingerprint(families, sums, answers_sum)
+        manifest = Manifest(families=families, negatives=sums, fingerprint=name, answers=answers_sum)
         manifest.write(folder)
         sync_tree(folder)
     return manifest
 
 
-def _refuse(out: Path, sources: Mapping[str, Sequence[Path]], on_error: str) -> None:
+def _refuse(out: Path, sources: Mapping[str, Sequence[Path]], on_error: str, lines: object) -> None:
     if on_error not in ("stop", "quarantine"):
         raise ValueError(f"want on_error stop or quarantine, got {on_error!r}")
     unknown = set(sources) - set(FAMILIES)
     if unknown or not any(sources.values()):
         raise ValueError(f"want TSV files of {', '.join(FAMILIES)}; got {', '.join(sorted(unknown)) or 'none'}")
+    if ("downstream" in sources) != (lines is not None) or (lines is not None and len(sources) > 1):
+        raise ValueError("downstream files come alone, with what their lines are (lines)")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; give another --out or remove it")
 
@@ -159,8 +186,7 @@ def build_one(job: Job) -> Built:
 
         for number, line in tsv.lines(job.source, job.span):
             try:
-                row = tsv.parse(job.family, line)
-                found = doubts(job.family, line, row)
+                row, found = _read(job, line, number)
                 if found and job.strict:
                     raise ValueError(f"{found[0]} (--strict)")
             except ValueError as error:
@@ -178,6 +204,15 @@ def build_one(job: Job) -> Built:
             built.count(row, number)
     built.shard = writer.close()
     return built
+
+
+def _read(job: Job, line: bytes, number: int) -> tuple[dict[str, Any], list[str]]:
+    """The row of a line, and what looks wrong in it. Raises ValueError "column: reason"."""
+    if job.lines is None:
+        row = tsv.parse(job.family, line)
+        return row, doubts(job.family, line, row)
+    row = task_rows.parse(job.lines, line, number, job.listed())
+    return row, task_doubts(job.lines, line, row)
 
 
 def encoded(message: str) -> bytes:
@@ -258,10 +293,13 @@ def _family(family: str, built: Sequence[Built]) -> Family:
         counts[part.job.source] = [a + b for a, b in zip(before, new, strict=True)]
     return Family(
         rows=sum(shard.rows for shard in good),
-        types={kind: types[kind] for kind in tsv.TYPES if types[kind]},
+        types={kind: types[kind] for kind in (*tsv.TYPES, *types) if types[kind]},
         quarantined=sum(part.quarantined for part in mine),
         warnings=sum(part.warnings for part in mine),
+        unanswered=sum(part.unanswered for part in mine),
+        unlisted=sum(part.unlisted for part in mine),
         digest=digest,
+        own_ids=None if mine[0].job.lines is None else "id" in mine[0].job.lines.columns,
         sources=tuple(Source(file.name, *numbers) for file, numbers in counts.items()),
         shards=tuple(good),
     )

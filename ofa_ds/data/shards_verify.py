@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ofa_ds.data.manifest import MANIFEST, NEGATIVES, Manifest, Shard, fingerprint, read_manifest
+from ofa_ds.data.answer_list import read_answer_list
+from ofa_ds.data.manifest import MANIFEST, NEGATIVES, TYPED, Manifest, Shard, fingerprint, read_manifest
 from ofa_ds.data.negative_files import checksums, read_negatives
 from ofa_ds.data.picture import check_image
 from ofa_ds.data.pool import run_jobs, serve_if_worker
@@ -50,18 +51,29 @@ def _manifest_problems(path: Path, manifest: Manifest) -> list[str]:
             digest = chain(digest, shard.digest, shard.rows)
         if digest != part.digest or part.rows != sum(shard.rows for shard in part.shards):
             problems.append(f"{path / MANIFEST}: what it says of {family} as a whole is not what it says of its files")
-    if fingerprint(manifest.families, manifest.negatives) != manifest.fingerprint:
+    if fingerprint(manifest.families, manifest.negatives, manifest.answers) != manifest.fingerprint:
         problems.append(f"{path / MANIFEST}: its fingerprint is not that of its rows")
-    return problems + _negative_problems(path, manifest)
+    return problems + _answer_problems(path, manifest) + _negative_problems(path, manifest)
+
+
+def _answer_problems(path: Path, manifest: Manifest) -> list[str]:
+    try:
+        read_answer_list(path, manifest.answers)
+    except (OSError, RuntimeError) as error:
+        return [str(error)]
+    return []
 
 
 def _type_problems(path: Path) -> list[str]:
     """Rows of a type that the manifest does not count are neither shown nor judged, and not said to be there."""
     shards = Shards(path)
-    found = {kind: sum(1 for _ in shards.rows_of_types("vision_language", [kind])) for kind in shards.types}
-    if found == shards.types:
-        return []
-    return [f"{path / MANIFEST}: families.vision_language.types is {shards.types}, its files hold {found}"]
+    problems = []
+    for family in (family for family in TYPED if family in shards.families):
+        types = shards.manifest.families[family].types
+        found = {kind: sum(1 for _ in shards.rows_of_types(family, [kind])) for kind in types}
+        if found != types:
+            problems.append(f"{path / MANIFEST}: families.{family}.types is {types}, its files hold {found}")
+    return problems
 
 
 def _negative_problems(path: Path, manifest: Manifest) -> list[str]:
@@ -98,7 +110,7 @@ def verify_one(job: Job) -> list[str]:
             except (OSError, RuntimeError) as error:
                 return [*found, str(error)]
             digest = chain(digest, row_digest(row), 1)
-            if "image" in row:
+            if row.get("image"):  # of a downstream row without a picture it is empty
                 found += _image_problems(file, i, row["image"])
     if not found and digest != job.shard.digest:
         found.append(f"{file.path}: the rows are not those that {MANIFEST} describes")

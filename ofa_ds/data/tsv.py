@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,14 +84,10 @@ def lines(path: Path, span: Span) -> Iterator[tuple[int, bytes]]:
 def parse(family: str, line: bytes) -> dict[str, Any]:
     """The row of one line, in the form that `Shards.row` gives back. Raises ValueError "column: reason"."""
     names = COLUMNS[family]
-    columns = line.split(b"\t")
-    if b"\r" in line:
-        at = next(k for k, column in enumerate(columns) if b"\r" in column)
-        name = names[min(at, len(names) - 1)]
-        raise ValueError(f"{name}: a carriage return is in the line; want LF line ends and no other line break")
+    columns = split(line, names)
     if len(columns) != len(names):
         raise ValueError(f"columns: want {len(names)} with tabs between ({' '.join(names)}), got {len(columns)}")
-    fields = {name: _decode(name, column) for name, column in zip(names, columns, strict=True) if name != "image"}
+    fields = {name: decode_column(name, column) for name, column in zip(names, columns, strict=True) if name != "image"}
     if not fields["uniq_id"].strip():
         raise ValueError("uniq_id: is empty")
     if "image" not in names:
@@ -103,6 +99,16 @@ def parse(family: str, line: bytes) -> dict[str, Any]:
         return head | {"codes": _codes(fields["code"], width, height)}
     head |= {"width": width, "height": height}
     return head | (_detection(fields, head) if family == "detection" else _vision_language(fields, head))
+
+
+def split(line: bytes, names: Sequence[str]) -> list[bytes]:
+    """The columns of a line. Raises ValueError for a carriage return. names: of the columns, for that message."""
+    columns = line.split(b"\t")
+    if b"\r" in line:
+        at = next(k for k, column in enumerate(columns) if b"\r" in column)
+        name = names[min(at, len(names) - 1)]
+        raise ValueError(f"{name}: a carriage return is in the line; want LF line ends and no other line break")
+    return columns
 
 
 def decode_base64(text: bytes) -> bytes:
@@ -119,7 +125,8 @@ def decode_base64(text: bytes) -> bytes:
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
-def _decode(name: str, column: bytes) -> str:
+def decode_column(name: str, column: bytes) -> str:
+    """The text of a column. Raises ValueError "name: reason"."""
     try:
         text = column.decode()
     except UnicodeDecodeError as error:
@@ -146,7 +153,7 @@ def _codes(text: str, width: int, height: int) -> np.ndarray:
         raise ValueError(f"code: want {side * side} codes for a picture of {width} x {height}, got {len(codes)}")
     for place, code in enumerate(codes):
         if not (code.isascii() and code.isdigit() and len(code) <= 5) or int(code) >= NUM_CODES:
-            raise ValueError(f"code: want whole numbers 0 ... {NUM_CODES - 1}, got {_short(code)} at place {place}")
+            raise ValueError(f"code: want whole numbers 0 ... {NUM_CODES - 1}, got {short(code)} at place {place}")
     return np.array([int(code) for code in codes], np.int16)
 
 
@@ -155,10 +162,10 @@ def _detection(fields: dict[str, str], head: dict[str, Any]) -> dict[str, Any]:
     for place, item in enumerate(fields["label"].split("&&")):
         parts = item.split(",", 5)
         if len(parts) != 6:
-            raise ValueError(f"label: want x0,y0,x1,y1,id,name joined by &&, got {_short(item)} at place {place}")
+            raise ValueError(f"label: want x0,y0,x1,y1,id,name joined by &&, got {short(item)} at place {place}")
         if not parts[5].strip():
             raise ValueError(f"label: the name at place {place} is empty")
-        boxes.append(_box("label", parts[:4], head))
+        boxes.append(read_box("label", parts[:4], head))
         cat_ids.append(parts[4])
         cat_names.append(parts[5])
     return {"boxes": np.array(boxes, np.float32), "cat_ids": cat_ids, "cat_names": cat_names}
@@ -167,53 +174,62 @@ def _detection(fields: dict[str, str], head: dict[str, Any]) -> dict[str, Any]:
 def _vision_language(fields: dict[str, str], head: dict[str, Any]) -> dict[str, Any]:
     kind = fields["type"]
     if kind not in TYPES:
-        raise ValueError(f"type: want {', '.join(TYPES)}, got {_short(kind)}")
+        raise ValueError(f"type: want {', '.join(TYPES)}, got {short(kind)}")
     if kind == "qa":
         if not clean_question(fields["question"]):
             raise ValueError("question: is empty, or nothing is left of it after cleaning")
     elif not clean_caption(fields["caption"]):
         raise ValueError("caption: is empty, or nothing is left of it after cleaning")
-    objects = fields["gt_objects"].split("&&") if fields["gt_objects"] else []
-    if not all(name.strip() for name in objects):
-        raise ValueError(f"gt_objects: a name between && is empty in {_short(fields['gt_objects'])}")
     return {
         "caption": fields["caption"],
         "question": fields["question"],
-        "answers": _answers(fields["refs"]) if kind == "qa" else [],
-        "box": _box("refs", fields["refs"].split(","), head) if kind == "visual_grounding" else None,
-        "gt_objects": objects,
+        "answers": read_answers("refs", fields["refs"]) if kind == "qa" else [],
+        "box": read_box("refs", fields["refs"].split(","), head) if kind == "visual_grounding" else None,
+        "gt_objects": read_objects("gt_objects", fields["gt_objects"]),
         "dataset": fields["dataset_name"],
         "type": kind,
     }
 
 
-def _answers(refs: str) -> list[tuple[str, float]]:
+def read_objects(column: str, text: str) -> list[str]:
+    """The names between &&; none where the column is empty. Raises ValueError "column: reason"."""
+    objects = text.split("&&") if text else []
+    if not all(name.strip() for name in objects):
+        raise ValueError(f"{column}: a name between && is empty in {short(text)}")
+    return objects
+
+
+def read_answers(column: str, text: str) -> list[tuple[str, float]]:
+    """(answer, confidence) of each `confidence|!+answer` between &&. Raises ValueError "column: reason"."""
     answers = []
-    for item in refs.split("&&"):
+    for item in text.split("&&"):
         parts = item.split("|!+")
         if len(parts) != 2:
-            raise ValueError(f"refs: want confidence|!+answer joined by &&, got {_short(item)}")
+            raise ValueError(f"{column}: want confidence|!+answer joined by &&, got {short(item)}")
         if not _NUMBER.fullmatch(parts[0].strip()) or not 0 <= float(parts[0]) <= 1:
-            raise ValueError(f"refs: want a confidence between 0 and 1, got {_short(parts[0])}")
+            raise ValueError(f"{column}: want a confidence between 0 and 1, got {short(parts[0])}")
         if not parts[1].strip():
-            raise ValueError("refs: the answer is empty")
+            raise ValueError(f"{column}: the answer is empty")
         answers.append((parts[1], float(parts[0])))
     return answers
 
 
-def _box(column: str, parts: list[str], head: dict[str, Any]) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) in pixels, as float32 keeps them."""
+def read_box(column: str, parts: list[str], head: dict[str, Any]) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) in pixels, as float32 keeps them. head: image, width, height of the row.
+
+    Raises ValueError "column: reason": not four numbers, inverted, empty, outside the picture.
+    """
     if len(parts) != 4 or not all(_NUMBER.fullmatch(part.strip()) for part in parts):
-        raise ValueError(f"{column}: want a box x0,y0,x1,y1 in pixels, got {_short(','.join(parts))}")
+        raise ValueError(f"{column}: want a box x0,y0,x1,y1 in pixels, got {short(','.join(parts))}")
     x0, y0, x1, y1 = (float(part) for part in parts)
     width, height = head["width"], head["height"]
     if x1 <= x0 or y1 <= y0:
-        raise ValueError(f"{column}: the box {_short(','.join(parts))} is inverted or empty; want x0 < x1 and y0 < y1")
+        raise ValueError(f"{column}: the box {short(','.join(parts))} is inverted or empty; want x0 < x1 and y0 < y1")
     if min(x0, y0) < -BOX_OVERSHOOT or x1 > width + BOX_OVERSHOOT or y1 > height + BOX_OVERSHOOT:
-        raise ValueError(f"{column}: the box {_short(','.join(parts))} is outside {_picture(head)}")
+        raise ValueError(f"{column}: the box {short(','.join(parts))} is outside {_picture(head)}")
     inside = np.array([max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)], np.float32).tolist()
     if inside[2] <= inside[0] or inside[3] <= inside[1]:
-        raise ValueError(f"{column}: the box {_short(','.join(parts))} is outside {_picture(head)}")
+        raise ValueError(f"{column}: the box {short(','.join(parts))} is outside {_picture(head)}")
     return tuple(inside)
 
 
@@ -222,5 +238,6 @@ def _picture(head: dict[str, Any]) -> str:
     return f"the picture of {head['width']} x {head['height']}{turned}"
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """Quoted, at most 60 characters of it."""
     return repr(text if len(text) <= 60 else f"{text[:57]}...")

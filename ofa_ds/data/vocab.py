@@ -115,6 +115,8 @@ class Vocab:
 
     def bin(self, k: int) -> int:
         """Id of coordinate bin k."""
+        if not self.num_bins:
+            raise ValueError("the vocabulary has no coordinate bins; make one that has: ofa-ds vocab train --bins 1000")
         if not 0 <= k < self.num_bins:
             raise ValueError(f"coordinate bin {k} is outside 0 ... {self.num_bins - 1}")
         return self.bin_start + k

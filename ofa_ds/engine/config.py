@@ -26,12 +26,18 @@ _OWNED_BY_RECIPE = {
     "scheduler": "optim.peak_lr, optim.warmup_steps and train.num_steps",
 }
 
+_OF_THE_BACKBONE = {
+    "ResNet", "Bottleneck", "ConvStem", "ViT", "Transformer", "Block", "SelfAttention", "Mlp"
+}  # fmt: skip
+"""Classes of modules that are within `encoder.embed_images`."""
+
 _LOW_PRECISION_AT_STAGE_0 = "ZeRO stage 0 keeps no fp32 master weights here; use stage 1-3 with bf16 or fp16"
 
 
-def load_deepspeed_config(name_or_path: str | Path) -> dict[str, Any]:
+def load_deepspeed_config(name_or_path: str | Path, *, nvme: bool = False) -> dict[str, Any]:
     """The JSON of a shipped name (`zero3`) or of a path: memory layout and precision.
 
+    nvme: offload to NVMe may be in it, which can be planned and not run.
     Raises ValueError: no such file, malformed JSON, a key that the recipe owns or that DeepSpeed does not know, a value
     of a wrong type or range.
     """
@@ -48,8 +54,14 @@ def load_deepspeed_config(name_or_path: str | Path) -> dict[str, Any]:
     check_keys(config, str(path))
     zero = config.get("zero_optimization", {})
     for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device") == "nvme":
+        if zero.get(key, {}).get("device") == "nvme" and not nvme:
             raise ValueError(f"{path}: {key} on nvme cannot go into checkpoints; use device cpu, as zero3_offload does")
+    for name in zero.get("leaf_module", {}).get("classes", ()):
+        if name.rpartition(".")[2] in _OF_THE_BACKBONE:
+            raise ValueError(
+                f"{path}: leaf_module.classes: {name} is called once for each size of pictures, which a leaf module "
+                "must not be (DeepSpeed reduces its gradients twice); leave it out, or name the Encoder"
+            )
     low = [key for key in ("bf16", "fp16") if config.get(key, {}).get("enabled") is True]
     if len(low) == 2:
         raise ValueError(f"{path}: bf16 and fp16 are both enabled; want one of them")
@@ -73,7 +85,7 @@ def _find_config(name_or_path: str | Path) -> Path:
         if not path.is_file():
             raise ValueError(f"deepspeed {name_or_path}: no such file")
         return path
-    shipped = {file.stem: file for folder in _CONFIG_DIRS for file in folder.glob("*.json")}
+    shipped = _shipped()
     if path.name in shipped and str(path) == path.name:
         return shipped[path.name]
     near = difflib.get_close_matches(str(name_or_path), shipped, n=1)
@@ -83,12 +95,33 @@ def _find_config(name_or_path: str | Path) -> Path:
     )
 
 
+def check_second_copy(config: Mapping[str, Any], world_size: int) -> None:
+    """Raises ValueError where so many ranks cannot be cut into groups that hold a second copy of the weights each."""
+    size = config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if 1 < size < world_size and world_size % size:
+        raise ValueError(
+            f"zero_hpz_partition_size {size} does not divide {world_size} ranks; set it to the number of GPUs of a "
+            "host, or leave it out"
+        )
+
+
+def _shipped() -> dict[str, Path]:
+    return {file.stem: file for folder in _CONFIG_DIRS for file in sorted(folder.glob("*.json"))}
+
+
+def shipped_configs() -> dict[str, dict[str, Any]]:
+    """The JSON of each file that comes with the package, by name."""
+    return {name: load_deepspeed_config(name) for name in sorted(_shipped())}
+
+
 def derive_config(
     config: Mapping[str, Any], *, optim: OptimConfig, batch: BatchConfig, world_size: int, device: torch.device
 ) -> dict[str, Any]:
     """What DeepSpeed gets: the file, plus what the recipe says, with `auto` resolved for `device`.
 
-    `auto` in bf16.enabled means bf16 on a GPU and fp32 on a CPU; in overlap_comm, overlap on a GPU only.
+    `auto` in bf16.enabled means bf16 on a GPU and fp32 on a CPU; in overlap_comm, overlap on a GPU only. A second copy
+    of the weights (zero_hpz_partition_size) among as many ranks as there are, or more, would be the first: it is left
+    out. Raises ValueError where it cannot be cut among them, and for low precision at stage 0.
     """
     on_gpu = device.type == "cuda"
     derived = json.loads(json.dumps(dict(config)))
@@ -98,6 +131,9 @@ def derive_config(
         bf16["enabled"] = on_gpu
     if zero.get("overlap_comm") == "auto":
         zero["overlap_comm"] = on_gpu  # gloo has no streams to overlap with
+    check_second_copy(derived, world_size)
+    if zero.get("zero_hpz_partition_size", 1) >= world_size:
+        zero.pop("zero_hpz_partition_size", None)
     if bf16["enabled"] or derived.get("fp16", {}).get("enabled"):
         if not zero.get("stage"):
             raise ValueError(_LOW_PRECISION_AT_STAGE_0)

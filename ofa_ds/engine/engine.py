@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
-from ofa_ds.engine import replicas
+from ofa_ds.engine import coalesced, replicas
 from ofa_ds.engine import state as engine_state
 from ofa_ds.engine.config import derive_config, load_deepspeed_config
+from ofa_ds.engine.construction import construct
 from ofa_ds.engine.deepspeed_import import deepspeed as _deepspeed
+from ofa_ds.engine.gathering import gathered
+from ofa_ds.engine.held import held
+from ofa_ds.engine.host_memory import returning_freed_memory
 from ofa_ds.engine.moving_average import MovingAverage
 from ofa_ds.engine.optimizer import SkippingAdamW, kernel_name, optimizer_factory
 from ofa_ds.engine.own_time import OwnTime
@@ -47,19 +51,19 @@ def build(
     """
     config = dict(deepspeed) if isinstance(deepspeed, Mapping) else load_deepspeed_config(deepspeed)
     config = derive_config(config, optim=optim, batch=batch, world_size=ranks.world_size, device=ranks.device)
-    if zero_init and config["zero_optimization"].get("stage") != 3:
-        raise ValueError("building a model in pieces (zero_init) needs ZeRO stage 3")
+    coalesced.install()
     torch.manual_seed(train.seed)
-    with _deepspeed.zero.Init(config_dict_or_path=config) if zero_init else nullcontext():
-        model = make_model()
-    make_optimizer = optimizer_factory(config, optim, ranks)
-    wrapped, *_ = _deepspeed.initialize(
-        model=model,
-        optimizer=make_optimizer,
-        model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-        config=config,
-        dist_init_required=False,
-    )
+    on_cpu = ranks.device.type == "cpu"
+    with returning_freed_memory(keep_after=on_cpu) if zero_init else nullcontext():
+        model = construct(make_model, config, in_pieces=zero_init)
+        make_optimizer = optimizer_factory(config, optim, ranks)
+        wrapped, *_ = _deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer,
+            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+            config=config,
+            dist_init_required=False,
+        )
     return Engine(wrapped, config, ranks=ranks, optim=optim, train=train)
 
 
@@ -78,7 +82,8 @@ class Engine:
         self._stage0_norm: float | None = None
         self._live_buffers = list(self.buffers().values())
         self._buffers_before = [buffer.clone() for buffer in self._live_buffers]
-        self._skipped = self._rescaled = self._discarding = False
+        self._skipped = self._rescaled = False
+        self._discarding: Tensor | None = None
         self.own_time = OwnTime(ranks.device)
         """How long this rank is busy itself in a step; whoever takes the steps begins and ends it."""
         self._average: MovingAverage | None = None
@@ -163,13 +168,16 @@ class Engine:
         that is how one rank's loss stops the step of all without a message of its own.
         """
         factor = self._ranks.world_size + 0 * loss.detach()  # nan where the loss is infinite or nan
-        if self._discarding:
-            factor = factor * math.nan
+        if self._discarding is not None:
+            factor = factor.masked_fill(self._discarding, math.nan)
         self._wrapped.backward(loss * factor, scale_wrt_gas=False)
 
-    def discard(self) -> None:
-        """Before the last `backward` of a step, on all ranks or any: the step is then skipped, on all."""
-        self._discarding = True
+    def discard(self, when: Tensor) -> None:
+        """Before the last `backward` of a step: where `when` (bool scalar) is true, it is skipped on all ranks.
+
+        On any rank is enough. It is read when the step has ended, so that nothing waits for it before.
+        """
+        self._discarding = when
 
     def step(self) -> None:
         """End a micro-batch. At the last one of a step: clip, set the learning rate, update.
@@ -190,9 +198,10 @@ class Engine:
         before, scale = self.num_updates, self.loss_scale
         scaler = engine_state.scaler_state(self._wrapped)
         self._wrapped.step()
-        if self._discarding:  # which is no overflow
-            engine_state.set_scaler_state(self._wrapped, scaler)
-            self._discarding = False
+        if self._discarding is not None:
+            if bool(self._discarding):  # which is no overflow
+                engine_state.set_scaler_state(self._wrapped, scaler)
+            self._discarding = None
         self._skipped = self.num_updates == before
         self._rescaled = self._skipped and self.loss_scale < scale
         if self._skipped:
@@ -269,6 +278,14 @@ class Engine:
         """A picklable value of every rank, by rank; all ranks must call it together."""
         return gather(self._ranks, value)
 
+    def gathered(self, *, average: bool = False) -> AbstractContextManager[nn.Module]:
+        """The model with every weight whole, in evaluation mode, for generation between two steps.
+
+        It may be called as often as a rank likes and without the others; all enter and leave together. average: the
+        moving average of the weights, as far as one is kept. Only between optimizer steps.
+        """
+        return gathered(self._wrapped, self._averages if average else None, self.average_buffers())
+
     def full_weights(self) -> dict[str, Tensor] | None:
         """Every parameter and buffer, whole, on the CPU of rank 0 (None elsewhere). All ranks must call it together."""
         keep = self._ranks.rank == 0
@@ -281,6 +298,10 @@ class Engine:
             return None
         buffers = engine_state.saved_buffers(self.module)
         return weights | {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items()}
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """What is held for good, and what for (`ofa_ds.engine.held`)."""
+        return held(self._wrapped)
 
     # What ofa_ds.checkpoint needs; the state itself is engine_state's business.
 

@@ -42,24 +42,37 @@ def optimizer_factory(
         return lambda parameters: DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
     if not zero.get("stage"):
         return lambda parameters: SkippingAdamW(parameters, fused=True, **options)
+    problem = ""
     if ranks.device.type == "cuda":
-        usable = torch.tensor(_fused_adam_builds(), dtype=torch.int32, device=ranks.device)
+        problem = _fused_adam_problem()
+        usable = torch.tensor(not problem, dtype=torch.int32, device=ranks.device)
         dist.all_reduce(usable, op=dist.ReduceOp.MIN)  # one kernel on all ranks
         if usable.item():
             return lambda parameters: FusedAdam(parameters, adam_w_mode=True, **options)
-    return lambda parameters: torch.optim.AdamW(parameters, fused=True, **options)
+        problem = problem or "another rank cannot build it"
+
+    def torch_adamw(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+        optimizer = torch.optim.AdamW(parameters, fused=True, **options)
+        optimizer.problem = problem  # no subclass, as ZeRO takes this class alone
+        return optimizer
+
+    return torch_adamw
 
 
 def kernel_name(optimizer: torch.optim.Optimizer) -> str:
     """What the start of a run says of it."""
     if isinstance(optimizer, DeepSpeedCPUAdam):
         return "DeepSpeed's CPU AdamW"
-    return "DeepSpeed's fused AdamW" if isinstance(optimizer, FusedAdam) else "torch's fused AdamW"
+    if isinstance(optimizer, FusedAdam):
+        return "DeepSpeed's fused AdamW"
+    problem = getattr(optimizer, "problem", "")
+    return "torch's fused AdamW" + (f" (not DeepSpeed's: {problem})" if problem else "")
 
 
-def _fused_adam_builds() -> bool:
+def _fused_adam_problem() -> str:
+    """Why DeepSpeed's kernel cannot be used, in a line; empty where it can."""
     try:
         FusedAdam([nn.Parameter(torch.zeros(1, device="cuda"))])
-    except (ImportError, RuntimeError, OSError):  # no nvcc, a compiler it refuses, or another CUDA than torch's
-        return False
-    return True
+    except (ImportError, RuntimeError, OSError) as error:  # no nvcc, one it refuses, another CUDA than torch's
+        return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return ""

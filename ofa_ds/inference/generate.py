@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ofa_ds.batch import Batch
 from ofa_ds.model.allowed_ids import allowed_ids
+from ofa_ds.tasks.candidates import ROOT, Trie
 from ofa_ds.terms import BOS_ID, EOS_ID, NUM_SPECIAL_IDS, PAD_ID, UNK_ID
 
 FORCED_EOS_SCORE = 1.0
@@ -33,7 +35,9 @@ class DecodingState(Protocol):
 class IncrementalModel(Protocol):
     """What `generate` asks of a model (see `ofa_ds.model`)."""
 
-    def start_decoding(self, batch: Batch, beams: int = 1) -> DecodingState: ...
+    def start_decoding(
+        self, batch: Batch, beams: int = 1, *, read: Sequence[Sequence[int]] | None = None
+    ) -> DecodingState: ...
 
     def decode_step(self, tokens_R: Tensor, state: Any) -> Tensor: ...
 
@@ -57,6 +61,8 @@ class GenerationConfig:
     """No sequence of this many tokens, bos included, comes twice; 0 for no limit."""
     constraint_range: tuple[int, int] | None = None
     """Besides the special ids only start <= id < end may come."""
+    only_range: tuple[int, int] | None = None
+    """Nothing but start <= id < end and eos may come, whose probabilities stay what they are."""
     zero_shot: bool = False
     """Constraints after the softmax: what remains is not renormalised."""
     gen_code: bool = False
@@ -86,28 +92,6 @@ class Hypothesis(NamedTuple):
     """Log-probability of each token; of a forced prefix too."""
 
 
-class Trie:
-    """The set of answers that a constrained generation may give."""
-
-    def __init__(self, answers: Iterable[Sequence[int]] = ()) -> None:
-        self.root: dict[int, dict] = {}
-        for answer in answers:
-            self.insert(answer)
-
-    def insert(self, answer: Sequence[int]) -> None:
-        """Adds an answer, given without bos and eos."""
-        node = self.root
-        for token in (*answer, EOS_ID):
-            node = node.setdefault(int(token), {})
-
-    def next(self, prefix: Sequence[int]) -> list[int]:
-        """Ids that may follow `prefix` (without bos); [eos] if no answer begins so."""
-        node: dict[int, dict] | None = self.root
-        for token in prefix:
-            node = None if node is None else node.get(int(token))
-        return list(node) if node else [EOS_ID]
-
-
 @torch.no_grad()
 def generate(
     models: IncrementalModel | Sequence[IncrementalModel],
@@ -115,6 +99,7 @@ def generate(
     config: GenerationConfig,
     *,
     prefix: Sequence[Sequence[int]] | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
     trie: Trie | None = None,
     generator: torch.Generator | None = None,
     lockstep: bool = False,
@@ -123,6 +108,8 @@ def generate(
 
     models: several are an ensemble, the mean of their probabilities; each in evaluation mode. `batch` may lack targets.
     prefix: tokens that each example must begin with (may be empty). trie: answers allowed after the prefix.
+    prompts: what each decoder has read after bos (may be empty, may hold eos), which is no part of a hypothesis, of its
+    score or of any limit.
     generator: of the samples. lockstep: call the model as often as the rank that needs most, as ZeRO-3 requires.
     """
     models = list(models) if isinstance(models, Sequence) else [models]
@@ -132,9 +119,11 @@ def generate(
         raise ValueError(f"want a prefix without eos for each of {batch.num_examples} examples, got {prefix}")
     longest = int(batch.source_position.max()) + 1 if batch.source_position.numel() else 0
     max_len = int(config.max_len_a * longest + config.max_len_b)
-    search = _Search(config, batch.num_examples, max_len, batch.decoder_offsets.device)
+    given = [[BOS_ID, *prompt] for prompt in prompts or [()] * batch.num_examples]
+    search = _Search(config, [tokens[-1] for tokens in given], max_len, batch.decoder_offsets.device)
     rules = _Rules(config, search, trie, prefix)
-    states = [model.start_decoding(batch, beams=config.beams) for model in models]
+    read = None if prompts is None else [tokens[:-1] for tokens in given]
+    states = [model.start_decoding(batch, beams=config.beams, read=read) for model in models]
     while _anyone(not search.finished, lockstep, search.device):
         tokens_R = search.last_tokens()
         logits = [model.decode_step(tokens_R, state) for model, state in zip(models, states, strict=True)]
@@ -166,12 +155,14 @@ def _ensemble(logp: list[Tensor]) -> Tensor:
 class _Search:
     """The beams of the examples that are still open (E of them), and the hypotheses of all."""
 
-    def __init__(self, config: GenerationConfig, num_examples: int, max_len: int, device: torch.device) -> None:
+    def __init__(self, config: GenerationConfig, first: Sequence[int], max_len: int, device: torch.device) -> None:
+        """first: what each example is fed before anything is generated."""
         self.config, self.max_len, self.device = config, max_len, device
+        num_examples = len(first)
         self.step = 0
         """Tokens decided so far, and the place of the next one."""
         self.tokens_EBL = torch.full((num_examples, config.beams, max_len + 2), PAD_ID, device=device)
-        self.tokens_EBL[..., 0] = BOS_ID
+        self.tokens_EBL[..., 0] = torch.tensor(first, dtype=torch.int64, device=device)[:, None]
         self.history_EBL: Tensor | None = None
         """Cumulative scores after each token, in the precision of the log-probabilities."""
         self.hypotheses: list[list[Hypothesis]] = [[] for _ in range(num_examples)]
@@ -232,7 +223,9 @@ class _Search:
         """Scores, tokens and beams [E, K] of the 2 * beams best continuations, best first."""
         del generator
         vocab_size = logp_EBV.shape[-1]
-        total_EBV = logp_EBV[:, :1] if self.step == 0 else logp_EBV + self.history_EBL[..., self.step - 1, None]
+        total_EBV = logp_EBV[:, :1]
+        if self.step > 0:
+            total_EBV = logp_EBV.add_(self.history_EBL[..., self.step - 1, None])
         num_candidates = min(2 * self.config.beams, total_EBV[0].numel() - 1)
         if num_candidates < self.config.beams:
             raise ValueError(f"{self.config.beams} beams want a vocabulary larger than that, got {vocab_size} ids")
@@ -278,13 +271,15 @@ class _Rules:
         self.prefix = [list(row) for row in prefix or [()] * num_examples for _ in range(config.beams)]
         self.longest_prefix = max(map(len, self.prefix), default=0)
         self.trie = trie
-        self.node_R: list[dict | None] = [trie.root if trie else None] * len(self.prefix)
+        self.vertex_R: list[int | None] = [ROOT] * len(self.prefix)
         """Where each row stands in the trie; None: no answer begins so."""
 
     def log_probabilities(self, logits_RV: Tensor) -> Tensor:
         """[E, B, V]: log-softmax (fp32 at least) under temperature, range and trie."""
         config = self.config
-        logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)) / config.temperature
+        logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+        if config.temperature != 1:
+            logits_RV = logits_RV / config.temperature
         allowed = self._allowed(logits_RV)
         if allowed is not None and not config.zero_shot:
             logits_RV = logits_RV.masked_fill(~allowed, -torch.inf)
@@ -302,23 +297,28 @@ class _Rules:
             return allowed
         rows, columns = [], []
         mask_RV = torch.zeros_like(logits_RV, dtype=torch.bool)
-        for row, node in enumerate(self.node_R):
+        for row, vertex in enumerate(self.vertex_R):
             if self.search.step < len(self.prefix[row]):
                 mask_RV[row] = True
                 continue
-            children = list(node) if node else [EOS_ID]
-            rows += [row] * len(children)
-            columns += children
-        mask_RV[rows, columns] = True
+            ids = self.trie.allowed(vertex)
+            rows.append(np.full(len(ids), row))
+            columns.append(ids)
+        if rows:
+            mask_RV[torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(columns))] = True
         return mask_RV if allowed is None else mask_RV & allowed
 
     def restrict(self, logp_EBV: Tensor) -> Tensor:
-        """The same with -inf at tokens that length, prefix, repetition or kind forbid."""
+        """The same, changed in place: -inf at tokens that length, prefix, repetition or kind forbid."""
         config, search = self.config, self.search
         step, max_len = search.step, search.max_len
-        logp_RV = logp_EBV.flatten(0, 1).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        # In place, here and where scores are added up: a copy of all the vocabulary takes as long as a softmax of it.
+        logp_RV = logp_EBV.flatten(0, 1).nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         logp_RV[:, PAD_ID] = -torch.inf
         logp_RV[:, UNK_ID] -= config.unk_penalty
+        if config.only_range is not None and step >= self.longest_prefix:
+            ids_V, (start, end) = torch.arange(logp_RV.shape[1], device=logp_RV.device), config.only_range
+            logp_RV[:, ((ids_V < start) | (ids_V >= end)) & (ids_V != EOS_ID)] = -torch.inf
         if config.gen_code and step < max_len:
             logp_RV[:, :NUM_SPECIAL_IDS] = -torch.inf
         if step >= max_len:
@@ -341,13 +341,13 @@ class _Rules:
         """Goes along with the rows that go on, one token further in the trie."""
         if moved_R is not None:
             rows = moved_R.tolist()
-            self.prefix, self.node_R = [self.prefix[row] for row in rows], [self.node_R[row] for row in rows]
+            self.prefix, self.vertex_R = [self.prefix[row] for row in rows], [self.vertex_R[row] for row in rows]
         if self.trie is not None:
             step = self.search.step
             tokens = self.search.tokens_EBL[..., step].flatten().tolist()
-            for row, (token, node) in enumerate(zip(tokens, self.node_R, strict=True)):
+            for row, (token, vertex) in enumerate(zip(tokens, self.vertex_R, strict=True)):
                 if step > len(self.prefix[row]):
-                    self.node_R[row] = node.get(token) if node else None
+                    self.vertex_R[row] = self.trie.follow(vertex, token)
 
 
 def _of_beams(value_EBL: Tensor, beam_EB: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,13 +19,18 @@ from ofa_ds.checkpoint.runs import find
 from ofa_ds.config import Recipe, recipe_from_dict
 from ofa_ds.data import kept_vocabulary
 from ofa_ds.data.example import Example
-from ofa_ds.data.shards import Negatives
+from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.inference.generate import GenerationConfig, generate
 from ofa_ds.model.config import model_config
 from ofa_ds.model.ofa import OFA
+from ofa_ds.model.running import implementations
 from ofa_ds.tasks.context import PIXELS_PER_CODE, Context
+from ofa_ds.tasks.task import context_of
 from ofa_ds.terms import PAD_ID
+
+Precision = Literal["auto", "bf16", "fp32"]
+"""auto: bf16 on a GPU that has it, fp32 elsewhere."""
 
 EMBEDDING = "encoder.embed_tokens.weight"
 """A row per entry of the vocabulary."""
@@ -47,20 +53,23 @@ class LoadedModel:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def context(self, negatives: Negatives) -> Context:
-        """No augmentation, no patch sampling: what is asked is the same every time."""
+    def describe(self) -> str:
+        """One line: what computes the answers."""
+        return implementations(self.model, self.model.config, training=False)
+
+    def context(self, shards: Shards | None = None) -> Context:
+        """No augmentation, no patch sampling: what is asked is the same every time. shards: those that are asked."""
         config = self.model.config
-        return Context(
-            vocab=self.vocab, negatives=negatives, config=self.recipe.data, patch_size=config.patch_size,
-            max_positions=config.max_positions, split="heldout",
+        return context_of(
+            shards, self.vocab, self.recipe.data, patch_size=config.patch_size, max_positions=config.max_positions,
+            split="heldout",
         )  # fmt: skip
 
     def pack(self, examples: Sequence[Example]) -> Batch:
-        """One batch; pictures of any size, as many groups as there are sizes."""
+        """One batch; pictures of any size, as many groups as there are sizes. Of texts alone no image module runs."""
         config = self.model.config
         sizes = [example.image.shape[:2] for example in examples if example.image is not None]
-        side = self.recipe.data.image_size
-        return pack(examples, sizes or [(side, side)], config.patch_size, config.image_bucket_size).to(self.device)
+        return pack(examples, sizes, config.patch_size, config.image_bucket_size).to(self.device)
 
 
 def load_model(
@@ -69,11 +78,13 @@ def load_model(
     *,
     average: bool = False,
     vocab: Path | None = None,
+    precision: Precision = "auto",
 ) -> LoadedModel:
     """The model of a checkpoint, or of the newest one of a run directory, with the recipe that was saved with it.
 
     device: the first GPU where there is one, unless given. average: take the moving average of its weights. vocab: the
-    vocabulary's directory, where neither the run keeps it nor the recipe's path leads there.
+    vocabulary's directory, where neither the run keeps it nor the recipe's path leads there. precision: as in
+    `dtype_for`.
     Raises ValueError: no checkpoint, no average in it, or no vocabulary that is the one the model was trained with.
     """
     directory = find(checkpoint)
@@ -88,10 +99,19 @@ def load_model(
     if name := first_not_finite(weights):
         print(f"{directory}: {name} holds NaN or infinite values, so that answers mean nothing", file=sys.stderr)
     model.load_state_dict(weights)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = model.to(dtype_for(precision, device)).to(device)
     return LoadedModel(
-        model=model.to(device).eval(), vocab=words, recipe=recipe, path=str(directory), step=manifest.step
+        model=model.eval(), vocab=words, recipe=recipe, path=str(directory), step=manifest.step
     )
+
+
+def dtype_for(precision: Precision, device: torch.device) -> torch.dtype:
+    """What a model that answers on `device` computes in. Raises ValueError for what is no precision."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision {precision!r}: want one of {', '.join(get_args(Precision))}")
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if precision == "bf16" or precision == "auto" and has_bf16 else torch.float32
 
 
 def first_not_finite(weights: Mapping[str, Tensor]) -> str:
@@ -133,13 +153,14 @@ Told = Callable[[int], object]
 """Called with the number of examples that are done."""
 
 
-def _untold(count: int) -> None:
+def untold(count: int) -> None:
     """Nobody waits for it."""
 
 
 @torch.no_grad()
-def token_scores(loaded: LoadedModel, examples: Sequence[Example], told: Told = _untold) -> tuple[float, float]:
-    """Mean negative log-likelihood (nats) and accuracy per target token, the expected tokens before it being given."""
+def token_sums(loaded: LoadedModel, examples: Sequence[Example], told: Told = untold) -> list[float]:
+    """[sum of the negative log-likelihoods (nats), number right, number] of the target tokens, each after those before
+    it as they should be."""
     sums = torch.zeros(3, dtype=torch.float64)
     for part in batches(examples, loaded.model.config.patch_size):
         batch = loaded.pack(part)
@@ -148,13 +169,18 @@ def token_scores(loaded: LoadedModel, examples: Sequence[Example], told: Told = 
         parts: list[Tensor] = [nll_M[counted_M].sum(), correct_M[counted_M].sum(), counted_M.sum()]
         sums += torch.tensor([float(value) for value in parts], dtype=torch.float64)
         told(len(part))
-    count = max(float(sums[2]), 1.0)
-    return float(sums[0]) / count, float(sums[1]) / count
+    return sums.tolist()
+
+
+def token_scores(loaded: LoadedModel, examples: Sequence[Example], told: Told = untold) -> tuple[float, float]:
+    """Mean negative log-likelihood and accuracy per target token."""
+    loss, right, count = token_sums(loaded, examples, told)
+    return loss / max(count, 1.0), right / max(count, 1.0)
 
 
 def generated(
     loaded: LoadedModel, examples: Sequence[Example], *, beam: int = 1, max_tokens: int | None = None,
-    told: Told = _untold,
+    told: Told = untold,
 ) -> list[list[int]]:  # fmt: skip
     """Token ids that the model gives for each example, without bos and eos; all examples of one task.
 

@@ -33,7 +33,8 @@ def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
         attention_dropout=options.attention_dropout,
         drop_path=options.drop_path,
         activation_checkpointing=options.activation_checkpointing,
-        batch_norm=options.batch_norm,
+        batch_norm="frozen" if "backbone_norms" in recipe.optim.freeze else options.batch_norm,
+        pixel_norm=options.pixel_norm,
         code_image_size=recipe.data.code_image_size,
         kernels=recipe.kernels,
     )

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ofa_ds.model.config import ModelConfig
-from ofa_ds.model.encoder import Encoded, example_of_token, linear_schedule
+from ofa_ds.model.encoder import Encoded, linear_schedule
 from ofa_ds.model.init import Embedding, Linear
 from ofa_ds.model.inputs import PackedInput
-from ofa_ds.model.layers import DecoderLayer, LayerNorm, PackedCore, RelativeTables
+from ofa_ds.model.layers import DecoderLayer, LayerNorm, PackedCore, RelativeTables, rows_of
 from ofa_ds.model.positions import RelativeRow, code_image_ids, num_image_rows, num_token_rows
 from ofa_kernels.attention import RelativeCodes, Tokens, plan_attention, position_terms
 
@@ -59,17 +59,15 @@ class Decoder(nn.Module):
 
     def forward(self, batch: PackedInput, tokens_MD: Tensor, encoded: Encoded, memory: Tokens) -> Tensor:
         """tokens_MD: the embedded previous tokens -> hidden [M, D] after the last norm."""
-        example_M = example_of_token(batch.decoder_offsets)
-        code_M = batch.code_mask[example_M]
-        raw_UD, normed_UD, position_M, codes = self.positions(batch.decoder_position, code_M)
+        places = batch.places
+        example_M, position_M = places.decoder_example, places.decoder_index
+        code_M = batch.code_mask.index_select(0, example_M)
+        raw_UD, normed_UD, codes = self.positions(places.decoder_texts, places.decoder_codes)
         x_MD = self.embed(
-            tokens_MD, code_M, raw_UD.index_select(0, position_M) if self.config.adds_decoder_positions else None
+            tokens_MD, code_M, rows_of(raw_UD, position_M) if self.config.adds_decoder_positions else None
         )
         tokens = Tokens(batch.decoder_offsets, position_M, normed_UD.shape[0])
-        kernels = self.config.kernels
-        options = {
-            "kind": batch.code_mask, "kernel": kernels.attention, "deterministic": kernels.deterministic, "like": x_MD
-        }  # fmt: skip
+        options = {"kind": batch.code_mask, "kernel": self.config.kernels.attention, "like": x_MD}
         plans = (
             plan_attention(tokens, tokens, relative=codes, causal=True, **options),
             plan_attention(tokens, memory, relative=None, causal=False, **options),
@@ -99,28 +97,20 @@ class Decoder(nn.Module):
         x_MD = torch.where(code_M[:, None], as_code, as_text)
         return F.dropout(x_MD, self.config.dropout, self.training) if self.config.dropout else x_MD
 
-    def positions(self, position_M: Tensor, code_M: Tensor) -> tuple[Tensor, Tensor, Tensor, RelativeCodes]:
-        """(vectors [U, D] of the distinct positions, the same normed, which one each token has [M], relative codes)."""
+    def positions(self, text_X: Tensor, code_Y: Tensor) -> tuple[Tensor, Tensor, RelativeCodes]:
+        """Of X positions of text and Y of image codes: (vectors [X + Y, D], the same normed, relative codes)."""
         if self.config.use_ofasys:
-            text, index_M = position_M.unique(return_inverse=True)
+            text = torch.cat([text_X, code_Y])
             raw_UD = self.embed_positions(text)
-            return (
-                raw_UD,
-                raw_UD,
-                index_M,
-                RelativeCodes(*self.arithmetic.text_codes(text), self.arithmetic.num_entries),
-            )
-        first_code = self.config.max_positions + 2  # keys from here on are steps of image codes
-        keys, index_M = (position_M + first_code * code_M).unique(return_inverse=True)
-        text, image_ids = keys[keys < first_code], self.code_ids[keys[keys >= first_code] - first_code]
-        text_UD, image_UD = self.embed_positions(text), self.embed_image_positions(image_ids)
+            return raw_UD, raw_UD, RelativeCodes(*self.arithmetic.text_codes(text), self.arithmetic.num_entries)
+        image_ids = self.code_ids.index_select(0, code_Y)
+        text_UD, image_UD = self.embed_positions(text_X), self.embed_image_positions(image_ids)
         normed_UD = torch.cat([self.pos_ln(text_UD), self.image_pos_ln(image_UD)])
         query, key = (
             torch.cat(pair)
-            for pair in zip(self.arithmetic.text_codes(text), self.arithmetic.image_codes(image_ids), strict=True)
+            for pair in zip(self.arithmetic.text_codes(text_X), self.arithmetic.image_codes(image_ids), strict=True)
         )
-        codes = RelativeCodes(query, key, self.arithmetic.num_entries)
-        return torch.cat([text_UD, image_UD]), normed_UD, index_M, codes
+        return torch.cat([text_UD, image_UD]), normed_UD, RelativeCodes(query, key, self.arithmetic.num_entries)
 
     def position_vectors(self, own_UD: Tensor, memory_VD: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(queries' and keys' vectors of self-attention, of cross-attention), the same in every layer; () for none."""

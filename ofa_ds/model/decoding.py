@@ -1,8 +1,8 @@
 """Generation one token at a time: cached keys and values, beams that share their example's memory, reordering.
 
 Legend: R rows (examples x beams, example-major), E examples, H heads, d head dim, K memory tokens of the longest
-example, C steps the caches have room for, U distinct positions of the memory, D channels. Tables with a leading 2 have
-one part for text rows and one for rows of image codes.
+example, P prompt tokens of the longest prompt, C positions there are tables for, U distinct positions of the memory, D
+channels. Tables with a leading 2 have one part for text rows and one for rows of image codes.
 """
 
 from __future__ import annotations
@@ -22,75 +22,127 @@ _FIRST_ROOM = 32
 
 
 class DecodingState:
-    """What the rows have generated so far. Steps go in lock-step; `reorder` replaces, repeats or drops rows."""
+    """What the rows have generated so far. Steps go in lock-step; `reorder` replaces, repeats or drops rows.
 
-    def __init__(self, decoder: Decoder, batch: PackedInput, encoded: Encoded, beams: int) -> None:
+    What a row has read stands in slots, one a step. Prompts are laid out to end in the same slot, so that those which
+    are shorter leave the first slots empty, and a token's position is its slot less the empty ones of its row.
+    """
+
+    def __init__(self, decoder: Decoder, batch: PackedInput, encoded: Encoded) -> None:
+        """A row for each example; `repeat` makes beams of it."""
         self.step = 0
-        self._decoder = decoder
+        """Slots that are filled."""
+        self.empty_R: Tensor | None = None
+        """int64: first slots that a row leaves empty; None where no row does."""
+        self.decoder = decoder
         self._position_UD = encoded.position_UD
-        self._code_R = batch.code_mask.repeat_interleave(beams)
+        self.code_R = batch.code_mask
         lengths = batch.encoder_offsets.diff().long()
         slot_K = torch.arange(int(lengths.max()), device=lengths.device)
         token_EK = (batch.encoder_offsets[:-1, None] + slot_K).clamp(max=len(encoded.memory_ND) - 1)
         mask_EK = (slot_K >= lengths[:, None]).float() * MASKED
-        self._memory = _Memory(beams, encoded.position_N[token_EK], mask_EK)
-        self._caches = []
+        self.memory = Memory(encoded.position_N[token_EK], mask_EK)
+        self.caches: list[tuple[SelfCache, _MemoryCache]] = []
         for layer in decoder.layers:
             k, v = (_heads(proj(encoded.memory_ND)[token_EK], decoder) for proj in _memory_projections(layer))
-            self._caches.append(
-                (
-                    _SelfCache(self, decoder.config.attention_scale),
-                    _MemoryCache(self._memory, k, v, decoder.config.attention_scale),
-                )
-            )
-        self._grow(_FIRST_ROOM)
+            scale = decoder.config.attention_scale
+            self.caches.append((SelfCache(self, scale), _MemoryCache(self.memory, k, v, scale)))
+        self._room = 0
+        self.make_room(_FIRST_ROOM)
 
     @property
     def num_rows(self) -> int:
-        return len(self._code_R)
+        return len(self.code_R)
+
+    def repeat(self, beams: int) -> None:
+        """Each example's row becomes `beams` rows."""
+        self.code_R, self.empty_R, self.memory.beams = *self._repeated(beams), beams
+        for own, _ in self.caches:
+            if own.k is not None:
+                own.k, own.v = (x[:, :, : self.step].repeat_interleave(beams, 0) for x in (own.k, own.v))
+
+    def _repeated(self, beams: int) -> list[Tensor | None]:
+        return [None if x is None else x.repeat_interleave(beams) for x in (self.code_R, self.empty_R)]
 
     def reorder(self, index_R: Tensor) -> None:
         """Row i goes on from what row index_R[i] was. The number of rows may change."""
-        self._code_R = self._code_R[index_R]
-        for own, _ in self._caches:
+        self.code_R = self.code_R[index_R]
+        self.empty_R = None if self.empty_R is None else self.empty_R[index_R]
+        for own, _ in self.caches:
             own.k, own.v = (x[:, :, : self.step].index_select(0, index_R) for x in (own.k, own.v))
-        example_E = self._memory.reorder(index_R)
+        example_E = self.memory.reorder(index_R)
         if example_E is not None:
-            for _, memory in self._caches:
+            for _, memory in self.caches:
                 memory.k, memory.v = memory.k.index_select(0, example_E), memory.v.index_select(0, example_E)
 
     def advance(self, tokens_RD: Tensor) -> Tensor:
         """Embedded tokens of this step -> hidden states [R, D] after the last norm."""
-        if self.step == self._room:
-            self._grow(2 * self._room)
-        decoder, limit = self._decoder, self._decoder.embed_positions.num_embeddings
-        if self.step >= limit and not bool(self._code_R.all()):
-            raise ValueError(f"generation: step {self.step} is past the {limit} positions of text; stop earlier")
-        position_RD = self.rows_of(self._raw_2CD[:, self.step]) if decoder.config.adds_decoder_positions else None
-        x_RD = decoder.embed(tokens_RD, self._code_R, position_RD)
-        self._memory.set_step(self._cross_2CHU, self.step, self._code_R)
-        for layer, cores in zip(decoder.layers, self._caches, strict=True):
-            x_RD = layer(x_RD, None, cores, self._code_R, self.num_rows)
+        slot_1 = torch.tensor([self.step], device=tokens_RD.device)
+        self.check_slot(self.step)
+        self.make_room(self.step + 1)
+        x_RD = self.embed(tokens_RD[:, None], slot_1)[:, 0]
+        self.memory.bias_EHK = self.memory_bias(slot_1)[:, :, 0]
+        for layer, cores in zip(self.decoder.layers, self.caches, strict=True):
+            x_RD = layer(x_RD, None, cores, self.code_R, self.num_rows)
         self.step += 1
-        return decoder.layer_norm(x_RD)
+        return self.decoder.layer_norm(x_RD)
 
-    def rows_of(self, table_2X: Tensor) -> Tensor:
+    def check_slot(self, slot: int) -> None:
+        """Raises ValueError where a token of text there has no position."""
+        position = slot - (0 if self.empty_R is None else int(self.empty_R.min()))
+        limit = self.decoder.embed_positions.num_embeddings
+        if position >= limit and (self.decoder.config.use_ofasys or not bool(self.code_R.all())):
+            raise ValueError(f"generation: step {position} is past the {limit} positions of text; stop earlier")
+
+    def embed(self, tokens_RQD: Tensor, slot_Q: Tensor) -> Tensor:
+        """Embedded tokens that stand in these slots, as the first layer takes them: [R, Q, D]."""
+        size, code_RQ = tokens_RQD.shape, self.code_R[:, None].expand(tokens_RQD.shape[:2])
+        position = None
+        if self.decoder.config.adds_decoder_positions:
+            position = self._raw_2CD[code_RQ.long(), self._positions(slot_Q)].flatten(0, 1)
+        return self.decoder.embed(tokens_RQD.flatten(0, 1), code_RQ.flatten(), position).view(size)
+
+    def _positions(self, slot_Q: Tensor) -> Tensor:
+        """[1 or R, Q]"""
+        return slot_Q[None] if self.empty_R is None else (slot_Q - self.empty_R[:, None]).clamp(min=0)
+
+    def memory_bias(self, slot_Q: Tensor) -> Tensor:
+        """[E, 1 or H, 1 or Q, K]: what is added to the logits of the memory of a token in each of these slots."""
+        mask_E11K = self.memory.mask_EK[:, None, None]
+        if self._cross_2CHU is None:
+            return mask_E11K
+        code_E, position = self.code_R[:: self.memory.beams].long(), self._positions(slot_Q)
+        position = position if self.empty_R is None else position[:: self.memory.beams]
+        bias_EQHU = self._cross_2CHU[code_E[:, None], position.expand(len(code_E), -1)]
+        index = self.memory.position_EK[:, None, None].expand(-1, *bias_EQHU.shape[1:3], -1)
+        return bias_EQHU.gather(3, index).transpose(1, 2) + mask_E11K
+
+    def own_bias(self, bias_2HCC: Tensor, slot_Q: Tensor, slot_K: Tensor) -> Tensor:
+        """[1 or R, H, Q, K]: what is added to the logits between tokens in these slots; no slot sees an empty one."""
+        if self.empty_R is None:
+            return self._rows_of(bias_2HCC[:, :, slot_Q[:, None], slot_K])
+        query_RQ, key_RK = self._positions(slot_Q), self._positions(slot_K)
+        bias_HRQK = bias_2HCC[0][:, query_RQ[:, :, None], key_RK[:, None]]
+        empty_RK = (slot_K < self.empty_R[:, None]).to(bias_HRQK.dtype) * MASKED
+        return bias_HRQK.transpose(0, 1) + empty_RK[:, None, None]
+
+    def _rows_of(self, table_2X: Tensor) -> Tensor:
         """The part of each row: [R, ...], or [1, ...] where all rows generate text."""
-        return table_2X[self._code_R.long()] if self._any_code else table_2X[:1]
+        return table_2X[self.code_R.long()] if self._any_code else table_2X[:1]
 
-    def _grow(self, room: int) -> None:
-        """Positions and biases for `room` steps; the caches themselves grow as they are written."""
-        self._room = room
-        self._any_code = bool(self._code_R.any())
-        decoder = self._decoder
-        step_C = torch.arange(room, device=self._code_R.device)
-        text_C, code_C = (
-            step_C.clamp(max=decoder.embed_positions.num_embeddings - 1),
-            step_C.clamp(max=len(decoder.code_ids) - 1),
-        )
-        is_code = torch.arange(2, device=step_C.device).repeat_interleave(room).bool()
-        raw_VD, normed_VD, row_2C, codes = decoder.positions(torch.cat([text_C, code_C]), is_code)
-        row_2C = row_2C.view(2, room)
+    def make_room(self, slots: int) -> None:
+        """Positions and biases for this many slots at least; the caches themselves grow as they are written."""
+        if slots <= self._room:
+            return
+        self._room = room = max(slots, 2 * self._room)
+        self._any_code = bool(self.code_R.any())
+        decoder = self.decoder
+        num_texts = decoder.embed_positions.num_embeddings
+        num_codes = num_texts if decoder.config.use_ofasys else len(decoder.code_ids)
+        step_C = torch.arange(room, device=self.code_R.device)
+        texts, codes = step_C[:num_texts], step_C[:num_codes]
+        raw_VD, normed_VD, relative = decoder.positions(texts, codes)
+        row_2C = torch.stack([step_C.clamp(max=num_texts - 1), step_C.clamp(max=num_codes - 1) + len(texts)])
         self._raw_2CD = raw_VD[row_2C]
         sizes = (decoder.config.num_heads, decoder.config.attention_scale)
         own, cross = (
@@ -98,16 +150,16 @@ class DecodingState:
             for pair in decoder.position_vectors(normed_VD, self._position_UD)
         )
         self._cross_2CHU = cross[0].transpose(0, 1)[row_2C] if cross else None
-        for i, (cache, _) in enumerate(self._caches):
+        for i, (cache, _) in enumerate(self.caches):
             row_HR = decoder.relative(i, decoder.token_rel_pos_table_list, decoder.image_rel_pos_table_list)
-            bias_HVV = relative_logits(row_HR, codes)
+            bias_HVV = relative_logits(row_HR, relative)
             if own:
                 bias_HVV = bias_HVV + own[0]
             cache.bias_2HCC = torch.stack([bias_HVV[:, row_C][:, :, row_C] for row_C in row_2C])
 
 
-class _SelfCache:
-    """Self-attention of one layer over the steps so far."""
+class SelfCache:
+    """Self-attention of one layer over the slots so far."""
 
     def __init__(self, state: DecodingState, scale: float) -> None:
         self.state, self.scale = state, scale
@@ -123,24 +175,18 @@ class _SelfCache:
             self.k = torch.cat([x for x in (self.k, room) if x is not None], 2)
             self.v = torch.cat([x for x in (self.v, room) if x is not None], 2)
         self.k[:, :, step], self.v[:, :, step] = k[:, :, 0], v[:, :, 0]
-        bias = self.state.rows_of(self.bias_2HCC[:, :, step, : step + 1])[:, :, None]
-        out = _attend(q, self.k[:, :, : step + 1], self.v[:, :, : step + 1], bias, self.scale)
+        slot_K = torch.arange(step + 1, device=k.device)
+        bias = self.state.own_bias(self.bias_2HCC, slot_K[step:], slot_K)
+        out = attend(q, self.k[:, :, : step + 1], self.v[:, :, : step + 1], bias, self.scale)
         return (out * head_scale_H[:, None, None]).flatten(1)
 
 
-class _Memory:
+class Memory:
     """Which part of the memory each row sees, the same in every layer."""
 
-    def __init__(self, beams: int, position_EK: Tensor, mask_EK: Tensor) -> None:
-        self.beams, self.position_EK, self.mask_EK = beams, position_EK, mask_EK
+    def __init__(self, position_EK: Tensor, mask_EK: Tensor) -> None:
+        self.beams, self.position_EK, self.mask_EK = 1, position_EK, mask_EK
         self.bias_EHK = torch.empty(0)
-
-    def set_step(self, cross_2CHU: Tensor | None, step: int, code_R: Tensor) -> None:
-        self.bias_EHK = self.mask_EK[:, None]
-        if cross_2CHU is not None:
-            bias_EHU = cross_2CHU[:, step][code_R[:: self.beams].long()]
-            index = self.position_EK[:, None].expand(-1, bias_EHU.shape[1], -1)
-            self.bias_EHK = self.bias_EHK + bias_EHU.gather(2, index)
 
     def reorder(self, index_R: Tensor) -> Tensor | None:
         """The examples to keep memory of, one per `beams` rows; None where that changes nothing."""
@@ -160,7 +206,7 @@ class _Memory:
 class _MemoryCache:
     """Cross-attention of one layer."""
 
-    memory: _Memory
+    memory: Memory
     k: Tensor
     """[E, H, K, d]"""
     v: Tensor
@@ -169,13 +215,14 @@ class _MemoryCache:
     def __call__(self, q_RD: Tensor, k_RD: None, v_RD: None, head_scale_H: Tensor, dropout: float) -> Tensor:
         beams = self.memory.beams
         q = q_RD.view(-1, beams, len(head_scale_H), self.k.shape[3]).transpose(1, 2)
-        out = _attend(q, self.k, self.v, self.memory.bias_EHK[:, :, None], self.scale)
+        out = attend(q, self.k, self.v, self.memory.bias_EHK[:, :, None], self.scale)
         return (out * head_scale_H[:, None, None]).transpose(1, 2).reshape(len(q_RD), -1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """q [B, H, Q, d], k and v [B, H, K, d] -> [B, H, Q, d]; softmax in at least fp32."""
-    logits = torch.matmul(q, k.transpose(2, 3)).to(bias.dtype) * scale + bias
+    logits = torch.matmul(q, k.transpose(2, 3))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale + bias
     return torch.matmul(logits.softmax(-1).to(v.dtype), v)
 
 

@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.init import Embedding, Linear
 from ofa_ds.model.inputs import PackedInput
-from ofa_ds.model.layers import EncoderLayer, LayerNorm, PackedCore, RelativeTables, TokenEmbedding
+from ofa_ds.model.layers import EncoderLayer, LayerNorm, PackedCore, RelativeTables, TokenEmbedding, rows_of
 from ofa_ds.model.positions import RelativeRow, grid_ids, image_id_to_cell, num_image_rows, num_token_rows
 from ofa_ds.model.stem import build_backbone, normalize
 from ofa_kernels.attention import RelativeCodes, Tokens, plan_attention, position_terms
 
 
 class Encoded(NamedTuple):
-    """The encoder's result, as plain tensors for ZeRO-3's hooks."""
+    """The encoder's result; its tensors stand in it plainly for ZeRO-3's hooks."""
 
     memory_ND: Tensor
     """After the last norm."""
@@ -31,17 +31,13 @@ class Encoded(NamedTuple):
     """Positional vectors, normed where the model norms them; the decoder's cross-attention uses them."""
     position_N: Tensor
     """Which of the U vectors each token has."""
+    tokens: Tokens
+    """The same for the attention's plan: this very object, with what was already planned of it."""
 
 
 def linear_schedule(rate: float, num_layers: int) -> list[float]:
     """Drop-path of each layer: from 0 at the first to `rate` at the last."""
     return [rate * i / max(num_layers - 1, 1) for i in range(num_layers)]
-
-
-def example_of_token(offsets: Tensor) -> Tensor:
-    """[N] int64: the example of each token, from offsets [E + 1]."""
-    lengths = offsets.diff().long()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
 
 
 class Encoder(nn.Module):
@@ -83,39 +79,42 @@ class Encoder(nn.Module):
         types = self.type_embedding(torch.arange(2, device=text_TD.device))
         features_PC, grids = self._patch_features(batch) if has_images else (None, [])
         position_UD, position_N, codes = self._positions(batch, grids)
-        added_ND = position_UD.index_select(0, position_N) if self.config.entangle_position_embedding else None
+        added_ND = rows_of(position_UD, position_N) if self.config.entangle_position_embedding else None
         text_slot, patch_slot = batch.source_slot, batch.patch_slot
         text_TD = text_TD if added_ND is None else text_TD + added_ND.index_select(0, text_slot)
         text_TD = self._dropout(self.layernorm_embedding(text_TD + types[0]))
-        x_ND, slot_N = text_TD, text_slot
+        x_ND = text_TD
         if features_PC is not None:
             image_PD = self.image_proj(features_PC)
             image_PD = image_PD if added_ND is None else image_PD + added_ND.index_select(0, patch_slot)
             image_PD = self._dropout(self.patch_layernorm_embedding(image_PD + types[1]))
-            x_ND, slot_N = torch.cat([image_PD, text_TD]), torch.cat([patch_slot, text_slot])
-        place_N = torch.empty_like(slot_N).scatter_(0, slot_N, torch.arange(len(slot_N), device=slot_N.device))
-        x_ND = x_ND.index_select(0, place_N)
-        x_ND = self._layers(x_ND, batch, position_UD, position_N, codes)
-        return Encoded(self.layer_norm(x_ND), position_UD, position_N)
+            x_ND = torch.cat([image_PD, text_TD])
+        x_ND = x_ND.index_select(0, batch.places.encoder_row)
+        tokens = Tokens(batch.encoder_offsets, position_N, position_UD.shape[0], batch.num_patches)
+        x_ND = self._layers(x_ND, batch, tokens, position_UD, codes)
+        return Encoded(self.layer_norm(x_ND), position_UD, position_N, tokens)
 
-    def tokens(self, batch: PackedInput, encoded: Encoded) -> Tokens:
-        """The encoder axis, as the attention's plan wants it."""
-        return Tokens(batch.encoder_offsets, encoded.position_N, encoded.position_UD.shape[0], batch.num_patches)
+    def memory(self, batch: PackedInput, encoded: Encoded) -> tuple[Encoded, Tokens]:
+        """What each run of the decoder reads, one after another, and that axis as the attention's plan wants it."""
+        if not len(batch.encoder_of):
+            return encoded, encoded.tokens
+        places = batch.places
+        index_L, offsets, num_patches = places.memory_index, places.memory_offsets, places.memory_patches
+        memory_LD, position_L = rows_of(encoded.memory_ND, index_L), encoded.position_N.index_select(0, index_L)
+        tokens = Tokens(offsets, position_L, encoded.position_UD.shape[0], num_patches)
+        return Encoded(memory_LD, encoded.position_UD, position_L, tokens), tokens
 
     def _layers(
-        self, x_ND: Tensor, batch: PackedInput, position_UD: Tensor, position_N: Tensor, codes: RelativeCodes
+        self, x_ND: Tensor, batch: PackedInput, tokens: Tokens, position_UD: Tensor, codes: RelativeCodes
     ) -> Tensor:
-        tokens = Tokens(batch.encoder_offsets, position_N, position_UD.shape[0], batch.num_patches)
-        kernels = self.config.kernels
         plan = plan_attention(
-            tokens, tokens, relative=codes, causal=False, kernel=kernels.attention, like=x_ND,
-            deterministic=kernels.deterministic,
-        )  # fmt: skip
+            tokens, tokens, relative=codes, causal=False, kernel=self.config.kernels.attention, like=x_ND
+        )
         positions: tuple[Tensor, ...] = ()
         if not self.config.entangle_position_embedding:
             pos_q_UD, pos_k_UD = self.pos_q_linear(position_UD), self.pos_k_linear(position_UD)
             positions = position_terms(pos_q_UD, pos_k_UD, self.config.num_heads, self.config.attention_scale, plan)
-        example_N, num_examples = example_of_token(batch.encoder_offsets), len(batch.num_patches)
+        example_N, num_examples = batch.places.encoder_example, len(batch.num_patches)
         for i, layer in enumerate(self.layers):
             row_HR = self.relative(i, self.token_rel_pos_table_list, self.image_rel_pos_table_list)
             args = (x_ND, PackedCore(plan, positions, row_HR, self.config.attention_scale), example_N, num_examples)
@@ -129,23 +128,27 @@ class Encoder(nn.Module):
         """Features [P, C] of the patches that are tokens, and (images, rows, columns) of each image group."""
         features, grids = [], []
         dtype = self.type_embedding.weight.dtype
-        for images, holes, weight in zip(batch.images, batch.image_holes, batch.image_weight, strict=True):
-            features_ICHW = self.embed_images(normalize(images, holes, dtype), weight)
+        for images, holes, weight, all_count in zip(
+            batch.images, batch.image_holes, batch.image_weight, batch.places.all_images_count, strict=True
+        ):
+            pixels = normalize(images, holes, dtype, self.config.pixel_norm)
+            features_ICHW = self.embed_images(pixels, None if all_count else weight)
             num_images, num_channels, height, width = features_ICHW.shape
             features.append(features_ICHW.permute(0, 2, 3, 1).reshape(-1, num_channels))
             grids.append((num_images, height, width))
         features_QC = features[0] if len(features) == 1 else torch.cat(features)
-        return features_QC.index_select(0, batch.patch_index), grids
+        return rows_of(features_QC, batch.patch_index), grids
 
     def _positions(self, batch: PackedInput, grids: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, RelativeCodes]:
         """Vectors [U, D] of the distinct positions, [N] which one each token has, and their relative codes."""
-        text_ids, text_T = batch.source_position.unique(return_inverse=True)
+        places = batch.places
+        text_ids, position_N = places.text_positions, places.encoder_position
         text_UD = self.embed_positions(text_ids)
         if not self.config.use_ofasys:
             text_UD = self.pos_ln(text_UD)
         if not grids:
             codes = RelativeCodes(*self.arithmetic.text_codes(text_ids), self.arithmetic.num_entries)
-            return text_UD, torch.empty_like(text_T).scatter_(0, batch.source_slot, text_T), codes
+            return text_UD, position_N, codes
         image_UD, image_ids, image_P = self._image_positions(batch, grids)
         if not self.config.use_ofasys:
             image_UD = self.image_pos_ln(image_UD)
@@ -153,16 +156,15 @@ class Encoder(nn.Module):
             torch.cat(pair)
             for pair in zip(self.arithmetic.image_codes(image_ids), self.arithmetic.text_codes(text_ids), strict=True)
         )
-        position_N = torch.empty_like(torch.cat([image_P, text_T]))
-        position_N[batch.patch_slot] = image_P
-        position_N[batch.source_slot] = text_T + len(image_ids)
+        if self.config.interpolate_position:  # the rows of pictures are then those of whole grids
+            position_N = torch.cat([image_P, places.text_position + len(image_ids)]).index_select(0, places.encoder_row)
         return torch.cat([image_UD, text_UD]), position_N, RelativeCodes(query, key, self.arithmetic.num_entries)
 
     def _image_positions(self, batch: PackedInput, grids: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
         """(vectors [U, D] before the norm, position id [U], which one each patch has [P])."""
         if not self.config.interpolate_position:
-            image_ids, image_P = batch.patch_position.unique(return_inverse=True)
-            return self.embed_image_positions(image_ids), image_ids, image_P
+            image_ids = batch.places.image_positions
+            return self.embed_image_positions(image_ids), image_ids, batch.places.image_position
         bucket_size = self.config.image_bucket_size
         native = self.config.orig_patch_image_size // self.config.patch_size
         image_P = torch.empty_like(batch.patch_position)

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ofa_ds.places import Places
+
 
 class PackedInput(Protocol):
     """Shapes and dtypes are told at `ofa_ds.batch.Batch`."""
@@ -26,3 +28,10 @@ class PackedInput(Protocol):
     decoder_offsets: Tensor
     targets: Tensor
     code_mask: Tensor
+    allowed_ids: Tensor
+    allowed_offsets: Tensor
+    encoder_of: Tensor
+
+    @property
+    def places(self) -> Places:
+        ...

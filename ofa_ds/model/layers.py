@@ -13,10 +13,22 @@ from ofa_ds.config import KernelConfig
 from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.init import Linear
 from ofa_ds.model.positions import RelativeRow
+from ofa_ds.model.products import linear
 from ofa_ds.terms import PAD_ID
 from ofa_kernels.attention import AttentionPlan, attention
 from ofa_kernels.cross_entropy import linear_cross_entropy
 from ofa_kernels.layer_norm import add_branch, add_layer_norm, gelu_layer_norm, layer_norm
+
+MIN_ROWS_OF_LOGITS = 32
+"""The vocabulary is so large that oneDNN pays for the few rows of a step of generation."""
+
+
+def rows_of(x_ND: Tensor, index_M: Tensor) -> Tensor:
+    """[M, D] rows of x, one as often as it is asked for: its gradient is summed in fp32 and in one order.
+
+    The gradient of `index_select` is summed by atomics on a GPU, in the dtype of x, in another order each time.
+    """
+    return F.embedding(index_M, x_ND)
 
 
 class TokenEmbedding(nn.Module):
@@ -32,16 +44,21 @@ class TokenEmbedding(nn.Module):
         nn.init.normal_(self.weight, std=std)
 
     def forward(
-        self, x: Tensor, targets: Tensor | None = None, label_smoothing: float = 0.0
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """ids [...] -> embeddings [..., D]; hidden [M, D] -> logits [M, V]; both -> (loss, nll, correct), [M] each."""
+        self, x: Tensor, targets: Tensor | None = None, label_smoothing: float = 0.0,
+        allowed: tuple[int, int] | Tensor | None = None, counted: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """ids [...] -> embeddings [..., D]; hidden [M, D] -> logits [M, V]; both -> (loss, nll, correct), [M] each.
+
+        allowed: over which classes the loss is; counted: which targets are not pad; as `linear_cross_entropy` has them.
+        """
         if not x.is_floating_point():
             return F.embedding(x, self.weight)
         if targets is None:
-            return F.linear(x, self.weight)
+            return linear(x, self.weight, min_rows=MIN_ROWS_OF_LOGITS)
         return linear_cross_entropy(
-            x, self.weight, targets, label_smoothing=label_smoothing, ignore_index=PAD_ID, kernel=self.kernel
-        )
+            x, self.weight, targets, label_smoothing=label_smoothing, ignore_index=PAD_ID, allowed=allowed,
+            kernel=self.kernel, counted=counted,
+        )  # fmt: skip
 
 
 class RelativeTables(nn.Module):
@@ -155,7 +172,7 @@ class Branch(nn.Module):
         keep_E = None
         if self.training and self.drop_path:
             keep = 1 - self.drop_path
-            keep_E = torch.rand(num_examples, device=example_N.device).add_(keep).floor_().div_(keep)
+            keep_E = torch.empty(num_examples, device=example_N.device).bernoulli_(keep).div_(keep)
         return {
             "dropout": self.dropout if self.training else 0.0, "gamma_D": gamma_D,
             "example_N": None if keep_E is None else example_N, "keep_E": keep_E,

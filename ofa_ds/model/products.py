@@ -51,13 +51,16 @@ def onednn_is_faster() -> bool:
     return "AuthenticAMD" in vendor and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K], weight [N, K], bias [N] -> [..., N], as `torch.nn.functional.linear`."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, min_rows: int | None = None) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] -> [..., N], as `torch.nn.functional.linear`.
+
+    min_rows: from so many rows on by oneDNN, in place of MIN_ROWS.
+    """
     if (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() * weight.shape[0] >= MIN_PRODUCT
-        and x.numel() >= MIN_ROWS * x.shape[-1]
+        and x.numel() >= (min_rows or MIN_ROWS) * x.shape[-1]
         and _allowed
         and onednn_is_faster()
         and not torch.is_autocast_enabled("cpu")

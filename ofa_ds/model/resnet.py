@@ -93,8 +93,9 @@ class BatchNorm(nn.Module):
         var = torch.where(some, (second - first.square()).clamp(min=0), self.running_var)
         with torch.no_grad():
             unbiased = torch.where(some, var * total / (total - 1).clamp(min=1), var)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(unbiased, self.momentum)
+            # past autograd's count of changes: an earlier group's batch_norm has saved them, and does not read them
+            self.running_mean.data.lerp_(mean, self.momentum)
+            self.running_var.data.lerp_(unbiased, self.momentum)
             self.num_batches_tracked += some[0].to(torch.long)
         return mean, var
 
@@ -192,13 +193,12 @@ class ResNet(nn.Module):
                 in_channels = channels * EXPANSION
             setattr(self, f"layer{i + 1}", blocks)
 
-    def forward(self, images: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, images: Tensor, weight: Tensor | None) -> Tensor:
         """images [I, 3, h, w] float -> [I, 1024, h / 16, w / 16] (rounded up), channels-last.
 
-        weight [I]: 0 for a stand-in, which does not count in statistics. In training the host looks at it, and so
-        waits for a GPU once per call.
+        weight [I]: 0 for a stand-in, which does not count in statistics; None: all count.
         """
-        counted = None if not self.training or self.bn1.mode == "frozen" or bool((weight > 0).all()) else weight
+        counted = None if not self.training or self.bn1.mode == "frozen" else weight
         x = self.conv1(images.contiguous(memory_format=torch.channels_last))
         x = self.bn1(x, counted, relu=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)

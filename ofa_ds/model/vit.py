@@ -108,7 +108,7 @@ class ViT(nn.Module):
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, drop_path)
 
-    def forward(self, images: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, images: Tensor, weight: Tensor | None) -> Tensor:
         """images [I, 3, h, w] float -> [I, C, h / patch, w / patch]. `weight` is unused: nothing here mixes images."""
         del weight
         features = self.conv1(images)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import filecmp
 import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ofa_ds.storage.sizes import size_text
@@ -49,14 +51,55 @@ def new_file(destination: Path) -> Iterator[Path]:
     with _hidden(destination) as partial:
         yield partial / destination.name
         sync(partial / destination.name)
-        try:
-            os.link(partial / destination.name, destination)  # a rename would replace another process's
-        except FileExistsError as error:
-            raise _appeared(destination) from error
-        except OSError:  # a file system without links
-            _refuse(destination)
-            os.rename(partial / destination.name, destination)
-    sync(destination.parent)
+        _place(partial / destination.name, destination)
+
+
+@contextmanager
+def new_files(folder: Path, name: str) -> Iterator[Path]:
+    """A hidden directory in `folder`; when the block ends its files stand in `folder`, each whole, none overwritten.
+
+    name: what is made; of two that make the same, each is alone. A file that is there with the same content stays,
+    which is told on stderr: a killed process's work is completed so. Raises ValueError, and places none, where one is
+    there with another content.
+    """
+    is_own = not folder.exists()
+    try:
+        with _hidden(folder / name) as partial:
+            yield partial
+            places = {path: folder / path.relative_to(partial) for path in sorted(partial.rglob("*")) if path.is_file()}
+            made = [path for path, place in places.items() if not _is_there(place, path)]
+            for path in made:
+                sync(path)
+            for path in made:
+                _place(path, places[path])
+    except BaseException:
+        with suppress(OSError):
+            if is_own:
+                folder.rmdir()
+        raise
+
+
+def _is_there(place: Path, like: Path) -> bool:
+    """Whether a file is there that is like that one. Raises ValueError where another is."""
+    if not os.path.lexists(place):
+        return False
+    if not place.is_file() or not filecmp.cmp(place, like, shallow=False):
+        raise ValueError(f"{place}: is there already, and is another; remove it, or give another directory")
+    print(f"{place}: is there already, as it would be made", file=sys.stderr)
+    return True
+
+
+def _place(path: Path, place: Path) -> None:
+    """Give a durable file of a hidden directory its name."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, place)  # a rename would replace another process's
+    except FileExistsError as error:
+        raise _appeared(place) from error
+    except OSError:  # a file system without links
+        _refuse(place)
+        os.rename(path, place)
+    sync(place.parent)
 
 
 def refuse_inside(destination: Path, *sources: Path) -> None:

@@ -17,6 +17,7 @@ from ofa_ds.data import image as pictures
 from ofa_ds.data.augment import random_augment
 from ofa_ds.data.example import Example
 from ofa_ds.data.image import Framed
+from ofa_ds.tasks.candidates import Candidates
 from ofa_ds.terms import FAMILIES
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Context:
     """The model's (`ModelConfig.max_positions`): no source and no target of text is longer, bos and eos included."""
     split: Literal["train", "heldout"] = "train"
     """`heldout`: no augmentation, no patch sampling, and the tasks are asked as `Task.held_out` says."""
+    candidates: Candidates | None = None
+    """The answers that the task may give, where they are a list."""
     readable: bool = True
     """Write out the texts of text infilling too, which takes longer than the rest of it; training does without."""
 

@@ -45,13 +45,14 @@ def ask_box(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
 def ask_phrase(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
     """text: the region "x0,y0,x1,y1" in pixels of the picture. Raises ValueError for any other."""
     side = ctx.config.image_size
-    box = np.array([_read_region(text, picture)], np.float32) * np.array([side / n for n in picture.shape[1::-1]] * 2)
+    box = np.array([read_region(text, picture)], np.float32) * np.array([side / n for n in picture.shape[1::-1]] * 2)
     source = ctx.vocab.encode(REGION_PROMPT) + bin_ids(box, ctx)[0]
     seen = resize(picture, side, side)
     return question(ctx, f"{REGION_PROMPT} {text}", source, image=seen, boxes=box.astype(np.float32))
 
 
-def _read_region(text: str, picture: np.ndarray) -> tuple[float, float, float, float]:
+def read_region(text: str, picture: np.ndarray) -> tuple[float, float, float, float]:
+    """The box "x0,y0,x1,y1" in pixels of a picture. Raises ValueError for what is none, or not inside it."""
     height, width = picture.shape[:2]
     try:
         x0, y0, x1, y1 = (float(part) for part in text.split(","))

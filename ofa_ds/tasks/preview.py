@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ofa_ds.data.example import Example
 from ofa_ds.data.shards import Shards
 from ofa_ds.tasks.context import Context, row_generator
-from ofa_ds.tasks.task import TABLE, Task, asked_for, examples, held_out_examples
+from ofa_ds.tasks.kind import Task
+from ofa_ds.tasks.task import DOWNSTREAM, asked_for, examples, held_out_examples, table_of
 from ofa_ds.terms import PAD_ID
 
 SEED = 1
@@ -40,10 +41,12 @@ def show_shards(shards: Shards, ctx: Context, *, task: str | None, row: int, png
     row: number among the rows that give the task. Raises ValueError: no such row.
     """
     shown = []
-    trained = asked_for(ctx.config)
-    for name in [task] if task else TABLE:
+    trained, table = asked_for(ctx.config), table_of(shards.families)
+    for name in [task] if task else table:
         if not task and name not in trained:
-            print(f"{name}: not trained, as data.mix.{TABLE[name].family} is 0; --task {name} shows it all the same")
+            if table is DOWNSTREAM:
+                continue
+            print(f"{name}: not trained, as data.mix.{table[name].family} is 0; --task {name} shows it all the same")
             continue
         try:
             shown.append(find_example(shards, name, row, ctx))
@@ -65,7 +68,7 @@ def find_example(shards: Shards, name: str, row: int, ctx: Context, *, max_rows:
 
     max_rows: look for it among that many rows of the family only.
     """
-    task = TABLE[name]
+    task = table_of(shards.families)[name]
     count = count_rows(shards, task)
     if not 0 <= row < count:
         raise LookupError(f"no row {row}: the shards have {count} rows for it")
@@ -77,7 +80,7 @@ def find_example(shards: Shards, name: str, row: int, ctx: Context, *, max_rows:
     try:
         values = shards.row(task.family, index)
         if not ctx.train:
-            found = held_out_examples([name], values, index, ctx)
+            found = held_out_examples([name], task.family, values, index, ctx)
             return found[index % len(found)]  # of the statements of matching, true and false ones in turn
         found = examples(task.family, values, row_generator(SEED, task.family, 0, index), ctx)
     except Exception as error:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ofa_ds.batch import Batch
 from ofa_ds.engine.engine import Engine
+from ofa_ds.train.objective import Objective
 
 SHOWN_TENSORS = 3
 
@@ -27,19 +28,18 @@ class _Finding(NamedTuple):
 class Checks:
     """All ranks call `check` together before a step; it changes nothing, and raises RuntimeError on all alike."""
 
-    def __init__(self, engine: Engine, *, every: int, buffers_agree: bool) -> None:
+    def __init__(self, engine: Engine, objective: Objective, *, every: int, buffers_agree: bool) -> None:
         """every: steps; 0 for never. buffers_agree: the model's buffers are to be the same on all ranks."""
-        self._engine, self._every, self._buffers_agree = engine, every, buffers_agree
+        self._engine, self._objective, self._every, self._buffers_agree = engine, objective, every, buffers_agree
 
     def is_due(self, step: int) -> bool:
         """Before step number `step` (from 1 on)."""
         return bool(self._every) and step % self._every == 0
 
-    def check(self, step: int, batch: Batch, *, label_smoothing: float) -> None:
+    def check(self, step: int, batch: Batch) -> None:
         """batch: this rank's first micro-batch of step number `step`."""
         engine = self._engine
-        batch = batch.to(engine.device)
-        first, second = (engine.replay(batch, label_smoothing=label_smoothing) for _ in range(2))
+        first, second = (self._objective.replay(engine, batch) for _ in range(2))
         sums = engine.replicated_sums(with_buffers=self._buffers_agree)
         mine = _Finding(socket.gethostname(), first == second, engine.unlike_master(), hash(tuple(sums.values())))
         found: list[_Finding] = [_Finding(*each) for each in engine.gather(tuple(mine))]

@@ -1,7 +1,8 @@
 """OFA's criteria on logits: label-smoothed cross entropy and the encouraging loss (docs/ofa.md, Training: criteria).
 
 Legend: B rows, L target positions, V vocabulary, N positions that have a loss. All are sums: the caller divides.
-Logits are materialised, so this is for fine-tuning and evaluation; pretraining takes the chunked loss inside the model.
+Logits are materialised, so training comes here only for what needs them (the encouraging loss, R-Drop), with those of
+positions that have a loss (`selected_loss`); all else is the chunked loss inside the model.
 
     p = softmax over the allowed classes, K of them; lp = conf * log p
     token loss = (1 - eps - eps_i) * -lp[target] + eps_i * sum over allowed of -lp,  eps_i = eps / (K - 1)
@@ -9,6 +10,7 @@ Logits are materialised, so this is for fine-tuning and evaluation; pretraining 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,8 +45,40 @@ class Criterion:
     """Where the bonus goes on as its tangent; 1 for nowhere."""
     drop_best_ratio: float | None = None
     """Share left out because their loss is smallest, after `drop_best_after` updates. 0 keeps all, ordered by loss:
-    with R-Drop the two halves are then paired by rank, which is what the original's encouraging loss does."""
+    with R-Drop the two halves are then paired by rank, which is what the original's encouraging loss does. Above 0
+    the halves stay pairs."""
     drop_best_after: int = 0
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether each token's whole distribution is looked at, and not only its loss."""
+        return self.encouraging or self.rdrop_alpha > 0
+
+    @property
+    def copies(self) -> int:
+        """How often an example goes through the model."""
+        return 2 if self.rdrop_alpha else 1
+
+    def kept(self, num_tokens: int, update_num: int) -> tuple[int, int]:
+        """Of so many tokens that have a loss: (how many drop_worst leaves, and drop_best of those); no loss is needed.
+
+        update_num: updates that were made before this one.
+        """
+        left = num_tokens
+        if self.drop_worst_ratio > 0 and update_num > self.drop_worst_after:
+            left = int(left * (1 - self.drop_worst_ratio))
+        best = left
+        if self.drop_best_ratio is not None and update_num > self.drop_best_after:
+            best = int(left * (1 - self.drop_best_ratio))
+        return left, best
+
+
+class TokenLosses(NamedTuple):
+    """[N] each, without gradient."""
+
+    loss_N: Tensor
+    nll_N: Tensor
+    correct_N: Tensor
 
 
 class Loss(NamedTuple):
@@ -55,6 +89,8 @@ class Loss(NamedTuple):
     num_correct: Tensor
     """int64; before anything is dropped."""
     num_tokens: int
+    tokens: TokenLosses
+    """Of each token, before anything is dropped; for logs."""
 
 
 class _Tokens(NamedTuple):
@@ -83,29 +119,55 @@ def criterion_loss(
 
     conf_B scales an example's log-probabilities; constraint_mask_BLV (bool) marks the allowed classes of each position.
     """
-    rows, copies = target_BL.shape[0], 2 if criterion.rdrop_alpha else 1
+    rows, copies = target_BL.shape[0], criterion.copies
     if logits_BLV.ndim != 3 or logits_BLV.shape[:2] != (rows * copies, target_BL.shape[1]):
         want = f"[{copies * rows}, {target_BL.shape[1]}, V]" + (", the batch twice for R-Drop" if copies == 2 else "")
         raise ValueError(f"want logits {want}, got {tuple(logits_BLV.shape)}")
     if constraint_mask_BLV is not None and criterion.constraint_range is not None:
         raise ValueError("a constraint mask and a constraint_range were given; want one of them")
     keep_BL = _has_loss(target_BL, criterion).repeat(copies, 1)
-    allowed_NV = _allowed(keep_BL, logits_BLV.shape[-1], criterion.constraint_range, constraint_mask_BLV, copies)
-    # Rows are chosen before the softmax: one whose classes are all forbidden (a prompt position) would give NaN.
-    logits_NV = logits_BLV[keep_BL]
-    conf_N1 = None
-    if conf_B is not None:
-        conf_N1 = conf_B.repeat(copies)[:, None].expand_as(keep_BL)[keep_BL][:, None]
-    target_N = target_BL.repeat(copies, 1)[keep_BL]
+    conf_N = None if conf_B is None else conf_B.repeat(copies)[:, None].expand_as(keep_BL)[keep_BL]
+    return selected_loss(
+        logits_BLV[keep_BL],
+        target_BL.repeat(copies, 1)[keep_BL],
+        criterion,
+        update_num=update_num,
+        conf_N=conf_N,
+        allowed_NV=_allowed(keep_BL, logits_BLV.shape[-1], criterion.constraint_range, constraint_mask_BLV, copies),
+    )
+
+
+def selected_loss(
+    logits_NV: Tensor,
+    target_N: Tensor,
+    criterion: Criterion,
+    *,
+    update_num: int = 0,
+    conf_N: Tensor | None = None,
+    allowed_NV: Tensor | None = None,
+) -> Loss:
+    """The same of positions that all have a loss; for R-Drop all of them once, then once more in the same order.
+
+    Chosen before the softmax: a position whose classes are all forbidden (of a prompt) would give NaN.
+    """
+    conf_N1 = None if conf_N is None else conf_N[:, None]
     tokens = _token_losses(logits_NV, target_N, allowed_NV, conf_N1, criterion)
-    num_correct = (tokens.logp_NV.argmax(-1) == target_N).sum()
+    correct_N = tokens.logp_NV.argmax(-1) == target_N
+    per_token = TokenLosses(tokens.loss_N.detach(), tokens.nll_N.detach(), correct_N)
     tokens = _dropped(tokens, criterion, update_num)
     loss = tokens.loss_N.sum()
     if criterion.encouraging:
         loss = loss + _bonus(tokens.logp_NV, tokens.target_N, criterion)
     if criterion.rdrop_alpha:
         loss = loss + criterion.rdrop_alpha * _symmetric_divergence(tokens)
-    return Loss(loss, tokens.nll_N.sum(), num_correct, tokens.loss_N.shape[0])
+    return Loss(loss, tokens.nll_N.sum(), correct_N.sum(), tokens.loss_N.shape[0], per_token)
+
+
+def kept_tokens(loss_N: Tensor, criterion: Criterion, update_num: int) -> Tensor:
+    """int64 [K]: which tokens drop_worst and drop_best leave, by their losses."""
+    worst, best = criterion.kept(loss_N.shape[0], update_num)
+    index = loss_N.detach().topk(worst, largest=False).indices
+    return index if best == worst else index[loss_N.detach()[index].topk(best).indices]
 
 
 def _has_loss(target_BL: Tensor, criterion: Criterion) -> Tensor:
@@ -163,16 +225,21 @@ def _smoothing_per_class(allowed_NV: Tensor, criterion: Criterion) -> Tensor | f
 
 def _dropped(tokens: _Tokens, criterion: Criterion, update_num: int) -> _Tokens:
     """The tokens that drop_worst and drop_best leave."""
+    num_tokens = tokens.loss_N.shape[0] // criterion.copies
+    worst, best = criterion.kept(num_tokens, update_num)
     if criterion.drop_worst_ratio > 0 and update_num > criterion.drop_worst_after:
-        # The halves of R-Drop are the same tokens: chosen by the first, taken from both.
-        num_tokens = tokens.loss_N.shape[0] // (2 if criterion.rdrop_alpha else 1)
-        num_kept = int(num_tokens * (1 - criterion.drop_worst_ratio))
-        index = tokens.loss_N[:num_tokens].detach().topk(num_kept, largest=False).indices
-        tokens = tokens.take(torch.cat([index, index + num_tokens]) if criterion.rdrop_alpha else index)
-    if criterion.drop_best_ratio is not None and update_num > criterion.drop_best_after:
-        num_kept = int(tokens.loss_N.shape[0] * (1 - criterion.drop_best_ratio))
-        tokens = tokens.take(tokens.loss_N.detach().topk(num_kept).indices)
-    return tokens
+        tokens = _of_halves(tokens, tokens.loss_N[:num_tokens].detach().topk(worst, largest=False).indices, criterion)
+    if criterion.drop_best_ratio is None or update_num <= criterion.drop_best_after:
+        return tokens
+    if criterion.drop_best_ratio == 0:
+        return tokens.take(tokens.loss_N.detach().topk(tokens.loss_N.shape[0]).indices)
+    return _of_halves(tokens, tokens.loss_N[:worst].detach().topk(best).indices, criterion)
+
+
+def _of_halves(tokens: _Tokens, index_K: Tensor, criterion: Criterion) -> _Tokens:
+    """The halves of R-Drop are the same tokens: chosen by the first, taken from both."""
+    half = tokens.loss_N.shape[0] // criterion.copies
+    return tokens.take(torch.cat([index_K + half * copy for copy in range(criterion.copies)]))
 
 
 def _bonus(logp_NV: Tensor, target_N: Tensor, criterion: Criterion) -> Tensor:
@@ -181,7 +248,7 @@ def _bonus(logp_NV: Tensor, target_N: Tensor, criterion: Criterion) -> Tensor:
     bonus_NV = (1 - p_NV).clamp(min=_MIN_REST).log()
     end = criterion.log_end
     if end != 1:
-        tangent_NV = torch.log(p_NV.new_tensor(1 - end)) - (p_NV - end) / (1 - end)
+        tangent_NV = math.log(1 - end) - (p_NV - end) / (1 - end)
         bonus_NV = torch.where(p_NV > end, tangent_NV, bonus_NV)
     eps = criterion.label_smoothing
     target_N1 = target_N[:, None]

@@ -31,9 +31,10 @@ from ofa_ds.data.order import Mixture
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.model.config import ModelConfig
+from ofa_ds.places import TENSORS, Places, all_count
 from ofa_ds.storage.sizes import size_text
 from ofa_ds.tasks.context import Context, row_generator
-from ofa_ds.tasks.task import examples
+from ofa_ds.tasks.task import context_of, examples, sides_of
 
 PREFETCH = 2
 """Micro-batches that each worker keeps ready."""
@@ -47,7 +48,7 @@ ALIGNMENT = 64
 """Bytes; every tensor of a packed buffer starts at a multiple."""
 
 Layout = list[tuple[str, torch.dtype, tuple[int, ...], int]]
-"""Per tensor: field of Batch, dtype, shape, first byte."""
+"""Per tensor: field of Batch or of its places, dtype, shape, first byte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,8 @@ class MicroBatches(Dataset):
     batch: BatchConfig
     seed: int
     image_bucket_size: int
+    references: bool = False
+    """Pack those of the examples too."""
 
     def build(self, step: int, number: int) -> Batch:
         """Micro-batch `number` of optimizer step `step`.
@@ -81,9 +84,10 @@ class MicroBatches(Dataset):
                 found += examples(family, row, rng, self.ctx)
             except Exception as error:
                 raise self.shards.at_row(family, index, row, error) from error
-        sizes = [(side, side) for side in (config.image_size, config.infill_image_size)]
+        sizes = [(side, side) for side in sides_of(config)]
         cut = [f"{example.task} of row {example.row_id}" for example in found if example.cut]
-        return pack(found, sizes, self.ctx.patch_size, self.image_bucket_size), cut
+        batch = pack(found, sizes, self.ctx.patch_size, self.image_bucket_size, references=self.references)
+        return batch, cut
 
     def rows(self, step: int, numbers: Collection[int] | None = None) -> list[tuple[str, int]]:
         """(family, row of the family) of these micro-batches of a step; None: of all of them."""
@@ -118,6 +122,8 @@ class Loader:
     seed: int
     rank: int = 0
     world_size: int = 1
+    references: bool = False
+    """Pack the references of downstream examples too, for rewards."""
     wait_seconds: float = field(default=0.0, init=False)
     """Time that the consumer has spent waiting, from the start on."""
     num_cut: int = field(default=0, init=False)
@@ -125,18 +131,14 @@ class Loader:
 
     def __post_init__(self) -> None:
         self.batch.accumulation_steps(self.world_size)  # raises where the numbers do not divide
-        ctx = Context(
-            vocab=self.vocab,
-            negatives=self.shards.negatives,
-            config=self.config,
-            patch_size=self.model.patch_size,
-            max_positions=self.model.max_positions,
-            readable=False,
-        )
-        mixture = Mixture(self.shards.families, self.config.mix.weights(), self.seed)
+        ctx = context_of(
+            self.shards, self.vocab, self.config, patch_size=self.model.patch_size,
+            max_positions=self.model.max_positions, readable=False,
+        )  # fmt: skip
+        mixture = Mixture(self.shards.families, self.config.weights(), self.seed)
         self.micro_batches = MicroBatches(
             shards=self.shards, ctx=ctx, mixture=mixture, batch=self.batch, seed=self.seed,
-            image_bucket_size=self.model.image_bucket_size,
+            image_bucket_size=self.model.image_bucket_size, references=self.references,
         )  # fmt: skip
 
     def steps(self, start_step: int = 0, *, without: Container[int] = ()) -> Iterator[list[Batch]]:
@@ -228,11 +230,12 @@ def _end_with_parent() -> None:
 
 
 def to_buffer(batch: Batch) -> tuple[Tensor, Layout]:
-    """All tensors of a batch in one uint8 tensor, and where they are in it."""
+    """All tensors of a batch and its places in one uint8 tensor, and where they are in it."""
     layout, parts, end = [], [], 0
     for name, tensor in _tensors(batch):
         layout.append((name, tensor.dtype, tuple(tensor.shape), end))
-        parts.append((end, tensor.contiguous().reshape(-1).view(torch.uint8)))
+        if tensor.numel():  # an empty one may have strides that no view allows
+            parts.append((end, tensor.contiguous().reshape(-1).view(torch.uint8)))
         end += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
     buffer = torch.empty(end, dtype=torch.uint8)
     for start, part in parts:
@@ -242,12 +245,14 @@ def to_buffer(batch: Batch) -> tuple[Tensor, Layout]:
 
 def from_buffer(buffer: Tensor, layout: Layout) -> Batch:
     """The batch again; its tensors are views of `buffer`."""
-    fields: dict[str, Tensor | tuple[Tensor, ...]] = {}
+    fields: dict[str, Tensor | tuple[Tensor, ...]] = dict.fromkeys(_TUPLES, ())
     for name, dtype, shape, start in layout:
         size = torch.Size(shape).numel() * dtype.itemsize
         tensor = buffer[start : start + size].view(dtype).view(shape)
-        fields[name] = (*fields.get(name, ()), tensor) if name in _TUPLES else tensor
-    return Batch(**fields)
+        fields[name] = (*fields[name], tensor) if name in _TUPLES else tensor
+    places = {name: fields.pop(name) for name in TENSORS}
+    batch = Batch(**fields)
+    return batch.with_places(Places(all_images_count=all_count(batch.image_weight), **places))
 
 
 _TUPLES = frozenset({"images", "image_holes", "image_weight"})
@@ -258,3 +263,5 @@ def _tensors(batch: Batch) -> Iterator[tuple[str, Tensor]]:
         value = getattr(batch, each.name)
         for tensor in value if isinstance(value, tuple) else (value,):
             yield each.name, tensor
+    for name in TENSORS:
+        yield name, getattr(batch.places, name)

@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ofa_ds import checkpoint
+from ofa_ds.checkpoint.format import BEST
 from ofa_ds.checkpoint.manifest import Manifest
 from ofa_ds.checkpoint.run_lease import RunLease
 from ofa_ds.config import Recipe, recipe_from_dict
 from ofa_ds.config.meaning import FREE, MEANING, differences
 from ofa_ds.config.values import shown
 from ofa_ds.engine.engine import Engine
+from ofa_ds.model.config import ModelConfig
+from ofa_ds.train.starting import start_from
 
 LOSSES = "losses"
 """Of the last steps, among the facts of a checkpoint."""
@@ -29,12 +32,15 @@ class Start(NamedTuple):
     """Steps that are done."""
     losses: tuple[float, ...] = ()
     """Of the steps before, where the checkpoint has them (train.max_spike_sigma)."""
+    best: object = None
+    """What the checkpoint says of the best one (`train.judging.Best`)."""
 
 
-def resume(engine: Engine, recipe: Recipe, identity: Mapping[str, str], lease: RunLease) -> Start:
+def resume(engine: Engine, recipe: Recipe, config: ModelConfig, identity: Mapping[str, str], lease: RunLease) -> Start:
     """Load the newest checkpoint of the run, else the weights it is to start from.
 
-    identity: fingerprints of `data` and `vocab`. Raises ValueError where the run was another one so far.
+    config: the engine's model. identity: fingerprints of `data` and `vocab`.
+    Raises ValueError where the run was another one so far, or the weights are of another model.
     """
     accept = functools.partial(refuse_other_run, recipe=recipe, identity=identity)
     manifest = checkpoint.resume(engine, recipe.run_dir, accept, lease=lease)
@@ -43,9 +49,10 @@ def resume(engine: Engine, recipe: Recipe, identity: Mapping[str, str], lease: R
             print(f"{recipe.run_dir}: goes on from step {manifest.step} with {told}", file=sys.stderr)
         losses = manifest.extra.get(LOSSES)
         known = losses if isinstance(losses, list) else ()
-        return Start(manifest.step, tuple(float(loss) for loss in known if isinstance(loss, (int, float))))
+        before = tuple(float(loss) for loss in known if isinstance(loss, (int, float)))
+        return Start(manifest.step, before, manifest.extra.get(BEST))
     if recipe.train.init_from:
-        checkpoint.load_weights(engine, recipe.train.init_from)
+        start_from(engine, recipe, config, identity["vocab"])
     return Start()
 
 

@@ -7,6 +7,8 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 
+from torch import Tensor
+
 LENGTH = 128
 """Steps that are remembered."""
 LEAST = 32
@@ -30,18 +32,31 @@ class LossWindow:
     def losses(self) -> list[float]:
         return list(self._losses)
 
+    @property
+    def highest(self) -> float:
+        """A step of a finite loss above this is to be left out; infinite while there are too few to judge by."""
+        if len(self._losses) < LEAST:
+            return math.inf
+        mean, spread = self._mean_and_spread()
+        return mean + self._sigma * spread
+
+    def is_spike(self, loss: Tensor) -> Tensor:
+        """bool scalar on the device of loss, which nothing waits for. What is not finite is no spike."""
+        return (loss > self.highest) & loss.isfinite()
+
     def spike(self, loss: float) -> str | None:
-        """In words, why a step of this loss is to be left out; None where it is not. What is not finite is no spike."""
-        if len(self._losses) < LEAST or not math.isfinite(loss):
+        """In words, why a step of this loss is left out; None where it is not."""
+        if loss <= self.highest or not math.isfinite(loss):
             return None
-        mean = statistics.fmean(self._losses)
-        spread = max(statistics.stdev(self._losses), SPREAD_FLOOR * abs(mean))
-        if loss <= mean + self._sigma * spread:
-            return None
+        mean, spread = self._mean_and_spread()
         return (
             f"its loss {loss:.4g} is {(loss - mean) / spread:.1f} sigma above the mean {mean:.4g} of the last "
             f"{len(self._losses)} (train.max_spike_sigma is {self._sigma:g})"
         )
+
+    def _mean_and_spread(self) -> tuple[float, float]:
+        mean = statistics.fmean(self._losses)
+        return mean, max(statistics.stdev(self._losses), SPREAD_FLOOR * abs(mean))
 
     def add(self, loss: float) -> None:
         """After a step from which something was learnt: one that was left out says nothing of where the run is."""

@@ -1,9 +1,4 @@
-"""One optimizer step.
-
-Its loss is, per group g (vision-language; everything else), sum(confidence * token loss) / global token count of g,
-summed over groups: the original's L1/n1 + L2/n2 made independent of ranks and accumulation (docs/ofa.md, Training:
-loss).
-"""
+"""One optimizer step, whatever it learns from (`ofa_ds.train.objective`)."""
 
 from __future__ import annotations
 
@@ -14,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ofa_ds.batch import Batch
+from ofa_ds.engine.copying import later, to_device
 from ofa_ds.engine.engine import Engine
-from ofa_ds.train.loss import group_counts, group_sums, task_sums
 from ofa_ds.train.metrics import Window
+from ofa_ds.train.objective import Objective
 from ofa_ds.train.spikes import LossWindow
 
 
@@ -35,8 +31,8 @@ def train_step(
     engine: Engine,
     micro_batches: list[Batch],
     window: Window,
+    objective: Objective,
     *,
-    label_smoothing: float,
     votes: Sequence[bool] = (),
     before: LossWindow | None = None,
 ) -> StepResult:
@@ -47,31 +43,32 @@ def train_step(
     """
     device, ranks = engine.device, engine.ranks
     engine.own_time.begin()
-    shared = torch.stack([group_counts(batch) for batch in micro_batches]).sum(0).double()
-    num_groups = len(shared)
+    prepared = objective.prepare(engine, micro_batches)
+    shared = torch.stack([each.counts for each in prepared]).sum(0)
+    num_counts, counts = len(shared), [window.counts(each.batch) for each in prepared]
     paces = [engine.own_time.pace if rank == ranks.rank else 0.0 for rank in range(ranks.world_size)]
     said = torch.tensor([*paces, *(float(vote) for vote in votes)], dtype=torch.float64)
-    shared = torch.cat([shared, said]).to(device)
+    shared = to_device(torch.cat([shared, said]), device)
     engine.all_reduce(shared)  # all in one: what each rank puts into its own place, all read there
-    global_counts = shared[:num_groups].clamp(min=1)  # a group without tokens has sum 0: it adds nothing
-    losses, spike, whole = [], None, 0.0
-    for batch in micro_batches:
-        batch = batch.to(device)
-        loss_M, nll_M, correct_M = engine(batch, label_smoothing=label_smoothing)
-        loss = (group_sums(loss_M, batch) / global_counts.to(loss_M.dtype)).sum()
-        losses.append(loss.detach())
+    read_said = later(shared[num_counts:])
+    global_counts = shared[:num_counts].clamp(min=1)  # where nothing is counted the sum is 0: it adds nothing
+    losses, whole = [], None
+    for each, known in zip(prepared, counts, strict=True):
+        micro = objective.loss(engine, each, global_counts)
+        losses.append(micro.loss.detach())
         if before is not None and len(losses) == len(micro_batches):
-            whole = engine.all_reduce(torch.stack(losses).double().sum()).item()
-            if spike := before.spike(whole):
-                engine.discard()
-        engine.backward(loss)
+            whole = engine.all_reduce(torch.stack(losses).double().sum())
+            engine.discard(before.is_spike(whole))  # not read yet: the host goes on
+        engine.backward(micro.loss)
         engine.step()  # updates the weights at the last micro-batch of the step
-        with torch.no_grad():
-            sums = task_sums(loss_M, nll_M, correct_M, batch)
-            window.add_micro_batch(sums, losses[-1], num_tokens=batch.num_tokens, num_examples=batch.num_examples)
+        sizes = {"num_tokens": each.batch.num_tokens, "num_examples": each.batch.num_examples}
+        window.add_micro_batch(micro.task_sums, losses[-1], logged=micro.logged, counts=known, **sizes)
     window.end_step(counted=not engine.skipped)
-    if before is not None and not engine.skipped:
-        before.add(whole)
+    spike = None
+    if whole is not None:
+        spike = before.spike(whole.item())
+        if not engine.skipped:
+            before.add(whole.item())
     engine.own_time.end(sum(batch.num_tokens for batch in micro_batches))
-    said = shared[num_groups:].tolist()
+    said = read_said()
     return StepResult([count > 0 for count in said[ranks.world_size :]], losses, spike, said[: ranks.world_size])

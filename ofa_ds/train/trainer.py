@@ -1,24 +1,25 @@
-"""Pretraining: recipe in, checkpoints and metrics out. One visible loop; each optimizer step is `train_step`."""
+"""A run, of pretraining or fine-tuning: recipe in, checkpoints and metrics out.
+
+One visible loop; each optimizer step is `train_step`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import socket
 import sys
+import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from ofa_ds import beat, checkpoint
 from ofa_ds.batch import Batch
+from ofa_ds.checkpoint.format import BEST
 from ofa_ds.checkpoint.run_lease import RunLease, run_lease
 from ofa_ds.checkpoint.runs import newest_good
 from ofa_ds.checkpoint.saver import Saver
-from ofa_ds.config import Recipe, recipe_to_dict, recipe_to_toml
-from ofa_ds.data import kept_vocabulary
+from ofa_ds.config import Recipe, recipe_to_dict
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
 from ofa_ds.engine.config import load_deepspeed_config
@@ -26,17 +27,27 @@ from ofa_ds.engine.engine import Engine, build
 from ofa_ds.engine.host_memory import release_freed_memory
 from ofa_ds.engine.process_group import gather, init_distributed, leave_distributed, together
 from ofa_ds.engine.ranks import Ranks
-from ofa_ds.inference.answers import sample_cards
-from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.model.config import ModelConfig, model_config
 from ofa_ds.model.ofa import OFA
-from ofa_ds.storage.atomic import replace_file
+from ofa_ds.model.running import implementations, repeat_bits
+from ofa_ds.tasks.task import asked_for
 from ofa_ds.terms import STOPPED
 from ofa_ds.train.bad_steps import BadSteps
 from ofa_ds.train.checks import Checks
+from ofa_ds.train.judging import Best, HeldOut
 from ofa_ds.train.loader import Loader
-from ofa_ds.train.metrics import MetricsWriter, Window, peak_memory_MiB
+from ofa_ds.train.metrics import Window, memory_usage
+from ofa_ds.train.objective import Objective, objective_of
+from ofa_ds.train.out_of_memory import OutOfMemory
+from ofa_ds.train.profiling import Profiling
+from ofa_ds.train.report import MetricsWriter
+from ofa_ds.train.report_histograms import of_state as histograms_of_state
+from ofa_ds.train.report_samples import show_samples
+from ofa_ds.train.report_start import Data, look_around, open_writer, peak_here
+from ofa_ds.train.report_work import work_counter
 from ofa_ds.train.resuming import LOSSES, resume
+from ofa_ds.train.scst import self_critical
+from ofa_ds.train.settling import check_ids, held_out_shards, settled
 from ofa_ds.train.spikes import LossWindow
 from ofa_ds.train.step import train_step
 from ofa_ds.train.stop_signal import StopSignal
@@ -47,9 +58,6 @@ RELEASE_EVERY = 10
 """Steps between two returns of freed memory on a CPU."""
 MAX_WHOLE_PARAMETERS = 500_000_000
 """A larger model is built in pieces under ZeRO-3: 2 GB of fp32 weights a rank, many ranks on a host."""
-SEARCHED_ROWS = 200_000
-"""Of each family, among which a row is looked for to show: training waits meanwhile."""
-
 
 
 def run(recipe: Recipe, pulse: beat.Pulse) -> int:
@@ -61,53 +69,69 @@ def run(recipe: Recipe, pulse: beat.Pulse) -> int:
     """
     ranks = init_distributed()
     recipe.batch.accumulation_steps(ranks.world_size)  # a wrong batch shape is told before anything heavy starts
-    with run_lease(recipe.run_dir, ranks.rank, functools.partial(gather, ranks)) as lease:
-        code = _run(recipe, ranks, lease, pulse)
+    memory = OutOfMemory(recipe, ranks)
+    with (
+        run_lease(recipe.run_dir, ranks.rank, functools.partial(gather, ranks)) as lease,
+        memory.explained("outside of the steps"),
+    ):
+        code = _run(recipe, ranks, lease, pulse, memory)
     leave_distributed()
     return code
 
 
-def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse) -> int:
+def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse, memory: OutOfMemory) -> int:
     with together(ranks):
-        shards, vocab = Shards(recipe.data.shards), load_vocab(recipe.data.vocab)
-        config = model_config(recipe, vocab.size)
+        shards = Shards(recipe.data.shards, task=recipe.data.task.name)
+        vocab = load_vocab(recipe.data.vocab)
+        recipe, config = settled(recipe, shards), model_config(recipe, vocab.size)
+        check_ids(recipe, vocab)
+        memory.vocab_size = vocab.size
+        rewards = recipe.criterion.kind == "scst"
+        objective = self_critical(recipe, shards, vocab) if rewards else objective_of(recipe)
+        held_out = held_out_shards(recipe) if recipe.train.evaluate_every and recipe.data.heldout else None
+    repeat_bits(config)
     engine = build(
-        lambda: OFA(config),
-        deepspeed=recipe.deepspeed,
-        optim=recipe.optim,
-        batch=recipe.batch,
-        train=recipe.train,
-        ranks=ranks,
-        zero_init=_needs_pieces(recipe, config),
-    )
+        lambda: _model(recipe, config), deepspeed=recipe.deepspeed, optim=recipe.optim, batch=recipe.batch,
+        train=recipe.train, ranks=ranks, zero_init=_needs_pieces(recipe, config),
+    )  # fmt: skip
+    memory.engine = engine
     _say(ranks, engine.describe())
+    _say(ranks, implementations(engine.module, config, training=True))
+    if recipe.train.evaluate_every and held_out is None:
+        _say(ranks, "no rows are judged meanwhile, and no checkpoint is the best: data.heldout=DIR names some")
     pulse.beat("start", 0)
     identity = {"data": shards.fingerprint, "vocab": vocab.fingerprint}
-    begun = resume(engine, recipe, identity, lease)
+    begun = resume(engine, recipe, config, identity, lease)
     pulse.beat("start", begun.step)
     loader = Loader(
-        shards=shards,
-        vocab=vocab,
-        config=recipe.data,
-        batch=recipe.batch,
-        seed=recipe.train.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        model=config,
-    )
+        shards=shards, vocab=vocab, config=recipe.data, batch=recipe.batch, seed=recipe.train.seed, rank=ranks.rank,
+        world_size=ranks.world_size, model=config, references=rewards,
+    )  # fmt: skip
+    place = look_around(engine)
+    peak, data = peak_here(engine, recipe, place), Data(shards, vocab, held_out)
     with together(ranks):
-        writer = _open_writer(recipe, begun.step, vocab.fingerprint) if ranks.rank == 0 else None
+        judge = HeldOut(engine, recipe, config, vocab, held_out=held_out, trained=shards) if held_out else None
+        writer = None
+        if ranks.rank == 0:
+            writer = open_writer(engine, recipe, data, first_step=begun.step, place=place, peak=peak)
     switches = Switches(recipe.run_dir, ranks.rank, pulse.since_s)
     with StopSignal().listening() as stop:
         saver = Saver(engine, recipe, {"recipe": recipe_to_dict(recipe), "identity": identity}, lease=lease)
         bad = BadSteps(engine, loader.micro_batches, limit=recipe.train.max_bad_steps, run_dir=Path(recipe.run_dir))
         sigma = recipe.train.max_spike_sigma
         before = LossWindow(sigma, begun.losses) if sigma else None
-        agree = recipe.model.batch_norm != "batch"
-        checks = Checks(engine, every=recipe.train.check_every_steps, buffers_agree=agree)
-        window = Window(engine.device)
-        slow = Stragglers(engine.gather(socket.gethostname()))
-        parts = _Parts(recipe, engine, loader, window, before, bad, checks, slow, saver, writer, stop, switches, pulse)
+        agree = config.batch_norm != "batch"
+        checks = Checks(engine, objective, every=recipe.train.check_every_steps, buffers_agree=agree)
+        window = Window(
+            engine.device, asked_for(recipe.data), objective.logged, rank=ranks.rank, world_size=ranks.world_size,
+            flops=work_counter(recipe, config, objective.copies), peak_flops=peak.flops if peak else 0.0,
+        )  # fmt: skip
+        slow = Stragglers(place.hosts)
+        profiling = Profiling(recipe.train, ranks, recipe.run_dir, pulse, first_step=begun.step)
+        parts = _Parts(
+            recipe, engine, loader, objective, judge, Best(begun.best), window, before, bad, checks, slow, saver,
+            writer, stop, switches, pulse, profiling, memory,
+        )  # fmt: skip
         return _train(parts, begun.step)
 
 
@@ -117,6 +141,10 @@ class _Parts(NamedTuple):
     recipe: Recipe
     engine: Engine
     loader: Loader
+    objective: Objective
+    judge: HeldOut | None
+    """Where held-out rows are judged meanwhile."""
+    best: Best
     window: Window
     before: LossWindow | None
     """The last losses, where spikes are skipped."""
@@ -129,6 +157,8 @@ class _Parts(NamedTuple):
     stop: StopSignal
     switches: Switches
     pulse: beat.Pulse
+    profiling: Profiling
+    memory: OutOfMemory
 
 
 class _Voted(NamedTuple):
@@ -147,6 +177,13 @@ def _say(ranks: Ranks, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def _model(recipe: Recipe, config: ModelConfig) -> OFA:
+    model = OFA(config)
+    if "token_embedding" in recipe.optim.freeze:
+        model.encoder.embed_tokens.weight.requires_grad_(False)
+    return model
+
+
 def _needs_pieces(recipe: Recipe, config: ModelConfig) -> bool:
     """Whether the model is partitioned while it is built, so that no process ever holds it whole."""
     if load_deepspeed_config(recipe.deepspeed).get("zero_optimization", {}).get("stage") != 3:
@@ -163,13 +200,16 @@ def _train(parts: _Parts, first_step: int) -> int:
     try:
         while step < recipe.train.num_steps and not voted.stop:
             step += 1
+            parts.profiling.begin(step)
             if step in passed_over:
                 voted = _pass_over(parts, step)
             else:
                 voted = _take(parts, step, next(source))
+            parts.window.leave_out(parts.profiling.end(step))
             parts.pulse.beat("step", step)
             _report(parts, step)
-            _save(parts, step, voted)
+            _save(parts, step, voted, is_best=_judge(parts, step))
+        parts.profiling.close()
         parts.pulse.beat("end", step)
         parts.switches.ended(step)
     except Exception as error:  # what follows may take its time, or hang
@@ -187,10 +227,10 @@ def _take(parts: _Parts, step: int, micro_batches: list[Batch]) -> _Voted:
     """Optimizer step number `step`, from 1 on."""
     engine, saver, bad, switches = parts.engine, parts.saver, parts.bad, parts.switches
     mine = _Voted(parts.stop.asked or switches.stop, switches.save, saver.is_writing, saver.lease.is_lost)
-    smoothing = parts.recipe.optim.label_smoothing
     if parts.checks.is_due(step):
-        parts.checks.check(step, micro_batches[0], label_smoothing=smoothing)
-    result = train_step(engine, micro_batches, parts.window, label_smoothing=smoothing, votes=mine, before=parts.before)
+        parts.checks.check(step, micro_batches[0])
+    with parts.memory.explained(f"in step {step}", micro_batches, step):
+        result = train_step(engine, micro_batches, parts.window, parts.objective, votes=mine, before=parts.before)
     voted = _Voted(*result.voted)
     if voted.is_lost:
         saver.lease.check_together(engine.gather)  # before anything more is written there
@@ -221,20 +261,50 @@ def _report(parts: _Parts, step: int) -> None:
         release_freed_memory()
     if train.sample_every and step % train.sample_every == 0:
         parts.pulse.beat("sample", step)  # and no `step` before the next: the others wait in it for rank 0
-        _show_samples(engine, parts.recipe, loader, writer, step)
+        show_samples(engine, parts.recipe, loader, writer, step)
+    if train.histograms_every and step % train.histograms_every == 0:
+        _show_histograms(parts, step)
 
 
-def _save(parts: _Parts, step: int, voted: _Voted) -> None:
+def _judge(parts: _Parts, step: int) -> bool:
+    """Judge held-out rows where it is time to; whether the model is the best so far."""
+    train, judge = parts.recipe.train, parts.judge
+    if judge is None or (step % train.evaluate_every and step != train.num_steps):
+        return False
+    parts.pulse.beat("sample", step)
+    began = time.perf_counter()
+    scores = judge.judge(step)
+    is_best = parts.best.is_better(step, judge.metric, scores.get(judge.metric))
+    if parts.writer is not None:
+        parts.writer.scores(step, {f"heldout/{name}": value for name, value in scores.items()})
+    told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    note = "; the best so far" if is_best else ""
+    seconds = time.perf_counter() - began
+    parts.window.leave_out(seconds)
+    _say(parts.engine.ranks, f"step {step} held-out rows: {told}{note} ({seconds:.0f} s)")
+    return is_best
+
+
+def _save(parts: _Parts, step: int, voted: _Voted, *, is_best: bool) -> None:
     """After step `step`: make the save before a checkpoint, and begin one where it is time or somebody asked."""
+    with parts.window.saving():
+        _save_now(parts, step, voted, is_best=is_best)
+
+
+def _save_now(parts: _Parts, step: int, voted: _Voted, *, is_best: bool) -> None:
     train, saver, bad = parts.recipe.train, parts.saver, parts.bad
     if not voted.writing:
         saver.commit()
     last = voted.stop or step == train.num_steps
-    if last or voted.save or (step % train.save_every == 0 and not bad.in_a_row):
+    if last or voted.save or is_best or (step % train.save_every == 0 and not bad.in_a_row):
         parts.pulse.beat("save", step)
         if voted.save:
             parts.switches.serve_save(step)
-        facts = {} if parts.before is None else {LOSSES: parts.before.losses}
+        saver.commit()  # the one before: what follows says which step was the best, and must not name one that failed
+        parts.best.settle(saver.saved)
+        facts: dict[str, Any] = {} if parts.before is None else {LOSSES: parts.before.losses}
+        if parts.best.record is not None:
+            facts[BEST] = parts.best.record
         saver.save(step, facts, wait=last, counts=not bad.in_a_row)
         parts.pulse.beat("step", step)
     parts.switches.settle(saver.saved)
@@ -250,38 +320,22 @@ def _ended(ranks: Ranks, recipe: Recipe, step: int) -> int:
     return 0
 
 
-def _open_writer(recipe: Recipe, first_step: int, vocab: str) -> MetricsWriter:
-    run_dir = Path(recipe.run_dir)
-    kept_vocabulary.keep(run_dir, Path(recipe.data.vocab), vocab)
-    try:
-        replace_file(run_dir / "recipe.toml", recipe_to_toml(recipe))
-    except OSError as error:
-        print(f"metrics: {run_dir / 'recipe.toml'}: cannot be written: {error}; training goes on", file=sys.stderr)
-    return MetricsWriter(run_dir, num_steps=recipe.train.num_steps, first_step=first_step)
-
-
 def _log(parts: _Parts, step: int) -> None:
     engine, window, writer, waited_s = parts.engine, parts.window, parts.writer, parts.loader.wait_seconds
-    values = {"lr": engine.lr, "grad_norm": engine.grad_norm, "peak_memory_MiB": peak_memory_MiB(engine.device)}
-    values = {**window.close(engine.all_reduce, waited_s=waited_s), **values}
+    values = {"lr": engine.lr, "grad_norm": engine.grad_norm}
+    usage = memory_usage(engine.device)
+    values = {**window.close(engine.all_reduce, waited_s=waited_s, usage=usage), **values}
     if parts.slow.slowest is not None:
         rank, excess = parts.slow.slowest
         values |= {"slowest_rank": float(rank), "slowest_rank_excess": excess}
     if writer is not None:
-        writer.write(step, values)
+        with window.reporting():
+            writer.write(step, values)
 
 
-def _show_samples(engine: Engine, recipe: Recipe, loader: Loader, writer: MetricsWriter | None, step: int) -> None:
-    """A picture per task of what the model generates, by a whole copy of it on rank 0."""
-    weights = engine.full_weights()
-    if writer is None or weights is None:
-        return
-    config = dataclasses.replace(model_config(recipe, loader.vocab.size), activation_checkpointing=False)
-    model = OFA(config)
-    model.load_state_dict(weights)
-    loaded = LoadedModel(model=model.to(engine.device).eval(), vocab=loader.vocab, recipe=recipe, step=step)
-    try:
-        for task, card in sample_cards(loaded, loader.shards, max_rows=SEARCHED_ROWS).items():
-            writer.picture(step, f"sample/{task}", np.asarray(card.convert("RGB")))
-    except (ValueError, OSError) as error:  # a row that cannot be shown is no reason to stop
-        print(f"no pictures of step {step}: {error}", file=sys.stderr)
+def _show_histograms(parts: _Parts, step: int) -> None:
+    began = time.perf_counter()
+    found = histograms_of_state(parts.engine)
+    if parts.writer is not None:
+        parts.writer.histograms(step, found)
+    parts.window.leave_out(time.perf_counter() - began)

@@ -10,6 +10,7 @@ from chain_cases import ACCUMULATION, FIRST_STEPS, HOPS, STEPS_A_HOP
 from engine_worker import build_engine, ds_config, make_ofa, train_ofa
 
 from ofa_ds import checkpoint
+from ofa_ds.cli.main import leave
 from ofa_ds.engine.process_group import init_distributed, leave_distributed
 
 
@@ -34,6 +35,7 @@ def main(folder: Path, hop: int) -> None:
     if ranks.rank == 0:
         (folder / f"results_{world_size}.json").write_text(json.dumps(result))
     leave_distributed()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import gc
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,19 @@ from toy import Toy, toy_batch
 from ofa_ds import checkpoint
 from ofa_ds.checkpoint.manifest import read_manifest
 from ofa_ds.checkpoint.state import Reader
+from ofa_ds.cli.main import leave
 from ofa_ds.config import BatchConfig, OptimConfig, TrainConfig
 from ofa_ds.engine.config import load_deepspeed_config
 from ofa_ds.engine.engine import Engine, build
 from ofa_ds.engine.process_group import init_distributed, leave_distributed
+from ofa_ds.engine.ranks import Ranks
 from ofa_ds.engine.schedule import polynomial_lr
 from ofa_ds.model import products
 from ofa_ds.model.config import preset
 from ofa_ds.model.ofa import OFA
 from ofa_ds.train.loss import group_counts, group_sums
 from ofa_ds.train.metrics import Window
+from ofa_ds.train.objective import TokenLoss
 from ofa_ds.train.step import train_step
 
 OPTIM = OptimConfig(peak_lr=1e-3, warmup_steps=3, eps=1e-6, clip_norm=0.5, ema_decay=0.8)
@@ -102,7 +105,7 @@ def train_ofa(
     for step in range(begin, begin + steps):
         first = [(micro * world_size + engine.ranks.rank) * size for micro in range(accumulation)]
         batches = [random_batch((step,), kinds=KINDS[at : at + size], first=at, vocab_size=VOCAB) for at in first]
-        train_step(engine, batches, window, label_smoothing=0.0)
+        train_step(engine, batches, window, TokenLoss())
         losses.append(window.close(engine.all_reduce)["loss"])
         norms.append(engine.grad_norm)
     return losses, norms
@@ -149,7 +152,7 @@ def allow_fp16_on_cpu() -> None:
     get_accelerator().is_fp16_supported = lambda: True
 
 
-def precision(ranks: Any) -> list[dict[str, Any]]:
+def precision(ranks: Any, folder: Path) -> list[dict[str, Any]]:
     """bf16 with fp32 accumulation and reduction at stages 1-3, fp16 with its loss scale: the course of the loss."""
     results = []
     allow_fp16_on_cpu()
@@ -378,23 +381,20 @@ def fuzz(ranks: Any, folder: Path) -> dict[str, Any]:
     return result
 
 
-def main(folder: Path, *jobs: str) -> None:
+def run_jobs(jobs: Mapping[str, Callable[[Ranks, Path], Any]]) -> None:
+    """What `engine_cases.launch` starts on each rank: the jobs that it names; rank 0 writes what they return."""
+    folder, *names = sys.argv[1:]
     ranks = init_distributed("cpu")
-    functions = {
-        "parity": lambda: parity(ranks, folder),
-        "precision": lambda: precision(ranks),
-        "skip": lambda: skip_steps(ranks, SKIP),
-        "offload": lambda: skip_steps(ranks, OFFLOAD),
-        "resume": lambda: resume_exactly(ranks, folder),
-        "reshard": lambda: reshard(ranks, folder),
-        "average": lambda: change_average(ranks, folder),
-        "fuzz": lambda: fuzz(ranks, folder),
-    }
-    results = {job: functions[job]() for job in jobs}
+    results = {name: jobs[name](ranks, Path(folder)) for name in names}
     if ranks.rank == 0:
-        result_file(folder, ranks.world_size).write_text(json.dumps(results))
+        result_file(Path(folder), ranks.world_size).write_text(json.dumps(results))
     leave_distributed()
+    leave(0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    run_jobs({
+        "parity": parity, "precision": precision, "skip": lambda ranks, _: skip_steps(ranks, SKIP),
+        "offload": lambda ranks, _: skip_steps(ranks, OFFLOAD), "resume": resume_exactly, "reshard": reshard,
+        "average": change_average, "fuzz": fuzz,
+    })  # fmt: skip

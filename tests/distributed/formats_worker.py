@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from engine_cases import result_file
 from engine_worker import (
     OPTIM,
     allow_fp16_on_cpu,
@@ -23,6 +20,7 @@ from engine_worker import (
     dispose,
     ds_config,
     make_toy,
+    run_jobs,
     train_toy,
 )
 from formats_cases import EXPORTS, SAVED, UNIVERSAL
@@ -37,7 +35,6 @@ from ofa_ds.convert.deepspeed_folder import read_deepspeed, write_deepspeed
 from ofa_ds.convert.universal import read_universal, write_universal
 from ofa_ds.engine.config import load_deepspeed_config
 from ofa_ds.engine.engine import Engine
-from ofa_ds.engine.process_group import init_distributed, leave_distributed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS = 4
@@ -244,18 +241,9 @@ def converted(ranks: Any, folder: Path) -> list[dict[str, Any]]:
     return results
 
 
-def main(folder: Path, *jobs: str) -> None:
-    ranks = init_distributed("cpu")
+if __name__ == "__main__":
     allow_fp16_on_cpu()
-    functions: dict[str, Callable[[Any, Path], Any]] = {
+    run_jobs({
         "saved": saved, "stage0": stage0, "imported": imported, "exported": exported, "universal": universal,
         "converted": converted,
-    }  # fmt: skip
-    results = {job: functions[job](ranks, folder) for job in jobs}
-    if ranks.rank == 0:
-        result_file(folder, ranks.world_size).write_text(json.dumps(results))
-    leave_distributed()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    })  # fmt: skip

@@ -16,10 +16,12 @@ from engine_worker import COUNTED, build_engine, different, dispose, ds_config, 
 from torch import Tensor
 
 from ofa_ds.batch import Batch
+from ofa_ds.cli.main import leave
 from ofa_ds.engine.engine import Engine
 from ofa_ds.engine.process_group import init_distributed, leave_distributed
 from ofa_ds.train.checks import Checks
 from ofa_ds.train.metrics import Window
+from ofa_ds.train.objective import TokenLoss
 from ofa_ds.train.spikes import LossWindow
 from ofa_ds.train.step import StepResult, train_step
 
@@ -37,7 +39,7 @@ def take(engine: Engine, step: int, before: LossWindow | None = None, *, times: 
     found = batches(engine, step)
     if engine.ranks.rank == engine.ranks.world_size - 1:
         found[0].loss_weight.mul_(times)
-    return train_step(engine, found, Window(engine.device), label_smoothing=0.0, before=before)
+    return train_step(engine, found, Window(engine.device), TokenLoss(), before=before)
 
 
 def begin(ranks: Any, name: str) -> Engine:
@@ -94,7 +96,7 @@ class Wrong:
 
 def told(checks: Checks, engine: Engine, step: int) -> str:
     try:
-        checks.check(step, batches(engine, step)[0], label_smoothing=0.0)
+        checks.check(step, batches(engine, step)[0])
     except RuntimeError as error:
         return str(error)
     return ""
@@ -115,7 +117,7 @@ def corruption(ranks: Any) -> list[dict[str, Any]]:
     results = []
     for name in CORRUPTED:
         engine = begin(ranks, name)
-        checks = Checks(engine, every=1, buffers_agree=False)
+        checks = Checks(engine, TokenLoss(), every=1, buffers_agree=False)
         take(engine, 0)
         clean = [told(checks, engine, 1)]
         before = state_of(engine)
@@ -135,7 +137,7 @@ def corruption(ranks: Any) -> list[dict[str, Any]]:
             engine = begin(ranks, name)
             if ranks.rank == 0:
                 flip(next(each for each in engine.module.parameters() if not each.ds_persist).ds_tensor)
-            found["master"] = told(checks := Checks(engine, every=1, buffers_agree=False), engine, 1)
+            found["master"] = told(checks := Checks(engine, TokenLoss(), every=1, buffers_agree=False), engine, 1)
             dispose(engine)
         results.append({"name": name, "clean": clean, "changed": changed, **found})
     return results
@@ -144,13 +146,13 @@ def corruption(ranks: Any) -> list[dict[str, Any]]:
 def cost(ranks: Any) -> dict[str, float]:
     """Seconds of a step and of a check, medians."""
     engine = build_engine(ranks, make_ofa, ds_config(3), ACCUMULATION)
-    checks, steps, looks = Checks(engine, every=1, buffers_agree=False), [], []
+    checks, steps, looks = Checks(engine, TokenLoss(), every=1, buffers_agree=False), [], []
     for step in range(8):
         began = time.perf_counter()
         take(engine, step)
         steps.append(time.perf_counter() - began)
         began = time.perf_counter()
-        checks.check(step, batches(engine, step)[0], label_smoothing=0.0)
+        checks.check(step, batches(engine, step)[0])
         looks.append(time.perf_counter() - began)
     dispose(engine)
     return {"step_s": statistics.median(steps[2:]), "check_s": statistics.median(looks[2:])}
@@ -166,6 +168,7 @@ def main(folder: Path) -> None:
     if ranks.rank == 0:
         result_file(folder, ranks.world_size).write_text(json.dumps(results))
     leave_distributed()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ofa_kernels import attention_ops_triton
+from ofa_kernels import attention_row_ops_triton
 from ofa_kernels._launch import interpreting
 from ofa_kernels.attention import RelativeCodes, Tokens, attention, plan_attention, position_terms
+from ofa_kernels.attention_plan_triton import TritonPlan
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 NAMES = ("q", "k", "v", "pos_q", "pos_k", "row", "head scale")
@@ -76,11 +77,9 @@ class Case:
         values = [(torch.randn(*shape, generator=generator) / 2).to(DEVICE) for shape in shapes]
         return [each.to(rounded or dtype).to(dtype).requires_grad_() for each in values]
 
-    def run(self, kernel: str, inputs: list[Tensor], *, dropout: float = 0.0, deterministic: bool = True) -> Tensor:
+    def run(self, kernel: str, inputs: list[Tensor], *, dropout: float = 0.0) -> Tensor:
         q, k, v, pos_q, pos_k, row, head_scale = inputs
-        plan = plan_attention(
-            *self.sides(), relative=self.codes(), causal=self.causal, kernel=kernel, deterministic=deterministic
-        )
+        plan = plan_attention(*self.sides(), relative=self.codes(), causal=self.causal, kernel=kernel)
         positions = position_terms(pos_q, pos_k, self.heads, self.scale, plan) if self.positions else ()
         row = row if self.relative else None
         return attention((q, k, v), plan, positions, row, head_scale, scale=self.scale, dropout=dropout)
@@ -186,10 +185,6 @@ def test_two_runs_give_the_same_bits(case: Case) -> None:
         assert torch.equal(value, second[name]), name
 
 
-def test_the_fast_mode_is_exact_too() -> None:
-    assert_right(Case((5, 12)), deterministic=False)
-
-
 @pytest.mark.parametrize("magnitude", [1e-12, 1e-4, 1e4, 1e12])
 def test_gradients_of_the_row_keep_their_precision_at_any_loss_scale(magnitude: float) -> None:
     """They pass through integers: the fixed point has to follow the size of the gradient."""
@@ -253,21 +248,11 @@ def test_a_token_sees_only_its_own_example(case: Case) -> None:
     assert torch.equal(before[:5], after[:5]) and not torch.equal(before[5:], after[5:])
 
 
-OWN_OPERATORS = {
-    "attention_forward": attention_ops_triton._forward,
-    "attention_backward": attention_ops_triton._backward,
-}
-
-
 class Inside(TorchDispatchMode):
-    """Shows `see` what every operator returns, also those that our own operators are made of."""
+    """Shows `see` what every operator returns."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
-        name = func.overloadpacket.__name__
-        if name in OWN_OPERATORS:
-            with self:
-                return OWN_OPERATORS[name]._init_fn(*args, **(kwargs or {}))
-        return self.see(name, func(*args, **(kwargs or {})))
+        return self.see(func.overloadpacket.__name__, func(*args, **(kwargs or {})))
 
     def see(self, name: str, out: object) -> object:
         return out
@@ -307,7 +292,9 @@ def test_kernels_write_all_of_their_buffers_and_nothing_beside(case: Case, poiso
     for whole, part in poison.buffers:
         guards = torch.cat([whole[: poison.guard], whole[-poison.guard :]])
         assert guards.isnan().all(), f"written outside of {tuple(part.shape)}"
-        assert part.isfinite().all(), f"left unwritten inside {tuple(part.shape)}"
+        if part.ndim < 3:  # dlogits have room for the longest example; what is left of it nobody reads
+            assert part.isfinite().all(), f"left unwritten inside {tuple(part.shape)}"
+    assert all(x.grad.isfinite().all() for x in inputs if x.grad is not None)
 
 
 class Largest(Inside):
@@ -324,17 +311,21 @@ class Largest(Inside):
         return out
 
 
-def largest_tensor(length: int, kernel: str) -> int:
-    case = Case((length,), heads=1, head_dim=4)
+def largest_tensor(case: Case, kernel: str) -> int:
     inputs = case.inputs()
     with Largest() as seen:
         case.run(kernel, inputs).sum().backward()
     return seen.elements
 
 
-def test_no_tensor_grows_with_queries_times_keys() -> None:
-    assert largest_tensor(128, "triton") <= 2 * largest_tensor(64, "triton")
-    assert largest_tensor(128, "torch") >= 3 * largest_tensor(64, "torch"), "the reference has one: the count works"
+def test_no_tensor_grows_with_queries_times_keys_but_dlogits_of_few_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case((128,), heads=2, head_dim=4, relative=False)
+    shorter = replace(case, queries=(64,))
+    assert largest_tensor(case, "triton") <= 2 * largest_tensor(shorter, "triton")
+    assert largest_tensor(case, "torch") >= 3 * largest_tensor(shorter, "torch"), "the reference has one: it is counted"
+    both_heads = largest_tensor(replace(case, relative=True), "triton")
+    monkeypatch.setattr(attention_row_ops_triton, "DLOGITS_BYTES", 1)
+    assert 2 * largest_tensor(replace(case, relative=True), "triton") == both_heads
 
 
 def test_the_backward_uses_the_dropout_mask_of_the_forward() -> None:
@@ -399,9 +390,10 @@ def test_torch_compile_takes_it_whole() -> None:
     case = Case((9, 4))
     q, k, v, pos_q, pos_k, row, head_scale = case.inputs()
     plan = plan_attention(*case.sides(), relative=case.codes(), causal=False, kernel="triton")
+    positions = position_terms(pos_q, pos_k, case.heads, case.scale, plan)
 
     def run(q: Tensor) -> Tensor:
-        return attention((q, k, v), plan, (pos_q, pos_k), row, head_scale, scale=case.scale, dropout=0.0) * 2
+        return attention((q, k, v), plan, positions, row, head_scale, scale=case.scale, dropout=0.0) * 2
 
     torch.testing.assert_close(torch.compile(run, backend="aot_eager", fullgraph=True)(q), run(q))
 
@@ -442,4 +434,4 @@ def test_unknown_kernels_are_named() -> None:
 
 def test_the_cpu_runs_plain_torch_unless_told_otherwise() -> None:
     plan = plan_attention(*Case((3,)).sides(), relative=None, causal=False)
-    assert not isinstance(plan, attention_ops_triton.TritonPlan)
+    assert not isinstance(plan, TritonPlan)

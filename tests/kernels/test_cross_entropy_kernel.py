@@ -6,6 +6,7 @@ fp16 here.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from ofa_ds.train.criteria import Criterion, criterion_loss
 from ofa_kernels import _cross_entropy_parts, cross_entropy
-from ofa_kernels import cross_entropy_triton as tiles
+from ofa_kernels import cross_entropy_ops_triton as tiles
+from ofa_kernels import cross_entropy_triton as kernels
 from ofa_kernels._launch import interpreting
 from ofa_kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 
@@ -130,7 +133,7 @@ def small_tiles(columns: int, rows: int, item_bytes: int = 4) -> Iterator[None]:
     """Several tiles of the vocabulary and several blocks of a tile at the sizes of a test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE_AND_SUM_BYTES", columns * max(rows, 1) * item_bytes)
-        patch.setattr(tiles, "BLOCK", 512)
+        patch.setattr(kernels, "BLOCK", 512)
         yield
 
 
@@ -165,7 +168,7 @@ def test_the_torch_path_is_as_accurate_as_plain_torch(constraint: str, chunk: in
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_a_row_of_several_full_blocks_is_as_accurate_as_plain_torch(constraint: str) -> None:
-    problem(3, 2 * tiles.BLOCK + 1, constraint=constraint).check("triton")
+    problem(3, 2 * kernels.BLOCK + 1, constraint=constraint).check("triton")
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -301,12 +304,12 @@ def test_no_result_has_memory_in_it_that_was_not_written(constraint: str, chunk:
     assert all(torch.equal(a, b) for a, b in zip(clean, poisoned, strict=True))
 
 
-@pytest.mark.parametrize("constraint", [tiles.NO_CONSTRAINT, tiles.RANGE, tiles.MASK])
+@pytest.mark.parametrize("constraint", [kernels.NO_CONSTRAINT, kernels.RANGE, kernels.MASK])
 def test_kernels_write_inside_their_outputs_only(constraint: int) -> None:
     rows, width, padded, stride, vocab, guard = 5, 71, 128, 192, 135, 77
     buffers = {
         "logits": torch.full((rows + 2, stride), float(guard)),
-        "state": torch.full((rows + 2, tiles.STATE), float(guard)),
+        "state": torch.full((rows + 2, kernels.STATE), float(guard)),
         "loss": torch.full((rows + 2,), float(guard)),
         "nll": torch.full((rows + 2,), float(guard)),
         "correct": torch.full((rows + 2,), guard, dtype=torch.uint8),
@@ -316,9 +319,9 @@ def test_kernels_write_inside_their_outputs_only(constraint: int) -> None:
     inner["logits"][:, :padded] = torch.randn(rows, padded, device=DEVICE)
     inner["state"][:] = torch.tensor([0.5, 64.0, 9.0, 0.1, 64.0], device=DEVICE)  # of the tile before
     target = torch.randint(64, vocab, (rows,), device=DEVICE)
-    mask = torch.ones(rows, vocab, dtype=torch.uint8, device=DEVICE) if constraint == tiles.MASK else None
+    mask = torch.ones(rows, vocab, dtype=torch.uint8, device=DEVICE) if constraint == kernels.MASK else None
     numbers = (64, width, padded, stride, vocab, 5, vocab, 0.1, PAD, constraint)
-    tiles._forward_kernel[(rows,)](
+    kernels.forward_kernel[(rows,)](
         inner["logits"],
         target,
         mask,
@@ -330,7 +333,7 @@ def test_kernels_write_inside_their_outputs_only(constraint: int) -> None:
         BLOCK=256,
     )
     upstream = torch.ones(rows, device=DEVICE)
-    tiles._backward_kernel[(rows, 1)](inner["logits"], target, upstream, mask, inner["state"], *numbers, BLOCK=256)
+    kernels.backward_kernel[(rows, 1)](inner["logits"], target, upstream, mask, inner["state"], *numbers, BLOCK=256)
     for name, x in buffers.items():
         assert (x[0] == guard).all() and (x[-1] == guard).all(), name
         assert not (x[1:-1] == guard).all(), name
@@ -365,10 +368,10 @@ def test_tiles_of_the_real_vocabulary_take_less_than_100_mb_beside_the_gradients
 ) -> None:
     """Everything but the kernels runs, on tensors without data. A fp32 sum of the weight's gradient counts as that
     gradient; there is none where one group of tokens holds all of them."""
-    monkeypatch.setattr(_cross_entropy_parts, "_products_are_wide", lambda *_: False)  # else less memory is needed
+    monkeypatch.setattr(_cross_entropy_parts, "products_are_wide", lambda *_: False)  # else less memory is needed
     launches: list[int] = []
-    monkeypatch.setattr(tiles, "_forward_kernel", _Launches(launches))
-    monkeypatch.setattr(tiles, "_backward_kernel", _Launches(launches))
+    monkeypatch.setattr(kernels, "forward_kernel", _Launches(launches))
+    monkeypatch.setattr(kernels, "backward_kernel", _Launches(launches))
     rows, columns = tile = tiles.tile_shape(num_tokens, VOCAB, dim, dtype.itemsize, None)
     handed_back = {num_tokens * dim * dtype.itemsize, VOCAB * dim * (4 if num_tokens > rows else dtype.itemsize)}
     with FakeTensorMode():
@@ -381,6 +384,42 @@ def test_tiles_of_the_real_vocabulary_take_less_than_100_mb_beside_the_gradients
     assert memory.peak <= LIMIT_BYTES
     if num_tokens == 16384:
         assert memory.peak >= 0.5 * LIMIT_BYTES  # and it uses what it may
+
+
+@pytest.mark.parametrize(
+    "num_tokens, gigabytes, products",
+    [(1127, 40, 3), (1127, 80, 3), (2600, 80, 3), (4096, 141, 3), (4096, 80, 3.5), (1127, 0, 3.5), (16384, 141, 3.98)],
+)
+def test_logits_are_computed_once_where_a_small_part_of_the_gpu_holds_them(
+    num_tokens: int, gigabytes: int, products: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,127: the targets of one pretraining micro-batch. Counted as in the test above, with the products of OFA 6B."""
+    monkeypatch.setattr(kernels, "forward_kernel", _Launches([]))
+    monkeypatch.setattr(kernels, "backward_kernel", _Launches([]))
+    monkeypatch.setattr(_cross_entropy_parts, "products_are_wide", lambda *_: False)
+    dim, budget = 2560, gigabytes * 10**9 // tiles.DEVICE_SHARE
+    tile = list(tiles.tile_shape(num_tokens, VOCAB, dim, 2, None, budget))
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(n, dim, dtype=torch.bfloat16) for n in (num_tokens, VOCAB))
+        target, upstream = torch.empty(num_tokens, dtype=torch.int64), torch.empty(num_tokens)
+        handed_back = {hidden.nbytes, weight.nbytes, 2 * weight.nbytes * (num_tokens > tile[0])}
+        with LiveBytes(handed_back) as memory, FlopCounterMode(display=False) as flops:
+            *_, state, buffer = tiles._forward(hidden, weight, target, None, [], 0.1, PAD, tile, torch.bfloat16)
+            tiles._backward(upstream, hidden, weight, target, None, state, buffer, [], 0.1, PAD, True, True)
+    assert flops.get_total_flops() / (2 * num_tokens * dim * VOCAB) == pytest.approx(products, abs=0.01)
+    assert memory.peak <= max(LIMIT_BYTES, budget + 16e6)
+
+
+def test_the_memory_of_a_gpu_decides_the_tiles_and_not_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free memory differs between runs, and the tiles decide the order of sums."""
+    properties = types.SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: pytest.fail("free memory was asked for"))
+    tiles._device_budget.cache_clear()
+    assert tiles._device_budget(torch.device("cuda", 0)) == 320 * 2**20
+    assert tiles._device_budget(torch.device("cpu")) == 0
+    tiles._device_budget.cache_clear()
 
 
 class _Launches:

@@ -113,6 +113,7 @@ class Cluster:
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
+                preexec_fn=_as_at_a_terminal,
                 **options,
             )
         return Running(process, log)
@@ -123,6 +124,11 @@ class Cluster:
     def wait_until_nothing_is_left(self, within_s: float = 10) -> None:
         for host in self.everything:
             host.wait_until_nothing_is_left(within_s)
+
+
+def _as_at_a_terminal() -> None:
+    """What a shell without a terminal starts in the background ignores Ctrl-C, and so would all of these tests."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager

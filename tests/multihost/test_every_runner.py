@@ -18,6 +18,9 @@ import pytest
 import slurm
 import training
 
+from ofa_ds.data.scenes_tasks import write_task_scenes
+from ofa_ds.tasks.task_shards import build_task_shards
+
 PROGRAMS = {
     "deepspeed": "ssh",
     "torchrun": "ssh",
@@ -85,6 +88,22 @@ def test_three_hosts_train_to_the_same_bits(
     result = desk.cluster.run(command, host=login, timeout=300, cwd=desk.path, env=environment)
     assert result.returncode == 0, result.stdout
     trained.compare(desk, runner)
+
+
+def test_three_hosts_fine_tune_and_predict_each_row_once(desk: training.Desk, trained: Trained) -> None:
+    toy, login = desk.path / "toy", desk.cluster.login
+    build_task_shards(toy / "shards", "sst2", [write_task_scenes(toy, "sst2", 26, 1)])
+
+    def launch(*program: str) -> None:
+        command = [sys.executable, "-m", "ofa_ds.cli", "launch", "--hostfile", "hosts", "--", *program]
+        result = desk.cluster.run(command, host=login, timeout=300, cwd=desk.path, env=desk.env)
+        assert result.returncode == 0, result.stdout
+
+    batch = ("batch.global_rows=24", "batch.micro_rows=4", "train.num_steps=2")
+    launch("finetune", "finetune-sst2-nano", "run_dir=tuned", "data.shards=toy/shards", "data.vocab=vocab", *batch)
+    launch("predict", "tuned", "--task", "sst2", "--shards", "toy/shards", "--out", "sst2.tsv")
+    head, *rows = (desk.path / "sst2.tsv").read_text().splitlines()
+    assert [row.split("\t")[0] for row in rows] == [str(number) for number in range(26)], head
 
 
 def plain_commands() -> dict[str, list[str]]:

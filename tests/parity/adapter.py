@@ -133,7 +133,12 @@ def stored_weights(folder: Path, file: str) -> dict[str, np.ndarray] | None:
     path = folder / file
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as stored:
+    return stored_arrays(path)
+
+
+def stored_arrays(file: Path) -> dict[str, np.ndarray]:
+    """All arrays of a fixture file, by name."""
+    with np.load(file, allow_pickle=False) as stored:
         return {name: stored[name] for name in stored.files}
 
 

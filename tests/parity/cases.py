@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from adapter import MICRO, MICRO_6B_VIT, MICRO_VIT, Padded, load, pack_padded, stored_weights
+from adapter import MICRO, MICRO_6B_VIT, MICRO_VIT, Padded, load, pack_padded, stored_arrays, stored_weights
 from torch import Tensor, nn
 
 from ofa_ds.batch import Batch
@@ -30,8 +30,7 @@ class Case:
     def __init__(self, file: Path, kernels: KernelConfig | None = None) -> None:
         self.file = file
         self.kernels = kernels or KernelConfig()
-        with np.load(file, allow_pickle=False) as stored:
-            self.arrays = {name: stored[name] for name in stored.files}
+        self.arrays = stored_arrays(file)
         self.inputs = self.part("in")
         self.is_6b = file.stem.startswith("case_6b")
 
@@ -129,8 +128,8 @@ def _cross_attention(model: OFA, batch: Batch, query_MD: Tensor, encoded: Encode
     attn = decoder.layers[-1].encoder_attn
     pairs = [(attn.q_proj(query_MD[own]), attn.k_proj(encoded.memory_ND[seen]))]
     if not model.config.entangle_position_embedding:
-        position_M = batch.decoder_position[own]
-        _, normed_UD, index_M, _ = decoder.positions(position_M, batch.code_mask[example].expand_as(position_M))
+        _, normed_UD, _ = decoder.positions(batch.places.decoder_texts, batch.places.decoder_codes)
+        index_M = batch.places.decoder_index[own]
         memory_position = encoded.position_UD[encoded.position_N[seen]]
         pairs.append((decoder.cross_pos_q_linear(normed_UD)[index_M], decoder.cross_pos_k_linear(memory_position)))
     q, k = (torch.stack(side).unflatten(2, (model.config.num_heads, -1)) for side in zip(*pairs, strict=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adapter import load, stored_weights
+from adapter import load, stored_arrays, stored_weights
 from numerics import assert_close
 
 from ofa_ds.model.resnet import BatchNorm, ResNet
@@ -18,18 +18,13 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 RESNETS, VITS = "resnet_full_by_rule.npz", "vit_backbone_only.npz"
 
 
-def fixture(folder: Path, name: str) -> dict[str, np.ndarray]:
-    with np.load(folder / name, allow_pickle=False) as arrays:
-        return {key: arrays[key] for key in arrays.files}
-
-
 @pytest.mark.golden(RESNETS)
 @pytest.mark.parametrize(
     "name, batch_norm",
     [("resnet18", "frozen"), ("resnet18", "sync"), *((f"resnet{n}", "batch") for n in (18, 50, 101, 152))],
 )
 def test_resnet_gives_the_features_of_the_original(name: str, batch_norm: str, golden_dir: Path) -> None:
-    arrays = fixture(golden_dir, RESNETS)
+    arrays = stored_arrays(golden_dir / RESNETS)
     model = ResNet(arrays[f"layers/{name}"].tolist(), batch_norm=batch_norm).eval()
     load(model, None, "embed_images.".__add__)
     for layer in model.modules():
@@ -44,7 +39,7 @@ def test_resnet_gives_the_features_of_the_original(name: str, batch_norm: str, g
 @pytest.mark.golden(VITS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_vit_gives_the_features_of_the_original_at_every_size(dtype: torch.dtype, golden_dir: Path) -> None:
-    arrays = fixture(golden_dir, VITS)
+    arrays = stored_arrays(golden_dir / VITS)
     model = ViT(224, 16, 32, 2, 4).to(dtype).eval()
     load(model, stored_weights(golden_dir, "micro_vit_state.npz"), PREFIX.__add__)
     sizes = [key.removeprefix("out/") for key in arrays if key.startswith("out/")]

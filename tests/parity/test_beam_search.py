@@ -36,8 +36,7 @@ def config_of(ctor: dict[str, Any]) -> GenerationConfig:
 
 @pytest.fixture(scope="module")
 def arrays(golden_dir: Path) -> dict[str, np.ndarray]:
-    with np.load(golden_dir / FILE, allow_pickle=False) as stored:
-        return {key: stored[key] for key in stored.files}
+    return adapter.stored_arrays(golden_dir / FILE)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapter import stored_arrays
 from torch import Tensor
 
 from ofa_ds.train import criteria
@@ -107,8 +108,7 @@ def check(case: str, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> Non
 def test_every_recorded_case_gives_the_loss_and_gradient_of_the_original(
     golden_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with np.load(golden_dir / FILE, allow_pickle=False) as stored:
-        arrays = {key: stored[key] for key in stored.files}
+    arrays = stored_arrays(golden_dir / FILE)
     cases = json.loads(arrays["meta"].item())
     failed = []
     for case, meta in cases.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapter import stored_arrays
 
 from ofa_ds.model.positions import RelativeRow, code_image_ids, grid_ids, num_image_rows, token_buckets
 
@@ -16,8 +17,7 @@ pytestmark = pytest.mark.golden("rel_pos_buckets.npz")
 
 @pytest.fixture(scope="module")
 def tables(golden_dir: Path) -> dict[str, np.ndarray]:
-    with np.load(golden_dir / "rel_pos_buckets.npz", allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files}
+    return stored_arrays(golden_dir / "rel_pos_buckets.npz")
 
 
 def of_kind(tables: dict[str, np.ndarray], kind: str) -> list[tuple[list[int], np.ndarray]]:

@@ -11,6 +11,7 @@ import adapter
 import numpy as np
 import pytest
 import torch
+from adapter import stored_arrays
 from torch import Tensor
 
 from ofa_ds.batch import Batch
@@ -22,11 +23,6 @@ from ofa_ds.train.loss import group_counts, group_sums
 FILE = "train_trajectory.npz"
 PAIR = ("case_c_partial_patch_masks.npz", "case_d2_code_mixed.npz")
 BETAS, EPS, WEIGHT_DECAY, CLIP_NORM = (0.9, 0.999), 1e-8, 0.01, 5.0
-
-
-def fixture(folder: Path, name: str) -> dict[str, np.ndarray]:
-    with np.load(folder / name, allow_pickle=False) as stored:
-        return {key: stored[key] for key in stored.files}
 
 
 @dataclasses.dataclass
@@ -63,6 +59,12 @@ class TorchAdam:
         self.inner.step()
 
 
+NOTHING_HERE = (
+    "allowed_ids", "allowed_offsets", "encoder_of", "reference_bytes", "reference_offsets", "num_references"
+)  # fmt: skip
+"""Fields of fine-tuning."""
+
+
 def joined(first: Batch, second: Batch) -> Batch:
     """One batch of the examples of both: loss group 0 and 1."""
     height, width = (side // adapter.MICRO.patch_size for side in first.images[0].shape[2:])
@@ -71,7 +73,9 @@ def joined(first: Batch, second: Batch) -> Batch:
     values = {}
     for field in dataclasses.fields(Batch):
         one, two = getattr(first, field.name), getattr(second, field.name)
-        if field.name.startswith("image"):
+        if field.name in NOTHING_HERE:
+            values[field.name] = one
+        elif field.name.startswith("image"):
             values[field.name] = one + two
         elif field.name.endswith("offsets"):
             values[field.name] = torch.cat([one, two[1:] + one[-1]])
@@ -108,10 +112,11 @@ def follow(
     kernels: KernelConfig | None = None,
 ) -> None:
     """Train on the recorded pair; compare loss and gradient norm of each update, and the weights at the end."""
-    recorded = {key.removeprefix(f"{tag}/"): value for key, value in fixture(golden_dir, FILE).items() if tag in key}
+    stored = stored_arrays(golden_dir / FILE)
+    recorded = {key.removeprefix(f"{tag}/"): value for key, value in stored.items() if tag in key}
     inputs = [
-        {key.removeprefix("in/"): value for key, value in fixture(golden_dir, name).items() if key.startswith("in/")}
-        for name in PAIR
+        {key.removeprefix("in/"): value for key, value in pair.items() if key.startswith("in/")}
+        for pair in (stored_arrays(golden_dir / name) for name in PAIR)
     ]
     smoothing = float(match[1]) if (match := re.search(r"_ls([\d.]+)", tag)) else 0.0
     config = dataclasses.replace(adapter.MICRO, kernels=kernels or KernelConfig())
@@ -140,7 +145,7 @@ def follow(
 
 @pytest.mark.golden(FILE)
 def test_learning_rates_are_those_of_the_original(golden_dir: Path) -> None:
-    schedules = {key: value for key, value in fixture(golden_dir, FILE).items() if key.startswith("lr/")}
+    schedules = {key: value for key, value in stored_arrays(golden_dir / FILE).items() if key.startswith("lr/")}
     assert schedules
     for key, recorded in schedules.items():
         parts = dict(re.findall(r"(lr|total|ratio|power|end)(\d[\d.]*(?:e-?\d+)?)", key.removeprefix("lr/")))

@@ -10,6 +10,7 @@ import base64
 import functools
 import io
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -22,6 +23,7 @@ import pytest
 from PIL import Image
 
 from ofa_ds.data.scenes import write_scenes
+from ofa_ds.data.scenes_tasks import write_task_scenes
 from ofa_ds.data.shards_build import build_shards
 from ofa_ds.tasks.texts import train_from_shards
 
@@ -38,10 +40,18 @@ TOO_LONG = {
     r"bash launchers/pretrain\.sh": "wants hosts; tests/multihost runs it on some",
     r"(bash tests/run\.sh|(TRITON_INTERPRET=0 )?python -m pytest)": "the tests themselves",
     r"deepspeed ": "as many ranks as there are GPUs",
-    r".*\b(pretrain-(tiny|base|6b)|scenes-long)\b": "hours, or data that is not here",
+    r"ofa-ds plan .*--calibration": "of the command before it",
+    r"(?!ofa-ds plan).*\b(pretrain-(tiny|base|6b)|scenes-long|finetune-\w+-(tiny|medium|base|large|huge))\b":
+        "hours, or data that is not here",
+    r"ofa-ds [a-z]+ ofa-large": "released weights, which are not here",
+    r"torchrun .*ofa_ds\.predict": "ranks; tests/distributed predicts on two",
+    r"torchrun .*ofa_ds\.finetune ": "minutes",
+    r"ofa-ds (shards build|evaluate) .*(\btsv/|\bvqa/heldout\b)": "of the commands before it",
     r"ofa-ds scenes .*--rows [0-9]{4}": "half a minute",
     r"ofa-ds scenes --out tsv/heldout": "of the command before it",
     r"python (-m ofa_ds\.bench|kernels/bench\.py)": "minutes",
+    r"ofa-ds bench": "minutes, and the machine for itself",
+    r"bash kernels/first_ten_minutes\.sh": "ten minutes of a GPU; test_first_ten_minutes.py runs it, cut short",
     r"torchrun .*ofa_ds/bench/": "minutes",
     r"bash launchers/setup_env\.sh": "it has made what runs this",
     r"ruff ": "not ours",
@@ -94,16 +104,20 @@ def resolve(command: str) -> None:
     elif words[:2] == ["bash", "launchers/quickstart.sh"]:
         check_recipe(["pretrain-nano", *[word for word in words[2:] if not word.startswith("--")]])
         check_options(words, (ROOT / words[1]).read_text())
+    elif words[:2] == ["bash", "kernels/first_ten_minutes.sh"]:
+        check_options(words[2:], help_of("kernels/first_ten_minutes.py"))
     elif "pytest" in words or words[1] == "tests/run.sh":
         check_tests(words)
     elif words[0] == "ofa-ds":
         check_ofa_ds(words[1:])
-    elif "ofa_ds.pretrain" in words:
-        check_recipe(words[words.index("ofa_ds.pretrain") + 1 :])
+    elif module := next((word for word in words if word in ("ofa_ds.pretrain", "ofa_ds.finetune")), None):
+        check_recipe(words[words.index(module) + 1 :])
     elif words[:3] == ["python", "-m", "ofa_ds.bench"]:
         check_options(words[3:], help_of("-m", "ofa_ds.bench", words[3]))
     elif words[:2] == ["python", "kernels/bench.py"]:
         check_options(words, help_of("kernels/bench.py"))
+    elif "ofa_ds.predict" in words:
+        check_ofa_ds(["predict", *words[words.index("ofa_ds.predict") + 1 :]])
     elif words[0] == "torchrun":
         assert (ROOT / words[words.index("1") + 1]).is_file()
     else:
@@ -121,12 +135,13 @@ def check_recipe(arguments: list[str]) -> None:
 
 def check_ofa_ds(arguments: list[str]) -> None:
     from ofa_ds.cli.main import _parser
+    from ofa_ds.cli.parser import parsed
 
-    _parser().parse_args(arguments)
+    parsed(_parser(), arguments)
     if arguments[0] == "launch":
         arguments = arguments[arguments.index("--") + 1 :]
-        assert arguments[0] == "pretrain", arguments
-    if arguments[0] == "pretrain":
+        assert arguments[0] in ("pretrain", "finetune", "predict"), arguments
+    if arguments[0] in ("pretrain", "finetune"):
         check_recipe(arguments[1:])
 
 
@@ -189,7 +204,12 @@ def own_data(folder: Path) -> None:
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (256, 256, 3), np.uint8)).save(png, "PNG")
     (folder / "image.tsv").write_text(f"image0\t{base64.b64encode(png.getvalue()).decode()}\t{codes}\n")
     shutil.copytree(folder / "data/scenes/vocab", folder / "OFA/utils/BPE")
-    Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(folder / "picture.png")
+    for name in ("picture", "a"):
+        Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(folder / f"{name}.png")
+    for file in ("vqa_train", "vqa_val", "vqa_test", "caption_stage2_train"):
+        write_task_scenes(folder / "given", file.partition("_")[0], rows=8, seed=1).rename(folder / f"{file}.tsv")
+    answers = (folder / "given/answers.txt").read_text().splitlines()
+    (folder / "trainval_ans2label.pkl").write_bytes(pickle.dumps({answer: k for k, answer in enumerate(answers)}))
 
 
 def as_the_quick_start_leaves_it(folder: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import scenes_shards
 
@@ -40,6 +41,22 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+def stop(process: subprocess.Popen) -> list[psutil.Process]:
+    """SIGSTOP for the process and what it started, the writer of checkpoints too, until each thread stands.
+
+    One that is writing a file finishes its call first.
+    """
+    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in processes:
+        each.suspend()
+    deadline = time.monotonic() + TIMEOUT_S
+    threads = [thread for each in processes for thread in Path(f"/proc/{each.pid}/task").iterdir()]
+    while any("\nState:\tT" not in (thread / "status").read_text() for thread in threads):
+        assert time.monotonic() < deadline, f"{processes} did not stop in {TIMEOUT_S} s"
+        time.sleep(0.02)
+    return processes
+
+
 def tree(run_dir: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
@@ -48,15 +65,18 @@ def test_a_second_job_is_refused_touches_nothing_and_follows_when_the_first_was_
     steps = ("train.num_steps=1000", "train.save_every=1", "train.keep=2")
     first = start(data, tmp_path, *steps)
     wait_for(tmp_path / "latest", first)
-    first.send_signal(signal.SIGSTOP)  # in the midst of whatever it does: nothing moves but what the second one does
+    stopped = stop(first)  # in the midst of whatever it does: nothing moves but what the second one does
     before = tree(tmp_path)
     second = start(data, tmp_path, *steps)
     output, errors = second.communicate(timeout=TIMEOUT_S)
     assert second.returncode == 1 and "Traceback" not in errors and "step 1/" not in output
     (line,) = [line for line in errors.splitlines() if "another job is at work" in line]
     assert f"host {os.uname().nodename}, pid {first.pid}, since " in line and str(tmp_path) in line
-    assert tree(tmp_path) == before
+    after = tree(tmp_path)
+    assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == set()
     first.send_signal(signal.SIGKILL)
+    for process in stopped[1:]:
+        process.resume()  # each sees that its parent is gone
     first.communicate()
     reached = max(int(path.name[5:]) for path in tmp_path.glob("step_????????"))
     third = start(data, tmp_path, f"train.num_steps={reached + 1}", "train.keep=2")

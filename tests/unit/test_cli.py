@@ -77,7 +77,7 @@ def test_the_help_of_every_command_says_what_each_argument_is_and_gives_an_examp
     assert not any(noise in text for noise in ("(default: None)", "(default: False)", "(default: [])", "(default: )"))
     program, *words = shlex.split(parser.epilog.removeprefix("Example: "))
     assert program == "ofa-ds"
-    assert _parser().parse_args(words).run is parser.get_default("run")
+    assert parsed(_parser(), words).run is parser.get_default("run")
 
 
 @pytest.mark.parametrize(
@@ -113,3 +113,15 @@ def test_settings_may_stand_before_and_after_an_option(command: str) -> None:
     assert given.set == ["train.seed=1", "train.keep=2", "train.num_steps=3"]
     assert parsed(_parser(), f"{command} {option} train.keep=2".split()).set == ["train.keep=2"]
     assert parsed(_parser(), f"{command} {option}".split()).set == []
+
+
+@pytest.mark.parametrize(
+    "command, words, says",
+    [
+        ("pretrain", ["data.task.name=sst2"], "ofa-ds finetune"),
+        ("finetune", [], "data.task.name: want a task to fine-tune on"),
+    ],
+)
+def test_each_of_pretrain_and_finetune_refuses_the_recipes_of_the_other(command, words, says, capsys):
+    assert main([command, "pretrain-nano", *words]) == 2
+    assert says in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +57,21 @@ def raising(error: BaseException) -> Callable[[], None]:
         raise error
 
     return action
+
+
+def test_a_full_disk_is_no_fault_of_ours_and_is_named(fail, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Writing fails without a file name; the arguments tell which disk it was."""
+    full, real = tmp_path / "full", os.statvfs
+    full.mkdir()
+    lacking = SimpleNamespace(f_blocks=10, f_bavail=0, f_frsize=4096, f_files=10, f_favail=5)
+    monkeypatch.setattr(os, "statvfs", lambda path: lacking if Path(path) == full else real(path))
+    action = raising(OSError(errno.ENOSPC, "No space left on device"))
+    for argument in (str(full / "new" / "out.json"), f"run_dir={full}/run"):
+        code, told, files = fail(action, "x", argument)
+        place = argument.rpartition("=")[2]
+        want = f"ofa-ds: No space left on device on the disk of {place}; make room and run the same command again\n"
+        assert (code, told, files) == (1, want, [full])
+    assert fail(action)[1] == "ofa-ds: No space left on device; make room and run the same command again\n"
 
 
 def endless(n: int) -> int:
@@ -167,7 +184,7 @@ def test_output_to_a_full_disk_is_an_error_of_the_command() -> None:
     ended = shell("$PY -m ofa_ds.cli --help >/dev/full")
     assert ended.returncode == 1
     assert (
-        ended.stderr.startswith("ofa-ds: OSError: [Errno 28] No space left on device") and ended.stderr.count("\n") == 1
+        ended.stderr.startswith("ofa-ds: No space left on device") and ended.stderr.count("\n") == 1
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,6 +79,48 @@ def test_a_recipe_extends_another_beside_it_and_keeps_what_it_does_not_set(tmp_p
     (tmp_path / "mine.toml").write_text('extends = "base.toml"\n[train]\nseed = 7\n')
     recipe = load_recipe(tmp_path / "mine.toml")
     assert (recipe.optim.peak_lr, recipe.train.seed, recipe.model.preset) == (5e-4, 7, "nano")
+
+
+def test_steps_and_epochs_given_together_are_refused_in_a_line_and_a_recipe_s_own_are_no_error(tmp_path):
+    both = ["train.num_epochs=2", "train.num_steps=9"]
+    for order in (both, both[::-1]):
+        with pytest.raises(ValueError, match="^overrides: train.num_epochs=2 and train.num_steps=9 both .* leave one"):
+            load_recipe("finetune-refcoco-large", order)
+    mine = 'extends = "finetune-refcoco-large"\n[train]\nnum_epochs = 2.5\nnum_steps = 9\n'
+    (tmp_path / "mine.toml").write_text(mine)
+    with pytest.raises(ValueError, match=r"mine\.toml: train.num_epochs=2.5 and train.num_steps=9 both .*; leave one"):
+        load_recipe(tmp_path / "mine.toml")
+    epochs, steps = load_recipe("finetune-refcoco-large").train, load_recipe("finetune-vqa-nano").train
+    assert epochs.num_epochs and not steps.num_epochs
+    assert load_recipe("finetune-vqa-nano", both[:1]).train.num_epochs == 2
+
+
+def test_steps_take_back_the_epochs_of_the_recipe_that_they_change(tmp_path):
+    (tmp_path / "mine.toml").write_text('extends = "finetune-refcoco-large"\n[train]\nnum_steps = 9\n')
+    (tmp_path / "other.toml").write_text('extends = "mine.toml"\n[train]\nnum_epochs = 3\n')
+    for recipe, words, length in (
+        ("finetune-refcoco-large", ["train.num_steps=9"], (0, 9)), (tmp_path / "mine.toml", [], (0, 9)),
+        (tmp_path / "other.toml", [], (3, 9)), (tmp_path / "other.toml", ["train.num_epochs=0"], (0, 9)),
+        (tmp_path / "other.toml", ["train.num_epochs=0", "train.num_steps=4"], (0, 4)),
+    ):  # fmt: skip
+        found = load_recipe(recipe, words).train
+        assert (found.num_epochs, found.num_steps) == length, (recipe, words)
+
+
+def test_a_saved_recipe_that_has_epochs_and_the_steps_that_they_are_is_read_as_it_is(tmp_path):
+    recipe = load_recipe("finetune-refcoco-large")
+    settled = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, num_steps=77))
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(settled))
+    assert load_recipe(tmp_path / "recipe.toml") == settled
+    longer = load_recipe(tmp_path / "recipe.toml", ["train.num_steps=99"]).train
+    assert (longer.num_epochs, longer.num_steps) == (0, 99)
+
+
+@pytest.mark.parametrize("given", ["[3, 9]", "[9, 9]", "[9, 5]", "[-4, 9]", "[5]", "[5, 6, 7]", "5", "[true, 9]"])
+def test_ids_that_are_no_range_are_refused_with_the_recipe(given):
+    told = problem(f"criterion.constraint_range={given}")
+    assert "criterion.constraint_range" in told and "\n" not in told
+    assert load_recipe("finetune-refcoco-nano", ["criterion.constraint_range=[4, 5]"]).criterion.constraint_range
 
 
 def test_recipes_that_extend_one_another_in_a_circle_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from ofa_ds.config import BatchConfig, OptimConfig
 from ofa_ds.engine.config import derive_config, load_deepspeed_config
 from ofa_ds.engine.ranks import choose_device
 
-SHIPPED = ("zero1", "zero2", "zero3", "zero3_fp16", "zero3_offload")
+SHIPPED = tuple(sorted(path.stem for path in (Path(__file__).parents[2] / "ds_configs").glob("*.json")))
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -69,6 +70,7 @@ def test_a_key_that_the_recipe_owns_is_refused_with_both_places(tmp_path, key, r
         ("{", "not valid JSON"),
         ("[]", "want a JSON object, got list"),
         ('{"zero_optimization": {"stage": 4}}', "want 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["Block"]}}}', "Block is called once for each"),
         ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "use device cpu"),
     ],
 )
@@ -85,6 +87,19 @@ def test_an_unknown_name_lists_the_shipped_ones_and_the_nearest():
         load_deepspeed_config("zero33")
     with pytest.raises(ValueError, match="no such file"):
         load_deepspeed_config("nowhere/zero3.json")
+
+
+def test_a_second_copy_of_the_weights_wants_ranks_that_it_divides():
+    config = load_deepspeed_config("zero3_6b_a100")
+    assert derive(config, GPU, 2)["zero_optimization"].get("zero_hpz_partition_size") is None
+    batch = BatchConfig(global_rows=256, micro_rows=1)
+    for ranks, left in ((8, None), (16, 8), (256, 8)):
+        derived = derive_config(config, optim=OptimConfig(), batch=batch, world_size=ranks, device=GPU)
+        assert derived["zero_optimization"].get("zero_hpz_partition_size") == left
+    with pytest.raises(ValueError, match="zero_hpz_partition_size 8 does not divide 12 ranks; set it to the number"):
+        derive_config(
+            config, optim=OptimConfig(), batch=BatchConfig(global_rows=12, micro_rows=1), world_size=12, device=GPU
+        )
 
 
 def test_stage_0_in_low_precision_is_refused():

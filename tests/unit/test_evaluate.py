@@ -24,7 +24,7 @@ from ofa_ds.tasks.boxes import boxes_of, objects_of
 from ofa_ds.tasks.context import Context
 from ofa_ds.tasks.task import ask
 from ofa_ds.tasks.texts import train_from_shards
-from ofa_ds.terms import TASKS
+from ofa_ds.terms import PRETRAINING_TASKS
 
 STEPS = 90
 
@@ -61,12 +61,12 @@ def untrained(shards: Shards) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def ctx(untrained: LoadedModel, shards: Shards) -> Context:
-    return untrained.context(shards.negatives)
+    return untrained.context(shards)
 
 
 @pytest.fixture(scope="module")
 def asked(shards: Shards, ctx: Context) -> dict[str, list[Example]]:
-    return collect(shards, ctx, TASKS, 100)
+    return collect(shards, ctx, PRETRAINING_TASKS, 100)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_every_task_has_its_examples(asked: dict[str, list[Example]]) -> None:
 def test_the_limit_is_per_task_and_keeps_row_order(
     shards: Shards, ctx: Context, asked: dict[str, list[Example]]
 ) -> None:
-    few = collect(shards, ctx, TASKS, 3)
+    few = collect(shards, ctx, PRETRAINING_TASKS, 3)
     for task, examples in few.items():
         assert [e.row_id for e in examples] == [e.row_id for e in asked[task]][:3]
         assert all((a.source == b.source).all() for a, b in zip(examples, asked[task], strict=False))
@@ -143,7 +143,7 @@ def test_blind_is_the_best_of_what_there_is() -> None:
 
 
 def test_a_model_that_knows_the_rows_scores_high_and_blinded_does_not(judged: dict) -> None:
-    assert list(judged) == list(TASKS)
+    assert list(judged) == list(PRETRAINING_TASKS)
     exact = {task: judged[task]["scores"]["exact match"] for task in ("caption", "vqa", "grounded_caption")}
     boxes = judged["visual_grounding"]["scores"]["acc@IoU0.5"]
     objects = judged["detection"]["scores"]["F@IoU0.5, named"]
@@ -151,7 +151,7 @@ def test_a_model_that_knows_the_rows_scores_high_and_blinded_does_not(judged: di
         assert values["own"] > 0.75
     assert all(values["gain"] > 0.2 for values in (exact["caption"], exact["vqa"], boxes, objects))
     assert judged["itm"]["scores"]["accuracy"]["own"] > 0.7
-    for task in set(TASKS) - {"text_infilling", "grounded_caption"}:
+    for task in set(PRETRAINING_TASKS) - {"text_infilling", "grounded_caption"}:
         assert judged[task]["loss"]["gain"] > 0, task
     assert judged["text_infilling"]["loss"]["blind"] is None
 
@@ -181,8 +181,8 @@ def test_the_result_is_json_and_the_table_has_a_line_per_score(judged: dict) -> 
     facts = {"checkpoint": "runs/x", "step": 7, "shards": "data/y", "beam": 1, "seconds": 1.5, "tasks": judged}
     assert json.loads(json.dumps(facts)) == facts
     table = format_table(facts)
-    assert all(f"{task} (" in table for task in TASKS)
-    assert table.count("  loss ") == len(TASKS) and table.count("token accuracy") == 2
+    assert all(f"{task} (" in table for task in PRETRAINING_TASKS)
+    assert table.count("  loss ") == len(PRETRAINING_TASKS) and table.count("token accuracy") == 2
 
 
 def test_a_task_that_the_shards_lack_is_an_error(untrained: LoadedModel, shards: Shards) -> None:
@@ -287,5 +287,5 @@ def test_a_model_with_other_patches_is_asked_and_drawn_with_them(untrained: Load
     data = dataclasses.replace(untrained.recipe.data, image_size=56, mix=MixConfig(image=0, detection=0))
     model = OFA(dataclasses.replace(untrained.model.config, backbone=backbone)).eval()
     loaded = dataclasses.replace(untrained, model=model, recipe=dataclasses.replace(untrained.recipe, data=data))
-    assert loaded.context(shards.negatives).patch_size == 8
+    assert loaded.context(shards).patch_size == 8
     assert len(sample_cards(loaded, shards)) == 6

@@ -32,7 +32,7 @@ class TableModel:
         self.table = torch.randn(num_examples, VOCAB, VOCAB, generator=generator, dtype=torch.float64)
         self.rows: list[int] = []
 
-    def start_decoding(self, batch: SimpleNamespace, beams: int = 1) -> TableState:
+    def start_decoding(self, batch: SimpleNamespace, beams: int = 1, *, read: None = None) -> TableState:
         return TableState(batch.which.repeat_interleave(beams))
 
     def decode_step(self, tokens_R: Tensor, state: TableState) -> Tensor:
@@ -124,9 +124,21 @@ def test_a_trie_admits_its_answers_only_and_their_probabilities_sum_to_one() -> 
         assert sum(torch.tensor(h.score).exp().item() for h in hypotheses) == pytest.approx(1)
 
 
+def test_only_a_range_may_come_and_its_probabilities_stay_those_among_all_ids() -> None:
+    model = TableModel()
+    model.table[:, :, 5] = 20.0  # outside the range, and all but certain
+    config = GenerationConfig(beams=3, min_len=4, max_len_b=4, only_range=(8, 12), normalize=False)
+    for example, hypotheses in enumerate(generate(model, ALL, config)):
+        for hypothesis in hypotheses:
+            assert [8 <= token < 12 for token in hypothesis.tokens] == [True] * 4 + [False]
+            pairs = zip([BOS_ID, *hypothesis.tokens], hypothesis.tokens, strict=False)
+            expected = sum(model.table[example, last].log_softmax(-1)[token].item() for last, token in pairs)
+            assert hypothesis.score == pytest.approx(expected)
+
+
 def test_a_trie_lists_what_may_follow() -> None:
     trie = Trie([[4, 5], [4], [6]])
-    assert trie.next([]) == [4, 6] and trie.next([4]) == [5, EOS_ID] and trie.next([4, 5]) == [EOS_ID]
+    assert trie.next([]) == [4, 6] and trie.next([4]) == [EOS_ID, 5] and trie.next([4, 5]) == [EOS_ID]
     assert trie.next([9]) == [EOS_ID] and trie.next([9, 9]) == [EOS_ID]
 
 

@@ -21,28 +21,32 @@ ALLOWED: dict[str, set[str]] = {
     "storage": set(),
     "config": {"terms"},
     "data": {"config", "progress", "storage", "terms"},
-    "batch": {"data", "terms"},
+    "places": {"terms"},
+    "batch": {"data", "places", "terms"},
     "tasks": {"config", "data", "progress", "terms"},
-    "model": {"batch", "config", "ofa_kernels", "terms"},
+    "model": {"batch", "config", "ofa_kernels", "places", "terms"},
     "engine": {"config", "terms"},
     "checkpoint": {"config", "engine", "progress", "storage", "terms"},
     "inference": {"batch", "checkpoint", "config", "data", "model", "progress", "storage", "tasks", "terms"},
     "convert": {"checkpoint", "config", "data", "engine", "model", "progress", "storage", "terms"},
     "train": {
-        "batch", "beat", "checkpoint", "config", "data", "engine", "inference", "model", "progress", "storage", "tasks",
-        "terms",
+        "batch", "beat", "checkpoint", "config", "convert", "data", "engine", "inference", "model", "places", "plan",
+        "progress", "storage", "tasks", "terms",
     },
+    "runs": {"config", "storage", "terms", "train"},
     "cluster": {"beat", "config", "engine", "model", "progress", "storage", "terms"},
     "plan": {"config", "progress", "terms"},
     "bench": {
-        "batch", "checkpoint", "config", "data", "engine", "inference", "model", "progress", "storage", "tasks",
+        "batch", "checkpoint", "config", "data", "engine", "inference", "model", "plan", "progress", "storage", "tasks",
         "terms", "train",
     },
     "cli": {
         "beat", "bench", "checkpoint", "cluster", "config", "convert", "data", "engine", "inference", "model", "plan",
-        "progress", "storage", "tasks", "terms", "train",
+        "progress", "runs", "storage", "tasks", "terms", "train",
     },
     "pretrain": {"cli", "cluster"},
+    "finetune": {"cli", "pretrain"},
+    "predict": {"cli", "pretrain"},
 }  # fmt: skip
 DEEPSPEED_OWNERS = {"engine"}
 

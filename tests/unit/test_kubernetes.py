@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml  # comes with tokenizers
 
+from ofa_ds.cli.main import _parser
 from ofa_ds.config import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -137,3 +139,15 @@ def test_network_variables_are_explained_by_the_rdma_files(file: Path) -> None:
     for one in replicas(read(file)).values():
         for variable in one["template"]["spec"]["containers"][0].get("env", ()):
             assert not variable["name"].startswith("NCCL_") or f"{variable['name']}=" in explained
+
+
+@pytest.mark.parametrize("file", MANIFESTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("command", ["finetune", "predict"])
+def test_what_a_manifest_says_of_fine_tuning_and_prediction_is_a_command(file: Path, command: str) -> None:
+    (given,) = re.findall(rf"^#   ((?:--|-m), (?:ofa_ds\.)?{command}, .*)$", file.read_text(), re.MULTILINE)
+    said = yaml.safe_load(f"[{given}]")
+    programs = [words(one["template"]["spec"]) for one in replicas(read(file)).values()]
+    assert any((said[0], said[1].replace(command, "pretrain")) in pairwise(program) for program in programs)
+    options = _parser().parse_args([command, *said[2:]])
+    if command == "finetune":
+        assert load_recipe(options.recipe, options.set).data.task.name

@@ -71,6 +71,13 @@ def test_the_job_has_hosts_program_directory_and_place_of_rank_0(desk: Desk) -> 
     assert (job.master_address, job.master_port) == ("10.1.1.1", 29555)
 
 
+@pytest.mark.parametrize("out", [("--out", "vqa.json"), ("--out=vqa.json",)])
+def test_a_prediction_keeps_its_launch_beside_the_result_and_takes_any_number_of_ranks(desk: Desk, out) -> None:
+    program = ("predict", "runs/a", "--task", "vqa", "--shards", "s", *out)
+    plan = desk.prepare(program=program, retries=1)
+    assert plan.job.program == tuple(map(os.fsencode, program)) and plan.job.run_dir == desk.path / "vqa.json.launch"
+
+
 def test_rank_0_is_found_at_the_first_address_of_the_first_host_and_a_free_port(desk: Desk) -> None:
     job = desk.prepare().job
     assert (job.master_address, job.master_port) == ("10.5.5.5", 0)
@@ -98,8 +105,13 @@ WRONG = {
     "--include 'c': 'c' is not in the hostfile; it has a, b": {"include": "c"},
     "--exclude 'a@b': leaves no host of a, b": {"exclude": "a@b"},
     "want one of them, not both": {"exclude": "a", "include": "b"},
-    "launch: nothing to run; want -- pretrain RECIPE": {"program": ()},
-    "launch: 'evaluate' does not run on all ranks; want -- pretrain RECIPE": {"program": ("evaluate", "x")},
+    "launch: nothing to run; want -- pretrain|finetune RECIPE": {"program": ()},
+    "launch: 'evaluate' does not run on all ranks; want -- pretrain|finetune RECIPE": {"program": ("evaluate", "x")},
+    "or -- predict CHECKPOINT": {"program": ("generate", "x")},
+    "launch: predict without a checkpoint": {"program": ("predict", "--out", "new.json")},
+    "launch: predict without --out FILE": {"program": ("predict", "runs/a", "--task", "vqa", "--out")},
+    "predict without --out FILE, beside which": {"program": ("predict", "runs/a")},
+    "hosts: exists; give another --out": {"program": ("predict", "runs/a", "--out=hosts")},
     "launch: pretrain without a recipe": {"program": ("pretrain",)},
     "launch: '--retries' after the recipe: want KEY=VALUE": {"program": ("pretrain", "r", "--retries", "3")},
     "did you mean pretrain-nano?": {"program": ("pretrain", "pretrain-nan0")},
@@ -346,6 +358,17 @@ def test_set_up_skips_what_is_ready(tmp_path: Path) -> None:
     command = ["bash", str(LAUNCHERS / "setup_env.sh")]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=5)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("words", [
+    "finetune finetune-vqa-nano run_dir=a", "predict runs/vqa --task vqa --shards vqa --out out.json",
+    "pretrain pretrain-nano",
+])  # fmt: skip
+def test_pretrain_sh_hands_on_another_command_as_it_is(desk: Desk, words: str) -> None:
+    desk.script("python", 'echo "$@" >"$HOME/called"')
+    script = ["bash", str(LAUNCHERS / "pretrain.sh"), "hosts", *words.split()]
+    subprocess.run(script, cwd=desk.path, env={**os.environ, "PYTHON": "python"}, check=True)
+    assert (desk.home / "called").read_text() == f"-m ofa_ds.cli launch --hostfile hosts -- {words}\n"
 
 
 def test_pretrain_sh_is_launch_with_the_hostfile_first(desk: Desk) -> None:

@@ -41,7 +41,11 @@ def after_module(words: list[str]) -> None:
 def check_sbatch(words: list[str]) -> None:
     place = next(i for i, word in enumerate(words) if not word.startswith("--"))
     assert (ROOT / words[place]).is_file()
-    check_recipe(words[place + 1 :])
+    program = words[place + 1 :]
+    if program[0] == "predict":
+        _parser().parse_args(program)
+    else:
+        check_recipe(program[1:] if program[0] in ("pretrain", "finetune") else program)
 
 
 def files_are_there(words: list[str]) -> None:

@@ -90,7 +90,8 @@ def test_nothing_is_longer_than_the_positions_of_the_model_and_what_is_cut_says_
         rows = [examples(family, row, row_generator(0, family, 0, 0), each) for each in (ctx, wide)]
         if family == "vision_language":
             tasks = [name for name, task in TABLE.items() if task.family == family]
-            rows = [a + held_out_examples(tasks, row, 0, each) for a, each in zip(rows, (ctx, wide), strict=True)]
+            held_out = [held_out_examples(tasks, family, row, 0, each) for each in (ctx, wide)]
+            rows = [a + b for a, b in zip(rows, held_out, strict=True)]
         for example, uncut in zip(*rows, strict=True):
             assert len(example.source) <= positions and example.source[-1] == bpe.eos == example.target[-1]
             assert example.code or len(example.target) == len(example.prev) <= positions
@@ -146,5 +147,5 @@ def test_negatives_of_five_megabytes_are_cut_too(bpe):
     ctx = Context(vocab=bpe, negatives=negatives, config=CONFIG, patch_size=16, max_positions=512)
     row = vl_row("qa", question="is it?", answers=[("yes", 1.0)])
     began = time.process_time()
-    assert len(held_out_examples(["itm"], row, 0, ctx)[1].source) == 512
+    assert len(held_out_examples(["itm"], "vision_language", row, 0, ctx)[1].source) == 512
     assert time.process_time() - began < 1.5

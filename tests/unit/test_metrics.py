@@ -6,12 +6,17 @@ import re
 import resource
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from ofa_ds.train.metrics import MetricsWriter, Window
+from ofa_ds.terms import TASKS
+from ofa_ds.train import trainer
+from ofa_ds.train.metrics import Window
+from ofa_ds.train.report import MetricsWriter
 
 VALUES = {"loss": 1.0, "lr": 1e-3, "grad_norm": 2.0, "examples_per_s": 3.0, "step_ms": 4.0, "data_wait_fraction": 0.0}
 
@@ -40,7 +45,7 @@ def test_a_task_without_tokens_is_null_not_zero(tmp_path):
 def test_window_means_are_per_step_for_the_loss_and_per_token_for_tasks():
     window = Window(torch.device("cpu"))
     for _ in range(2):
-        sums = torch.zeros(8, 4)
+        sums = torch.zeros(len(TASKS), 4)
         sums[1] = torch.tensor([9.0, 6.0, 1.0, 4.0])
         window.add_micro_batch(sums, torch.tensor(3.0), num_tokens=10, num_examples=2)
         window.end_step()
@@ -55,7 +60,7 @@ def test_a_skipped_step_is_in_no_mean_and_a_window_of_skipped_steps_has_no_loss(
     window = Window(torch.device("cpu"))
 
     def step(loss: float, *, counted: bool) -> None:
-        sums = torch.full((8, 4), loss)
+        sums = torch.full((len(TASKS), 4), loss)
         window.add_micro_batch(sums, torch.tensor(loss), num_tokens=10, num_examples=2)
         window.end_step(counted=counted)
 
@@ -154,3 +159,43 @@ def test_a_disk_that_is_full_for_a_while_leaves_no_half_record(tmp_path, capsys)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 3]
     assert {step for step, _, _ in events(tmp_path / "tensorboard")} == {1, 3}
     assert capsys.readouterr().err.count("cannot be written") == 2, "once for each place"
+
+
+def test_further_means_of_an_objective_are_in_the_log_over_all_ranks_and_only_of_steps_that_count():
+    window = Window(torch.device("cpu"), logged=("score",))
+    sums = torch.zeros(len(TASKS), 4)
+    for total, counted in ((6.0, True), (100.0, False)):
+        logged = torch.tensor([[total, 3.0]])
+        window.add_micro_batch(sums, torch.tensor(1.0), num_tokens=1, num_examples=1, logged=logged)
+        window.end_step(counted=counted)
+    assert window.close(lambda tensor: tensor.mul_(2))["score"] == 2.0
+    assert math.isnan(window.close(lambda tensor: tensor)["score"])
+
+
+def test_norm_and_sums_are_read_once_a_log_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+
+    class Engine:
+        device, lr = torch.device("cpu"), 0.1
+
+        @property
+        def grad_norm(self) -> float:
+            reads.append("norm")
+            return 1.0
+
+        def all_reduce(self, sums: Tensor) -> Tensor:
+            reads.append("sums")
+            return sums
+
+    parts = SimpleNamespace(
+        recipe=SimpleNamespace(train=SimpleNamespace(log_every=4, num_steps=9, sample_every=0, histograms_every=0)),
+        engine=Engine(),
+        window=Window(Engine.device), loader=SimpleNamespace(wait_seconds=0.0), slow=SimpleNamespace(slowest=None),
+        writer=None,
+    )  # fmt: skip
+    monkeypatch.setattr(Tensor, "item", lambda x: reads.append("item"))
+    for step in range(1, 10):
+        parts.window.add_micro_batch(torch.ones(len(TASKS), 4), torch.tensor(2.0), num_tokens=3, num_examples=1)
+        parts.window.end_step()
+        trainer._report(parts, step)
+    assert sorted(reads) == ["norm"] * 3 + ["sums"] * 3

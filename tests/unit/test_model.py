@@ -11,8 +11,9 @@ from numerics import assert_close
 from torch import nn
 
 from ofa_ds.batch import Batch, pack
+from ofa_ds.config import ModelOptions, Recipe
 from ofa_ds.data.example import Example
-from ofa_ds.model.config import ModelConfig, preset
+from ofa_ds.model.config import ModelConfig, model_config, preset
 from ofa_ds.model.layers import Branch
 from ofa_ds.model.ofa import OFA
 from ofa_ds.model.stem import normalize
@@ -162,6 +163,25 @@ def test_pixels_are_normalised_and_holes_are_zero() -> None:
     torch.testing.assert_close(out[0, :, 0], out[1, :, 0])
     torch.testing.assert_close(out[0, :, :, 2], out[1, :, :, 2])
     assert torch.equal(normalize(out, holes + 1, torch.float32), out)
+
+
+def test_the_norm_of_imagenet_has_its_means_and_deviations() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    holes = torch.tensor([[0, 0, 1, 1]], dtype=torch.int32)
+    for dtype, tolerance in ((torch.float64, 1e-15), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
+        out = normalize(pixels, holes, dtype, "imagenet")
+        assert out.dtype == dtype and not out[0, :, 0, 0].any()
+        for channel, (mean, deviation) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)):
+            wanted = ((torch.arange(256, dtype=torch.float64) / 255 - mean) / deviation).view(16, 16)
+            wanted[0, 0] = 0
+            torch.testing.assert_close(out[0, channel].double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_a_model_normalises_as_its_recipe_says() -> None:
+    batch = packed(mixed_examples())
+    half, imagenet = (built(dataclasses.replace(CONFIG, pixel_norm=norm))(batch)[0] for norm in ("half", "imagenet"))
+    assert not torch.equal(half, imagenet)
+    assert model_config(Recipe(model=ModelOptions(pixel_norm="imagenet")), 9).pixel_norm == "imagenet"
 
 
 def test_bfloat16_is_close_to_float32() -> None:

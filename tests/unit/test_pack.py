@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ofa_ds.batch import Batch, pack
 from ofa_ds.data.example import Example
-from ofa_ds.terms import GROUPS, TASKS
+from ofa_ds.terms import GROUP_OF, GROUPS, TASKS
 
 PATCH, BUCKET = 4, 10
 SIZES = [(16, 24), (8, 8)]
@@ -106,8 +106,7 @@ def test_the_decoder_axis_holds_each_target_with_its_weight_task_and_group(found
         assert batch.decoder_position[run].tolist() == list(range(len(each.target)))
         assert (batch.loss_weight[run] == each.conf).all()
         assert TASKS[batch.task[e]] == each.task and bool(batch.code_mask[e]) == each.code
-        other = each.task in ("text_infilling", "image_infilling", "detection")
-        assert GROUPS[batch.group[e]] == ("other" if other else "vision_language")
+        assert GROUPS[batch.group[e]] == GROUP_OF[each.task]
     assert len(batch.targets) == len(batch.loss_weight) == int(batch.decoder_offsets[-1])
 
 

@@ -18,7 +18,7 @@ from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.vocab import load_vocab, train_vocab
 from ofa_ds.tasks import preview
 from ofa_ds.tasks.context import Context
-from ofa_ds.terms import TASKS
+from ofa_ds.terms import PRETRAINING_TASKS
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def show(folder):
 def test_all_eight_tasks_are_written_and_drawn(show, tmp_path, capsys):
     show(png=tmp_path / "all.png")
     out = capsys.readouterr().out
-    assert [line for line in out.splitlines() if line in TASKS] == list(TASKS)
+    assert [line for line in out.splitlines() if line in PRETRAINING_TASKS] == list(PRETRAINING_TASKS)
     assert "| what are the objects in the image?" in out and "<code_" in out and "<mask>" in out
     sheet = np.array(Image.open(tmp_path / "all.png"))
     assert sheet.shape[0] > 4 * preview.PICTURE_PIXELS and (sheet != 255).mean() > 0.1

@@ -6,7 +6,9 @@ import ctypes
 import os
 import resource
 
-from ofa_ds.engine.host_memory import keep_freed_memory, release_freed_memory
+import pytest
+
+from ofa_ds.engine.host_memory import keep_freed_memory, mmap_threshold, release_freed_memory
 
 SIZE = 64 << 20
 
@@ -49,3 +51,23 @@ def test_released_memory_goes_back_to_the_system_also_from_below_a_block_in_use(
     release_freed_memory()
     library.free(blocks[3])
     assert before - resident_bytes() > 2 * SIZE
+
+
+def test_where_the_environment_has_a_threshold_a_freed_block_goes_back_to_the_system_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
+    if not keep_freed_memory():
+        return
+    try:
+        page_faults_of_a_block()
+        assert page_faults_of_a_block() >= SIZE // resource.getpagesize() // 8
+    finally:
+        monkeypatch.undo()
+        keep_freed_memory()
+
+
+@pytest.mark.parametrize(("text", "size"), [("1048576", 1 << 20), ("", 0), ("1m", 0), ("-1", 0), ("9" * 30, 1 << 30)])
+def test_a_threshold_is_read_as_malloc_would(monkeypatch: pytest.MonkeyPatch, text: str, size: int) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", text)
+    assert mmap_threshold() == size

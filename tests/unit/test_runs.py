@@ -14,7 +14,7 @@ from checkpoints import state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ofa_ds.checkpoint.format import COUNTS, MANIFEST, RUN
+from ofa_ds.checkpoint.format import BEST, COUNTS, MANIFEST, RUN
 from ofa_ds.checkpoint.from_state import write_checkpoint
 from ofa_ds.checkpoint.manifest import FormatVersionError, read_manifest
 from ofa_ds.checkpoint.reshard import reshard
@@ -43,7 +43,9 @@ def template(tmp_path_factory):
     return path
 
 
-def put(template: Path, path: Path, step: int, *, run: str | None = OURS, counts: bool = True) -> Path:
+def put(
+    template: Path, path: Path, step: int, *, run: str | None = OURS, counts: bool = True, best: int | None = None
+) -> Path:
     from ofa_ds.checkpoint.manifest import write_document
 
     path.mkdir(parents=True)
@@ -51,6 +53,8 @@ def put(template: Path, path: Path, step: int, *, run: str | None = OURS, counts
     document = json.loads((template / MANIFEST).read_text())
     del document["xxh3_128"]
     extra = ({RUN: run} if run else {}) | {COUNTS: counts}
+    if best is not None:
+        extra[BEST] = {"step": best, "metric": "accuracy", "value": 0.5}
     write_document(path / MANIFEST, {**document, "step": step, "extra": extra})
     return path
 
@@ -79,6 +83,28 @@ def test_the_newest_of_this_run_stay_and_the_older_go(template, tmp_path):
     put(template, tmp_path / "step_00000004.old", 4)
     gone = retire(tmp_path, 4, 2, OURS)
     assert names(tmp_path) == ["step_00000003", "step_00000004"] and len(gone) == 3
+
+
+def test_the_best_as_the_newest_says_stays_beside_the_newest_and_goes_when_another_is_best(template, tmp_path):
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
+        put(template, tmp_path / f"step_{step:08d}", step, best=best)
+    retire(tmp_path, 4, 1, OURS)
+    assert names(tmp_path) == ["step_00000002", "step_00000004"]
+    assert prune(tmp_path, 1) == []
+    put(template, tmp_path / "step_00000005", 5, best=5)
+    retire(tmp_path, 5, 1, OURS)
+    assert names(tmp_path) == ["step_00000005"]
+
+
+def test_the_pointer_best_is_a_name_of_the_checkpoint(template, tmp_path):
+    for step in (1, 2):
+        put(template, tmp_path / f"step_{step:08d}", step)
+    (tmp_path / "best").write_text("step_00000001\n")
+    assert find(tmp_path / "best") == tmp_path / "step_00000001" and find(tmp_path).name == "step_00000002"
+    for wrong in ("step_00000009", "../elsewhere", ""):
+        (tmp_path / "best").write_text(wrong)
+        with pytest.raises(ValueError, match="which is no checkpoint beside it"):
+            find(tmp_path / "best")
 
 
 def foreign(template: Path, run_dir: Path, kind: str, step: int) -> Path:

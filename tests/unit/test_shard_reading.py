@@ -19,12 +19,12 @@ from test_shards import negatives, plain, sources
 
 from ofa_ds.bench import data as bench
 from ofa_ds.data import open_file
-from ofa_ds.data.columns import SCHEMAS
 from ofa_ds.data.manifest import MANIFEST, read_manifest
 from ofa_ds.data.negative_files import Lines, positions_file
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.shards_verify import verify_shards
+from ofa_ds.terms import PRETRAINING_FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_answers_of_another_shape_are_named(copied: Path, content: str) -> None:
         Shards(copied).negatives  # noqa: B018
 
 
-@given(data=st.data(), family=st.sampled_from(list(SCHEMAS)))
+@given(data=st.data(), family=st.sampled_from(PRETRAINING_FAMILIES))
 @settings(max_examples=60, deadline=None)
 def test_a_damaged_file_gives_a_row_or_an_error_that_names_it(good: Path, data: st.DataObject, family: str) -> None:
     """Anything but another kind of exception, or the end of the process. Its size is right; checksums are not asked."""
@@ -230,5 +230,6 @@ def test_the_bench_of_reading_names_every_way(good: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(bench, "ROWS", 20)
     monkeypatch.setattr(bench, "SIDE", 32)
     result = bench.bench_data(good, repeats=1)
-    assert set(result) == set(SCHEMAS) and all(value > 0 for times in result.values() for value in times.values())
+    assert set(result) == set(PRETRAINING_FAMILIES)
+    assert all(value > 0 for times in result.values() for value in times.values())
     assert "ours (pread)" in bench.table(result) and len(bench.table(result).splitlines()) == 6

@@ -23,6 +23,7 @@ from ofa_ds.data.columns import SCHEMAS
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.shards_verify import verify_shards
+from ofa_ds.terms import PRETRAINING_FAMILIES
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "train"
 
@@ -99,7 +100,7 @@ def test_pictures_are_kept_byte_for_byte(small: tuple) -> None:
 
 def test_files_are_plain_arrow_without_nulls_or_compression(small: tuple) -> None:
     out, _ = small
-    for family, schema in SCHEMAS.items():
+    for family, schema in ((family, SCHEMAS[family]) for family in PRETRAINING_FAMILIES):
         with pa.ipc.open_file(str(out / f"{family}-00000.arrow")) as reader:
             assert reader.schema.equals(schema) and not any(field.nullable for field in reader.schema)
             table = reader.read_all()
@@ -127,7 +128,7 @@ def test_rows_outside_and_absent_families_are_refused(small: tuple, tmp_path: Pa
         Shards(tmp_path / "one").row("image", 0)
 
 
-@pytest.mark.parametrize("family", list(SCHEMAS))
+@pytest.mark.parametrize("family", PRETRAINING_FAMILIES)
 def test_any_family_alone_is_enough(family: str, small: tuple, tmp_path: Path) -> None:
     build_shards(tmp_path / "one", **{family: small[1][family]}, workers=1)
     shards = Shards(tmp_path / "one")
@@ -297,6 +298,21 @@ def test_what_is_no_shards_is_named(content: str | None, message: str, tmp_path:
     assert len(verify_shards(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("command", ["predict", "evaluate", "frequencies", "verify"])
+def test_where_no_shards_are_the_command_that_builds_those_of_the_task_is_named(command, tmp_path, capsys) -> None:
+    arguments = {
+        "predict": ["predict", "m", "--task", "rte", "--out", str(tmp_path / "out"), "--shards", str(tmp_path)],
+        "evaluate": ["evaluate", "m", "--task", "rte", "--shards", str(tmp_path)],
+        "frequencies": ["shards", "frequencies", str(tmp_path), "--out", str(tmp_path / "f.json")],
+        "verify": ["shards", "verify", str(tmp_path)],
+    }[command]
+    rows = {"predict": "--task rte", "evaluate": "--task rte", "frequencies": "--task caption"}.get(command)
+    assert main(arguments) == 1
+    told = "".join(capsys.readouterr())
+    expected = f"{rows} --out {tmp_path} TSV" if rows else f"--out {tmp_path} --vision-language TSV"
+    assert f"build them with: ofa-ds shards build {expected}" in told
+
+
 def test_command_line_builds_verifies_and_fails_with_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,7 +333,7 @@ def test_command_line_builds_verifies_and_fails_with_one_line(
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the photographs are not in {REAL}")
 def test_real_photographs_build_and_verify(tmp_path: Path) -> None:
-    given = {family: [REAL / f"{family}_examples.tsv"] for family in SCHEMAS}
+    given = {family: [REAL / f"{family}_examples.tsv"] for family in PRETRAINING_FAMILIES}
     manifest = build_shards(tmp_path / "out", **given, negatives=REAL / "negative_sample", rows_per_shard=1000)
     assert Shards(tmp_path / "out").families == {"vision_language": 1709, "text": 3655, "image": 332, "detection": 246}
     assert manifest.families["vision_language"].types == {"caption": 678, "qa": 526, "visual_grounding": 505}

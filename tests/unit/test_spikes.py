@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from ofa_ds.train.spikes import LEAST, LENGTH, LossWindow
 
@@ -42,6 +43,8 @@ def test_nothing_is_judged_before_enough_steps_nor_where_the_loss_is_not_finite(
     window = LossWindow(6.0, [1.0] * (LEAST - 1))
     assert window.spike(1e9) is None
     window.add(1.0)
+    for loss in (1e9, 1.005, 1.0, -5.0, math.nan, math.inf, -math.inf):  # judged on the device as on the host
+        assert bool(window.is_spike(torch.tensor(loss, dtype=torch.float64))) is (window.spike(loss) is not None)
     assert window.spike(1e9) and window.spike(math.nan) is None and window.spike(math.inf) is None
     assert window.spike(1.005) is None, "losses that hardly differ make no spike of a small rise"
 

@@ -15,8 +15,8 @@ from ofa_ds.cli.main import _parser
 from ofa_ds.config import DataConfig, MixConfig
 from ofa_ds.data.columns import SCHEMAS
 from ofa_ds.data.tsv import TYPES
-from ofa_ds.tasks.task import TABLE, asked_for, row_texts
-from ofa_ds.terms import FAMILIES, GROUP_OF, GROUPS, TASKS
+from ofa_ds.tasks.task import DOWNSTREAM, TABLE, asked_for, row_texts
+from ofa_ds.terms import DOWNSTREAM_TASKS, FAMILIES, GROUP_OF, GROUPS, PRETRAINING_FAMILIES, PRETRAINING_TASKS, TASKS
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +48,7 @@ ENTRY = '''Task(name="toy", family="vision_language", row_types=("caption",), bu
              ask=toy.ask, text_is="a hint", judge=toy.judge),
     )
 }  # fmt: skip
-"""In the order of'''
+"""Pretraining, in the order of'''
 
 SCRIPT = """
 import json, sys
@@ -83,7 +83,7 @@ batch = next(Loader(shards=shards, vocab=vocab, config=data, batch=BatchConfig(g
 torch.manual_seed(0)
 loaded = LoadedModel(model=OFA(model).eval(), vocab=vocab, recipe=recipe)
 values = torch.ones(len(batch.targets))
-example = ask(loaded.context(shards.negatives), "toy", np.zeros((9, 9, 3), np.uint8), "hint")
+example = ask(loaded.context(shards), "toy", np.zeros((9, 9, 3), np.uint8), "hint")
 print(json.dumps({
     "count": int((batch.task == TASKS.index("toy")).sum()),
     "groups": sorted(set(batch.group[batch.task == TASKS.index("toy")].tolist())),
@@ -96,12 +96,15 @@ print(json.dumps({
 
 
 def test_the_table_has_the_names_of_terms_in_their_order():
-    assert tuple(TABLE) == TASKS == tuple(GROUP_OF)
+    assert tuple(TABLE) == PRETRAINING_TASKS == TASKS[:8] and tuple(GROUP_OF) == TASKS
+    assert [name for name in DOWNSTREAM_TASKS if name in DOWNSTREAM] == list(DOWNSTREAM)
     assert all(name == task.name and task.group in GROUPS for name, task in TABLE.items())
 
 
 def test_every_row_gives_a_task_and_every_task_has_rows():
-    assert {task.family for task in TABLE.values()} == set(FAMILIES) == set(SCHEMAS)
+    assert {task.family for task in TABLE.values()} == set(PRETRAINING_FAMILIES)
+    assert {task.family for task in DOWNSTREAM.values()} == set(FAMILIES) - set(PRETRAINING_FAMILIES)
+    assert set(SCHEMAS) == set(FAMILIES)
     types = {kind for task in TABLE.values() for kind in task.row_types}
     assert types == set(TYPES) - {""}
     assert all("type" in SCHEMAS[task.family].names for task in TABLE.values() if task.row_types)
@@ -115,9 +118,9 @@ def test_the_command_line_offers_the_tasks_of_the_table():
 
 
 def test_a_mix_asks_for_the_tasks_of_the_families_that_it_draws():
-    assert asked_for(DataConfig()) == TASKS
+    assert asked_for(DataConfig()) == PRETRAINING_TASKS
     without = asked_for(DataConfig(mix=MixConfig(image=0, text=0)))
-    assert without == tuple(name for name in TASKS if name not in ("image_infilling", "text_infilling"))
+    assert without == tuple(name for name in PRETRAINING_TASKS if name not in ("image_infilling", "text_infilling"))
 
 
 def test_the_texts_of_a_row_are_those_of_its_tasks():
@@ -130,12 +133,13 @@ def test_a_new_task_is_a_file_an_entry_and_a_name(tmp_path):
     shutil.copytree(ROOT / "ofa_ds", copy / "ofa_ds", ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "ofa_ds/tasks/toy.py").write_text(TOY)
     edit(copy / "ofa_ds/tasks/task.py", "text_infilling, vqa\n", "text_infilling, toy, vqa\n")
-    edit(copy / "ofa_ds/tasks/task.py", '    )\n}  # fmt: skip\n"""In the order of', f"        {ENTRY}")
+    edit(copy / "ofa_ds/tasks/task.py", '    )\n}  # fmt: skip\n"""Pretraining, in the order of', f"        {ENTRY}")
     edit(
         copy / "ofa_ds/terms.py",
-        '"text_infilling": "other",\n',
-        '"text_infilling": "other",\n    "toy": "vision_language",\n',
+        '"image_infilling": "other", "text_infilling": "other",\n',
+        '"image_infilling": "other", "text_infilling": "other",\n    "toy": "vision_language",\n',
     )
+    edit(copy / "ofa_ds/terms.py", "PRETRAINING_TASKS = TASKS[:8]", "PRETRAINING_TASKS = TASKS[:9]")
     data = scenes_shards.build(tmp_path / "data", rows=24)
     environment = {**os.environ, "PYTHONPATH": f"{copy}:{ROOT / 'kernels'}"}
     result = subprocess.run(

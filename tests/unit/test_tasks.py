@@ -158,10 +158,10 @@ def test_heldout_rows_give_the_main_examples_of_the_whole_unaugmented_picture(ct
 
 def test_evaluation_gets_both_matching_examples_of_a_row(ctx):
     ctx = replace(ctx, split="heldout")
-    yes, no = held_out_examples(["itm"], CAPTION_ROW, 5, ctx)
+    yes, no = held_out_examples(["itm"], "vision_language", CAPTION_ROW, 5, ctx)
     assert (yes.target_text, no.target_text) == (" yes", " no")
     assert yes.source_text == ' does the image describe " a cat "?' != no.source_text
-    again = held_out_examples(["itm"], CAPTION_ROW, 5, ctx)
+    again = held_out_examples(["itm"], "vision_language", CAPTION_ROW, 5, ctx)
     assert again[1].source_text == no.source_text
 
 
@@ -174,7 +174,7 @@ def test_captions_are_cut_to_30_words_and_matching_captions_to_80(ctx):
     words = [f"w{i}" for i in range(100)]
     row = vl_row("caption", caption=" ".join(words))
     assert vl(row, ctx)[0].target_text == " " + " ".join(words[:30])
-    yes, _ = held_out_examples(["itm"], row, 0, replace(ctx, split="heldout"))
+    yes, _ = held_out_examples(["itm"], "vision_language", row, 0, replace(ctx, split="heldout"))
     assert yes.source_text == ' does the image describe " ' + " ".join(words[:80]) + ' "?'
 
 

@@ -30,6 +30,12 @@ def test_ids_are_specials_text_mask_codes_bins(trained: Vocab) -> None:
     assert trained.encode_words("<bin_9> <code_15>  <bin_10> fox </s>") == [trained.bin(9), trained.code(15), 3, 3, 2]
 
 
+def test_a_vocabulary_without_bins_says_how_to_have_some(tmp_path: Path) -> None:
+    vocab = train_vocab([" ab ab"], 300, tmp_path / "small", num_codes=0, num_bins=0)
+    with pytest.raises(ValueError, match="no coordinate bins; make one that has: ofa-ds vocab train --bins 1000"):
+        vocab.bin(0)
+
+
 def test_frequent_words_become_one_token(trained: Vocab) -> None:
     assert len(trained.encode(" quick")) == 1
     assert trained.encode(" quick") != trained.encode("quick")

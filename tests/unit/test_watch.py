@@ -257,6 +257,20 @@ def test_a_run_without_a_launch_shows_metrics_checkpoint_and_whose_it_is(run: Ru
     assert run.look()["is_over"] and "no job is at work" in "\n".join(lines(run.look()))
 
 
+def test_a_judgement_of_held_out_rows_is_shown_and_not_taken_for_a_step_without_a_loss(run: Run) -> None:
+    (run.path / "launch").rmdir()
+    run.metrics(10)
+    run.checkpoint(10)
+    run.lease()
+    with open(run.path / "metrics.jsonl", "a") as out:
+        out.write(json.dumps({"step": 10, "heldout/accuracy": 0.75}) + "\n")
+    (run.path / "best").write_text("step_00000010\n")
+    facts = run.look()
+    assert facts["metrics"]["loss"] == 2.01 and facts["judged"] == {"step": 10, "heldout/accuracy": 0.75}
+    assert "judged     accuracy 0.7500 at step 10; the best is step_00000010" in lines(facts)
+    assert not any("not finite" in text for text in facts["warnings"])
+
+
 def test_without_a_launch_records_from_before_the_present_job_count_up_to_its_checkpoint(run: Run) -> None:
     run.metrics(10, 20, 30, 40, at_s=NOW - 500)
     run.checkpoint(30, 600)

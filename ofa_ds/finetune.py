@@ -1,0 +1,10 @@
+"""`deepspeed --module ofa_ds.finetune RECIPE [KEY=VALUE ...]`: the same as `ofa-ds finetune`, as launchers want it."""
+
+import sys
+
+from ofa_ds.pretrain import main
+
+if __name__ == "__main__":
+    from ofa_ds.cli.main import leave
+
+    leave(main(sys.argv[1:], "finetune"))
