@@ -1,6 +1,6 @@
 """Rows of one Arrow file, read column by column from where the library says that the buffers are.
 
-Why not by the library's own row access: see `python -m ofa_ds.bench data` and its figures in `ofa_ds/docs/data.md`.
+Why not by the library's own row access: see `python -m ofa_ds.bench data` and its figures in `ofa_ds/docs/reading.md`.
 """
 
 from __future__ import annotations

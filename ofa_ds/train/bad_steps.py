@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ofa_ds.engine.engine import Engine
-from ofa_ds.train.loader import MicroBatches
+from ofa_ds.train.micro_batches import MicroBatches
 
 SHOWN_PEAKS = 2
 """Of how many micro-batches a loss that is too high is explained."""

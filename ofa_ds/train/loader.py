@@ -7,7 +7,6 @@ server, not by forking the trainer, whose RDMA buffers and threads do not surviv
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -16,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -25,16 +24,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ofa_ds.batch import Batch, pack
+from ofa_ds.batch import Batch
 from ofa_ds.config import BatchConfig, DataConfig
 from ofa_ds.data.order import Mixture
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.model.config import ModelConfig
-from ofa_ds.places import TENSORS, Places, all_count
 from ofa_ds.storage.sizes import size_text
-from ofa_ds.tasks.context import Context, row_generator
-from ofa_ds.tasks.task import context_of, examples, sides_of
+from ofa_ds.tasks.task import context_of
+from ofa_ds.train.micro_batches import MicroBatches
+from ofa_ds.train.packed_buffer import Layout, from_buffer, to_buffer
 
 PREFETCH = 2
 """Micro-batches that each worker keeps ready."""
@@ -44,62 +43,17 @@ STOP_GRACE_S = 120
 
 SHARED_MEMORY = Path("/dev/shm")
 
-ALIGNMENT = 64
-"""Bytes; every tensor of a packed buffer starts at a multiple."""
 
-Layout = list[tuple[str, torch.dtype, tuple[int, ...], int]]
-"""Per tensor: field of Batch or of its places, dtype, shape, first byte."""
+@dataclass(frozen=True)
+class Prepared(Dataset):
+    """What the workers run."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatches(Dataset):
-    """`micro_batches.build(step, number)` -> Batch; no state, picklable."""
-
-    shards: Shards
-    ctx: Context
-    mixture: Mixture
-    batch: BatchConfig
-    seed: int
-    image_bucket_size: int
-    references: bool = False
-    """Pack those of the examples too."""
-
-    def build(self, step: int, number: int) -> Batch:
-        """Micro-batch `number` of optimizer step `step`.
-
-        Raises ValueError or RuntimeError that names the row that is at fault: family, number, file, row in it, id.
-        """
-        return self.prepare(step, number)[0]
-
-    def prepare(self, step: int, number: int) -> tuple[Batch, list[str]]:
-        """The same, and which examples were cut to the model's positions."""
-        config = self.ctx.config
-        found = []
-        start = step * self.batch.global_rows + number * self.batch.micro_rows
-        for family, epoch, index in self.mixture.rows(start, start + self.batch.micro_rows):
-            row = None
-            try:
-                rng = row_generator(self.seed, family, epoch, index)
-                row = self.shards.row(family, index)
-                found += examples(family, row, rng, self.ctx)
-            except Exception as error:
-                raise self.shards.at_row(family, index, row, error) from error
-        sizes = [(side, side) for side in sides_of(config)]
-        cut = [f"{example.task} of row {example.row_id}" for example in found if example.cut]
-        batch = pack(found, sizes, self.ctx.patch_size, self.image_bucket_size, references=self.references)
-        return batch, cut
-
-    def rows(self, step: int, numbers: Collection[int] | None = None) -> list[tuple[str, int]]:
-        """(family, row of the family) of these micro-batches of a step; None: of all of them."""
-        start, size = step * self.batch.global_rows, self.batch.micro_rows
-        wanted = range(self.batch.global_rows // size) if numbers is None else sorted(numbers)
-        rows = [row for k in wanted for row in self.mixture.rows(start + k * size, start + (k + 1) * size)]
-        return [(family, index) for family, _, index in rows]
+    micro_batches: MicroBatches
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Layout, list[str]] | ValueError | RuntimeError:
         """For the workers: one tensor travels faster than twenty, and an error as it is better than two tracebacks."""
         try:
-            batch, cut = self.prepare(*key)
+            batch, cut = self.micro_batches.prepare(*key)
             buffer, layout = to_buffer(batch)
             _need_shared_memory(buffer.numel())
             return buffer, layout, cut
@@ -186,7 +140,7 @@ class Loader:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         loader = DataLoader(
-            self.micro_batches,
+            Prepared(self.micro_batches),
             sampler=keys,
             batch_size=None,
             num_workers=self.config.workers,
@@ -227,41 +181,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
-
-
-def to_buffer(batch: Batch) -> tuple[Tensor, Layout]:
-    """All tensors of a batch and its places in one uint8 tensor, and where they are in it."""
-    layout, parts, end = [], [], 0
-    for name, tensor in _tensors(batch):
-        layout.append((name, tensor.dtype, tuple(tensor.shape), end))
-        if tensor.numel():  # an empty one may have strides that no view allows
-            parts.append((end, tensor.contiguous().reshape(-1).view(torch.uint8)))
-        end += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-    buffer = torch.empty(end, dtype=torch.uint8)
-    for start, part in parts:
-        buffer[start : start + part.numel()] = part
-    return buffer, layout
-
-
-def from_buffer(buffer: Tensor, layout: Layout) -> Batch:
-    """The batch again; its tensors are views of `buffer`."""
-    fields: dict[str, Tensor | tuple[Tensor, ...]] = dict.fromkeys(_TUPLES, ())
-    for name, dtype, shape, start in layout:
-        size = torch.Size(shape).numel() * dtype.itemsize
-        tensor = buffer[start : start + size].view(dtype).view(shape)
-        fields[name] = (*fields[name], tensor) if name in _TUPLES else tensor
-    places = {name: fields.pop(name) for name in TENSORS}
-    batch = Batch(**fields)
-    return batch.with_places(Places(all_images_count=all_count(batch.image_weight), **places))
-
-
-_TUPLES = frozenset({"images", "image_holes", "image_weight"})
-
-
-def _tensors(batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    for each in dataclasses.fields(batch):
-        value = getattr(batch, each.name)
-        for tensor in value if isinstance(value, tuple) else (value,):
-            yield each.name, tensor
-    for name in TENSORS:
-        yield name, getattr(batch.places, name)

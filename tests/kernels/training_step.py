@@ -18,7 +18,7 @@ from ofa_ds.engine.engine import Engine
 from ofa_ds.engine.ranks import Ranks
 from ofa_ds.model.config import ModelConfig, preset
 from ofa_ds.model.ofa import OFA
-from ofa_ds.train.loader import from_buffer, to_buffer
+from ofa_ds.train.packed_buffer import from_buffer, to_buffer
 
 VOCAB = 120
 SIZES = [(64, 64), (32, 48)]

@@ -24,7 +24,8 @@ from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.vocab import load_vocab, train_vocab
 from ofa_ds.model.config import preset
-from ofa_ds.train.loader import Loader, from_buffer, to_buffer
+from ofa_ds.train.loader import Loader, Prepared
+from ofa_ds.train.packed_buffer import from_buffer, to_buffer
 
 DATA = DataConfig(image_size=64, infill_image_size=32, code_image_size=16, sample_patches=8, workers=0)
 BATCH = BatchConfig(global_rows=24, micro_rows=4)
@@ -181,7 +182,7 @@ def test_whatever_fails_at_a_row_names_family_number_file_and_id(make, monkeypat
     def fail(*_args):
         raise error
 
-    monkeypatch.setattr("ofa_ds.train.loader.examples", fail)
+    monkeypatch.setattr("ofa_ds.train.micro_batches.examples", fail)
     place = r"shards: vision_language row (\d+) \(vision_language-00000.arrow row \1, id 'vl\1'\): "
     with pytest.raises(kind, match=f"{place}{message}$") as raised:
         make().micro_batches.build(0, 0)
@@ -203,7 +204,7 @@ def test_shards_that_are_cut_under_a_run_end_it_with_the_row_and_the_file(make, 
 
 def test_full_shared_memory_is_an_error_and_not_a_killed_worker(make, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
-    answer = make().micro_batches[0, 0]
+    answer = Prepared(make().micro_batches)[0, 0]
     assert isinstance(answer, RuntimeError) and "data.workers=0" in str(answer)
 
 
@@ -216,7 +217,7 @@ PROGRAM = """
 import json, multiprocessing, signal, sys, time
 from ofa_ds.config import BatchConfig, DataConfig
 from ofa_ds.model.config import preset
-from ofa_ds.train.loader import Loader
+from ofa_ds.train.loader import Loader, Prepared
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
 

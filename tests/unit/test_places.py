@@ -15,7 +15,7 @@ from ofa_ds.batch import Batch, pack, repeated
 from ofa_ds.data.example import Example
 from ofa_ds.places import TENSORS, Places
 from ofa_ds.terms import PAD_ID
-from ofa_ds.train.loader import from_buffer, to_buffer
+from ofa_ds.train.packed_buffer import from_buffer, to_buffer
 
 
 def packed(examples: list[Example]) -> Batch:
