@@ -38,6 +38,11 @@ Inputs = dict[str, Tensor]
 Call = Callable[[Inputs, str], tuple[Tensor, ...]]
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_each_time() -> None:
+    torch.manual_seed(0)
+
+
 def normal(*shape: int, dtype: torch.dtype = torch.float32, shift: float = 0.0) -> Tensor:
     """A leaf with NaN before and after it in memory, so that reading past its ends shows."""
     rows = shape[0] if len(shape) > 1 else 1
@@ -275,7 +280,7 @@ def test_gelu_and_its_slope_are_nearer_to_the_truth_than_torchs_own() -> None:
 
 
 def test_values_far_from_zero_keep_their_variance() -> None:
-    inputs = norm_inputs(4, 300)
+    inputs = norm_inputs(64, 300)  # how a row's mean is rounded is luck: of few rows the worst says little
     with torch.no_grad():
         inputs["x"] += 1000
     assert_kernel_is_accurate(layer_norm_call, inputs)
