@@ -1,28 +1,19 @@
 """Packed micro-batches for one rank, prepared by worker processes.
 
 Which rows a micro-batch holds and what becomes of them is a function of (seed, step, micro-batch number) alone, so
-ranks, workers and restarts cannot change it. Workers only run that function ahead of time. They come from a fork
-server, not by forking the trainer, whose RDMA buffers and threads do not survive a fork.
+ranks, workers and restarts cannot change it. Workers only run that function ahead of time (`ofa_ds.train.ring`).
 """
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
-import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
-from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ofa_ds.batch import Batch
 from ofa_ds.config import BatchConfig, DataConfig
@@ -30,37 +21,23 @@ from ofa_ds.data.order import Mixture
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.model.config import ModelConfig
-from ofa_ds.storage.sizes import size_text
 from ofa_ds.tasks.task import context_of
 from ofa_ds.train.micro_batches import MicroBatches
-from ofa_ds.train.packed_buffer import Layout, from_buffer, to_buffer
-
-PREFETCH = 2
-"""Micro-batches that each worker keeps ready."""
-
-STOP_GRACE_S = 120
-"""How long a worker lives on after SIGTERM, which schedulers send to all: the trainer saves after one more step."""
-
-SHARED_MEMORY = Path("/dev/shm")
+from ofa_ds.train.pinned_copies import PinnedCopies
+from ofa_ds.train.ring import PREFETCH, Parcel, Ring
+from ofa_ds.train.ring_worker import Key, Prepare
 
 
-@dataclass(frozen=True)
-class Prepared(Dataset):
-    """What the workers run."""
+class Source(Protocol):
+    """Micro-batches in order; `ofa_ds.train.ring.Ring` says what each does."""
 
-    micro_batches: MicroBatches
+    num_restarts: int
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Layout, list[str]] | ValueError | RuntimeError:
-        """For the workers: one tensor travels faster than twenty, and an error as it is better than two tracebacks."""
-        try:
-            batch, cut = self.micro_batches.prepare(*key)
-            buffer, layout = to_buffer(batch)
-            _need_shared_memory(buffer.numel())
-            return buffer, layout, cut
-        except (ValueError, RuntimeError) as error:
-            return error
-        except MemoryError:
-            return RuntimeError(f"step {key[0]}, micro-batch {key[1]}: no memory left; use smaller micro_rows")
+    def take(self) -> Parcel | MadeHere: ...
+
+    def release(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -82,6 +59,8 @@ class Loader:
     """Time that the consumer has spent waiting, from the start on."""
     num_cut: int = field(default=0, init=False)
     """Examples whose text was longer than the model's positions, from the start on."""
+    num_restarts: int = field(default=0, init=False)
+    """Workers that were started in place of one that had ended."""
 
     def __post_init__(self) -> None:
         self.batch.accumulation_steps(self.world_size)  # raises where the numbers do not divide
@@ -98,18 +77,25 @@ class Loader:
     def steps(self, start_step: int = 0, *, without: Container[int] = ()) -> Iterator[list[Batch]]:
         """From 0-based step `start_step` on, except those in `without`, whose rows are not read.
 
-        Closing the generator ends the workers.
+        What a step yields is valid until the next one is asked for, whose batches take its memory. Closing the
+        generator ends the workers.
         """
         accumulation = self.batch.accumulation_steps(self.world_size)
-        keys = self._keys(start_step, without)
-        source = self._prepared(keys) if self.config.workers else self._in_process(keys)
+        source = self._source(self._keys(start_step, without), accumulation)
         try:
             while True:
                 began = time.perf_counter()
-                batches = [next(source) for _ in range(accumulation)]
+                source.release()
+                parcels = [source.take() for _ in range(accumulation)]
+                batches = [parcel.batch() for parcel in parcels]
                 self.wait_seconds += time.perf_counter() - began
+                self.num_restarts = source.num_restarts
+                for parcel in parcels:
+                    self._count_cut(parcel.notes)
+                del parcels
                 yield batches
         finally:
+            source.close()
             if self.num_cut > 1 and self.rank == 0:
                 print(f"{self.shards.path}: cut {self.num_cut} examples in all, on the first rank", file=sys.stderr)
 
@@ -130,54 +116,40 @@ class Loader:
                 for number in range(self.rank, self.batch.global_rows // self.batch.micro_rows, self.world_size):
                     yield step, number
 
-    def _in_process(self, keys: Iterator[tuple[int, int]]) -> Iterator[Batch]:
-        for key in keys:
-            batch, cut = self.micro_batches.prepare(*key)
-            self._count_cut(cut)
-            yield batch
-
-    def _prepared(self, keys: Iterator[tuple[int, int]]) -> Iterator[Batch]:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        loader = DataLoader(
-            Prepared(self.micro_batches),
-            sampler=keys,
-            batch_size=None,
-            num_workers=self.config.workers,
-            prefetch_factor=PREFETCH,
-            multiprocessing_context=context,
-            worker_init_fn=_start_worker,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else the DataLoader draws from the generator that dropout uses
-        )
-        for item in loader:
-            if isinstance(item, Exception):
-                raise item
-            buffer, layout, cut = item
-            self._count_cut(cut)
-            yield from_buffer(buffer, layout)
+    def _source(self, keys: Iterator[Key], accumulation: int) -> Source:
+        workers = self.config.workers
+        if not workers:
+            return InProcess(self.micro_batches.prepare, keys)
+        name = "data worker" if self.world_size == 1 else f"data worker of rank {self.rank}"
+        on_gpu = torch.cuda.is_available()
+        held = 1 if on_gpu else accumulation
+        ring = Ring(self.micro_batches.prepare, keys, workers=workers, held=held, preload=__name__, name=name)
+        return PinnedCopies(ring, ahead=max(accumulation, PREFETCH)) if on_gpu else ring
 
 
-def _need_shared_memory(size: int) -> None:
-    """Workers hand batches over in /dev/shm, and the kernel kills who writes where it is full."""
-    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else size
-    if free < size:
-        raise RuntimeError(
-            f"a batch needs {size_text(size)} of shared memory, {SHARED_MEMORY} has {size_text(free)} left; make it "
-            "larger (docker run --shm-size, or mount -o remount,size=), or set data.workers=0"
-        )
+class InProcess:
+    """Without workers."""
+
+    num_restarts = 0
+
+    def __init__(self, prepare: Prepare, keys: Iterator[Key]) -> None:
+        self._prepare, self._keys = prepare, keys
+
+    def take(self) -> MadeHere:
+        return MadeHere(*self._prepare(*next(self._keys)))
+
+    def release(self) -> None:
+        """Nothing to do: what was taken is the consumer's alone."""
+
+    def close(self) -> None:
+        """Likewise."""
 
 
-def _start_worker(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # the trainer's business; it ends its workers
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(STOP_GRACE_S))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+class MadeHere(NamedTuple):
+    """A batch that travels nowhere."""
 
+    made: Batch
+    notes: Any
 
-def _end_with_parent() -> None:
-    """A trainer that is killed cannot end its workers; torch's own watch looks at the fork server, which lives on."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+    def batch(self) -> Batch:
+        return self.made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,18 +19,38 @@ Layout = list[tuple[str, torch.dtype, tuple[int, ...], int]]
 """Per tensor: field of Batch or of its places, dtype, shape, first byte."""
 
 
-def to_buffer(batch: Batch) -> tuple[Tensor, Layout]:
-    """All tensors of a batch and its places in one uint8 tensor, and where they are in it."""
-    layout, parts, end = [], [], 0
+class Packing(NamedTuple):
+    """Where the tensors of a batch go, before there is room for them."""
+
+    layout: Layout
+    size: int
+    """Bytes of all."""
+    tensors: list[Tensor]
+
+    def write(self, buffer: Tensor) -> None:
+        """Into `buffer` [size] uint8; the only copy on a batch's way to another process."""
+        for (_, _, _, start), tensor in zip(self.layout, self.tensors, strict=True):
+            if tensor.numel():  # an empty one may have strides that no view allows
+                part = tensor.contiguous().reshape(-1).view(torch.uint8)
+                buffer[start : start + part.numel()].copy_(part)
+
+
+def packing(batch: Batch) -> Packing:
+    """Of all tensors of a batch and its places."""
+    layout, tensors, end = [], [], 0
     for name, tensor in _tensors(batch):
         layout.append((name, tensor.dtype, tuple(tensor.shape), end))
-        if tensor.numel():  # an empty one may have strides that no view allows
-            parts.append((end, tensor.contiguous().reshape(-1).view(torch.uint8)))
+        tensors.append(tensor)
         end += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-    buffer = torch.empty(end, dtype=torch.uint8)
-    for start, part in parts:
-        buffer[start : start + part.numel()] = part
-    return buffer, layout
+    return Packing(layout, end, tensors)
+
+
+def to_buffer(batch: Batch) -> tuple[Tensor, Layout]:
+    """All tensors of a batch and its places in one uint8 tensor, and where they are in it."""
+    packed = packing(batch)
+    buffer = torch.empty(packed.size, dtype=torch.uint8)
+    packed.write(buffer)
+    return buffer, packed.layout
 
 
 def from_buffer(buffer: Tensor, layout: Layout) -> Batch:

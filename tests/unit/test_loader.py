@@ -12,7 +12,6 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.vocab import load_vocab, train_vocab
 from ofa_ds.model.config import preset
-from ofa_ds.train.loader import Loader, Prepared
+from ofa_ds.train.loader import Loader
 from ofa_ds.train.packed_buffer import from_buffer, to_buffer
 
 DATA = DataConfig(image_size=64, infill_image_size=32, code_image_size=16, sample_patches=8, workers=0)
@@ -52,9 +51,10 @@ def make(shards):
 
 
 def take(loader: Loader, steps: int, start: int = 0) -> list[list[Batch]]:
+    """Copies: a step's own memory is the next one's."""
     source = loader.steps(start)
     try:
-        return list(itertools.islice(source, steps))
+        return [[from_buffer(*to_buffer(batch)) for batch in batches] for batches in itertools.islice(source, steps)]
     finally:
         source.close()
 
@@ -153,8 +153,6 @@ def test_one_buffer_carries_a_whole_batch(make):
     batch = take(make(), 1)[0][0]
     buffer, layout = to_buffer(batch)
     assert_same(batch, from_buffer(buffer, layout))
-    pinned_layout = [[name, dtype, list(shape), start] for name, dtype, shape, start in layout]
-    assert_same(batch, from_buffer(buffer, pinned_layout))  # pinning memory makes lists of tuples
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -202,12 +200,6 @@ def test_shards_that_are_cut_under_a_run_end_it_with_the_row_and_the_file(make, 
     steps.close()
 
 
-def test_full_shared_memory_is_an_error_and_not_a_killed_worker(make, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
-    answer = Prepared(make().micro_batches)[0, 0]
-    assert isinstance(answer, RuntimeError) and "data.workers=0" in str(answer)
-
-
 def test_batch_sizes_that_do_not_divide_are_refused_at_once(make):
     with pytest.raises(ValueError, match="not a multiple"):
         make(world_size=5)
@@ -217,7 +209,7 @@ PROGRAM = """
 import json, multiprocessing, signal, sys, time
 from ofa_ds.config import BatchConfig, DataConfig
 from ofa_ds.model.config import preset
-from ofa_ds.train.loader import Loader, Prepared
+from ofa_ds.train.loader import Loader
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
 
@@ -276,7 +268,7 @@ def test_the_rows_of_steps_that_are_left_out_are_read_by_nobody(make, monkeypatc
             type(loader.micro_batches), "prepare", lambda self, *key: (read.append(key[0]), prepare(self, *key))[1]
         )
     source = loader.steps(3, without={4, 5})
-    found = [next(source) for _ in range(2)]
+    found = [[from_buffer(*to_buffer(batch)) for batch in next(source)] for _ in range(2)]
     source.close()
     if not workers:
         assert set(read) == {3, 6}

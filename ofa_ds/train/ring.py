@@ -1,0 +1,239 @@
+"""Batches from worker processes through reused shared memory: what travels is which slot, and how it is laid out.
+
+Workers are interchangeable: a batch is a function of its key, so one that is killed is started again, and its batches
+are made again with the same bits. They come from a fork server, not by forking the trainer, whose RDMA buffers and
+threads do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import signal
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ofa_ds.batch import Batch
+from ofa_ds.train.packed_buffer import Layout, from_buffer
+from ofa_ds.train.ring_worker import Failed, Key, Made, Order, Prepare, place, work
+from ofa_ds.train.slots import Slots
+
+PREFETCH = 2
+"""Batches that each worker keeps ready at least."""
+MAX_ORDERS = 64
+"""That a worker has not answered: more would fill the pipes, and both ends would wait."""
+MAX_DEATHS = 5
+"""Of workers over one batch."""
+GRACE_S = 0.5
+"""For workers to end by themselves; they have nothing to lose."""
+POLL_S = 0.2
+
+
+class Parcel(NamedTuple):
+    """A batch as it lies in a slot, or in a copy."""
+
+    buffer: Tensor
+    layout: Layout
+    notes: Any
+
+    def batch(self) -> Batch:
+        """Its tensors are views of `buffer`."""
+        return from_buffer(self.buffer, self.layout)
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess | None = None
+    connection: Connection | None = None
+    orders: deque[Order] = field(default_factory=deque)
+    """Not answered, oldest first: that one it is at."""
+
+
+class Ring:
+    """`ring.take()` -> the next batch, in the order of the keys. Its slot is used again after `ring.release()`."""
+
+    def __init__(
+        self, prepare: Prepare, keys: Iterator[Key], *, workers: int, held: int, preload: str = __name__,
+        name: str = "data worker",
+    ) -> None:  # fmt: skip
+        """held: batches that are taken between two releases. preload: module that the fork server imports.
+
+        While the consumer is busy, as many batches are made as it takes at once. Raises RuntimeError, one line: no
+        memory for slots.
+        """
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([preload])
+        self._prepare, self._keys, self._name = prepare, enumerate(keys), name
+        self._ahead = max(PREFETCH * workers, min(held, MAX_ORDERS * workers))
+        self._slots = Slots(held + self._ahead)
+        self._free = list(range(self._slots.count))
+        self._lent: list[int] = []
+        self._workers = [_Worker() for _ in range(workers)]
+        self._answers: dict[int, tuple[Order, Made | Failed]] = {}
+        self._deaths: Counter[int] = Counter()
+        """Of workers, by the number of the batch they were at."""
+        self._next = 0
+        self._stopped = self._closed = False
+        self.num_restarts = 0
+        """Workers that were started in place of one that ended."""
+        atexit.register(
+            self.close
+        )  # before multiprocessing's own end, which asks with the SIGTERM that workers survive
+        try:
+            for worker in self._workers:
+                self._start(worker)
+        except BaseException:
+            self.close()
+            raise
+
+    def take(self) -> Parcel:
+        """The next batch; waits for it.
+
+        Raises ValueError or RuntimeError in its turn, one line: what its preparing raised, or that it killed every
+        worker. StopIteration after the last, and where `stop_waiting` was called.
+        """
+        self._assign()
+        if self._next not in self._answers and not any(worker.orders for worker in self._workers):
+            raise StopIteration
+        while self._next not in self._answers:
+            if self._stopped:
+                raise StopIteration
+            self._listen()
+            self._assign()
+        order, answer = self._answers.pop(self._next)
+        self._next += 1
+        self._lent.append(order.slot)
+        if isinstance(answer, Failed):
+            raise answer.error
+        return Parcel(self._slots.view(order.slot, answer.size), answer.layout, answer.notes)
+
+    def release(self) -> None:
+        """All that were taken: their slots are written anew, and with them their tensors."""
+        self._free.extend(reversed(self._lent))  # what was used last is used next: it is still in the cache
+        self._lent.clear()
+        self._assign()
+
+    def stop_waiting(self) -> None:
+        """From another thread: `take` ends within POLL_S seconds."""
+        self._stopped = True
+
+    def close(self) -> None:
+        """Ends the workers. Batches that were taken stay as they are."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        for worker in self._workers:
+            if worker.connection is not None:
+                worker.connection.close()
+        until = time.monotonic() + GRACE_S
+        for worker in self._workers:
+            if worker.process is not None:
+                worker.process.join(max(until - time.monotonic(), 0.0))
+                _reap(worker.process)
+        self._slots.close()
+
+    def _assign(self) -> None:
+        """Orders to workers with the fewest, while there are slots."""
+        while self._free and len(self._answers) + sum(len(worker.orders) for worker in self._workers) < self._ahead:
+            worker = min(self._workers, key=lambda each: len(each.orders))
+            if len(worker.orders) >= MAX_ORDERS or (following := next(self._keys, None)) is None:
+                return
+            order = Order(*following, self._free.pop())
+            worker.orders.append(order)
+            if worker.connection is None:
+                self._start(worker)
+            else:
+                _send(worker.connection, order)
+
+    def _listen(self) -> None:
+        """Until something came."""
+        connections = {worker.connection: worker for worker in self._workers if worker.connection is not None}
+        for connection in wait(list(connections), POLL_S):
+            try:
+                answer = connection.recv()
+            except (EOFError, OSError):
+                self._replace(connections[connection])
+                continue
+            order = connections[connection].orders.popleft()
+            assert order.number == answer.number, "workers answer in order"
+            self._answers[order.number] = order, answer
+            del self._deaths[order.number]
+
+    def _start(self, worker: _Worker) -> None:
+        """With all its orders."""
+        ours, theirs = self._context.Pipe()
+        try:
+            worker.process = self._context.Process(
+                target=work, args=(theirs, self._slots, self._prepare), name=self._name, daemon=True
+            )
+            worker.process.start()
+        except OSError as error:
+            raise RuntimeError(f"{self._name}: cannot be started: {error}; set data.workers=0") from error
+        finally:
+            theirs.close()  # what is left of it is the worker's: that end tells us when it is gone
+        worker.connection = ours
+        for order in worker.orders:
+            _send(ours, order)
+
+    def _replace(self, worker: _Worker) -> None:
+        """A worker has ended that nobody has told to."""
+        worker.connection.close()
+        worker.connection = None
+        worker.process.join(GRACE_S)
+        how, process = _how(worker.process.exitcode), worker.process.pid
+        _reap(worker.process)
+        if not worker.orders:
+            return  # it is started when there is something to do
+        order = worker.orders[0]
+        self._deaths[order.number] += 1
+        where = f"{self._name} (process {process}) {how} at {place(order.key)}"
+        if self._deaths[order.number] >= MAX_DEATHS:
+            worker.orders.popleft()
+            self._answers[order.number] = order, Failed(order.number, RuntimeError(_gave_up(where)))
+        else:
+            print(f"{where}: another one is started, which makes the same batch", file=sys.stderr, flush=True)
+        self.num_restarts += 1
+        self._start(worker)
+
+
+def _send(connection: Connection, order: Order) -> None:
+    try:
+        connection.send(order)
+    except OSError:
+        pass  # it is gone: `_listen` reads so, and its orders are kept
+
+
+def _how(code: int | None) -> str:
+    """code: `Process.exitcode`."""
+    if code is None or code == 255:  # where the fork server is gone too, nobody knows
+        return "ended"
+    if code >= 0:
+        return f"ended with code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"
+
+
+def _gave_up(where: str) -> str:
+    return (
+        f"{where}, the {MAX_DEATHS}th to do so at this batch: SIGKILL is mostly a lack of memory (fewer "
+        "data.workers, smaller batch.micro_rows), SIGBUS a file that is cut or a full disk; data.workers=0 shows the "
+        "fault itself"
+    )
+
+
+def _reap(process: BaseProcess) -> None:
+    if process.is_alive():
+        process.kill()
+        process.join()
+    process.close()
