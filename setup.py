@@ -32,6 +32,8 @@ setup(
         "pillow>=10.3",
         "pyarrow>=16",
         "pydantic>=2.7",
+        "pyyaml>=6",
+        "safetensors>=0.4.3",
         "simplejpeg>=1.7.2",
         "tensorboard>=2.16",
         "tokenizers>=0.19",
@@ -50,7 +52,6 @@ setup(
             "pytest-xdist>=3.6",  # tests/run.sh runs several at once
             "rouge-score>=0.1.2",
             "ruff>=0.5",
-            "safetensors>=0.4.3",
             "triton>=3.2",  # its interpreter and its compiler need no GPU
         ],
         "eval": ["pycocoevalcap>=1.2", "rouge-score>=0.1.2"],  # scores of captions and summaries in `ofa-ds evaluate`

@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
         "batch", "beat", "checkpoint", "config", "convert", "data", "engine", "inference", "model", "places", "plan",
         "progress", "storage", "tasks", "terms",
     },
+    "vision": {"convert", "data", "progress", "storage", "terms"},
     "runs": {"config", "storage", "terms", "train"},
     "cluster": {"beat", "config", "engine", "model", "progress", "storage", "terms"},
     "plan": {"config", "progress", "terms"},

@@ -1,0 +1,181 @@
+"""VQGANs on disk: the released `model.yaml` + `last.ckpt`, and our own `vqgan.json` + `vqgan.safetensors`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ofa_ds.convert.torch_file import TorchFile
+from ofa_ds.storage.atomic import new_directory, sync
+from ofa_ds.vision.config import VqganConfig
+from ofa_ds.vision.vqgan import Vqgan
+
+CONFIG, WEIGHTS = "vqgan.json", "vqgan.safetensors"
+RELEASED_CONFIG, RELEASED_WEIGHTS = "model.yaml", "last.ckpt"
+FORMAT = {"format": "ofa-ds vqgan", "version": 1}
+
+_INERT = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "taming.", "main.")
+"""Packages whose classes a released checkpoint may hold beside the weights. None of them is ever imported."""
+
+_MAX_INERT = 64
+_LOSS = "loss."
+"""Networks that only training used: a perceptual one and a discriminator."""
+
+_QUANTIZERS = {"GumbelVQ": "gumbel", "VQModel": "vq"}
+_MAX_YAML_BYTES = 1 << 20
+
+
+def load_vqgan(folder: Path, *, device: str = "cpu", say: Any = print) -> Vqgan:
+    """In evaluation mode, fp32. say: is told, one line, what of the file is left out.
+
+    Raises ValueError, one line with the file and what was wanted: no model there, another architecture, parameters
+    missing or of another shape, values that are not finite, or code in its pickle.
+    """
+    if (folder / CONFIG).is_file():
+        config, path = _read_config(folder / CONFIG), folder / WEIGHTS
+        weights = _read_safetensors(path)
+    elif (folder / RELEASED_CONFIG).is_file():
+        config, path = _released_config(folder / RELEASED_CONFIG), folder / RELEASED_WEIGHTS
+        weights = _released_weights(path, say)
+    else:
+        raise ValueError(
+            f"{folder}: no VQGAN there: want {CONFIG} and {WEIGHTS}, or the released {RELEASED_CONFIG} and "
+            f"{RELEASED_WEIGHTS}"
+        )
+    with torch.device("meta"):
+        model = Vqgan(config)
+    _check(path, model, weights)
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def save_vqgan(model: Vqgan, folder: Path) -> None:
+    """A new directory of our own form, there when it is complete. Raises ValueError where something is there."""
+    weights = {name: value.detach().cpu().float().contiguous() for name, value in model.state_dict().items()}
+    with new_directory(folder) as partial:
+        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(FORMAT | dataclasses.asdict(model.config), indent=1)
+        (partial / CONFIG).write_text(f"{text}\n", encoding="utf-8")
+        for name in (WEIGHTS, CONFIG):
+            sync(partial / name)
+
+
+def _read_config(path: Path) -> VqganConfig:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); copy or make it again") from error
+    if not isinstance(found, dict) or {key: found.get(key) for key in FORMAT} != FORMAT:
+        raise ValueError(f"{path}: want {FORMAT}; make it with this version of ofa-ds")
+    return _config(path, {key: value for key, value in found.items() if key not in FORMAT})
+
+
+def _config(path: Path, sizes: Mapping[str, Any]) -> VqganConfig:
+    known = {each.name for each in dataclasses.fields(VqganConfig)}
+    if unknown := sorted(set(sizes) - known):
+        raise ValueError(f"{path}: {unknown[0]}: want one of {', '.join(sorted(known))}")
+    lists = {key: tuple(sizes[key]) for key in ("ch_mult", "attn_resolutions") if isinstance(sizes.get(key), list)}
+    try:
+        return VqganConfig(**(dict(sizes) | lists))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _released_config(path: Path) -> VqganConfig:
+    """Of taming-transformers' `model.yaml`: model.target, model.params.{n_embed, embed_dim, ddconfig}."""
+    if path.stat().st_size > _MAX_YAML_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a {RELEASED_CONFIG}")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    model = _part(path, found, "model")
+    target = str(model.get("target", ""))
+    quantizer = _QUANTIZERS.get(target.rpartition(".")[2])
+    if quantizer is None:
+        raise ValueError(f"{path}: model.target: want one that ends in {' or '.join(_QUANTIZERS)}, got {target!r}")
+    params = _part(path, model, "params", "model.")
+    sizes = dict(_part(path, params, "ddconfig", "model.params."))
+    if sizes.pop("double_z", False):
+        raise ValueError(
+            f"{path}: model.params.ddconfig.double_z: want false, as of a VQGAN, got true (an autoencoder)"
+        )
+    return _config(path, sizes | {key: params.get(key) for key in ("n_embed", "embed_dim")} | {"quantizer": quantizer})
+
+
+def _part(path: Path, found: Any, key: str, before: str = "") -> Mapping[str, Any]:
+    part = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(part, dict):
+        raise ValueError(f"{path}: {before}{key}: want a table, got {part!r:.60}")
+    return part
+
+
+def _released_weights(path: Path, say: Any) -> dict[str, Tensor]:
+    """The entries of `state_dict` but the losses'. Classes of known packages become inert ones; no other is built."""
+    found = _released_file(path).content
+    state = found.get("state_dict") if isinstance(found, dict) else None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: want the weights under state_dict, as Lightning keeps them")
+    bad = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+    if bad is not None:
+        raise ValueError(f"{path}: state_dict: {bad}: want a tensor")
+    left_out = [name for name in state if str(name).startswith(_LOSS)]
+    if left_out:
+        say(f"{path}: {len(left_out)} entries of {_LOSS}* are left out: only training used them")
+    return {name: value.float() for name, value in state.items() if name not in left_out}
+
+
+def _released_file(path: Path) -> TorchFile:
+    allow: list[tuple[type, str]] = []
+    while True:
+        try:
+            return TorchFile(path, allow)
+        except ValueError as error:
+            name = str(error).rpartition(" ")[2]
+            known = ": a " in str(error) and name.startswith(_INERT) and name not in {each[1] for each in allow}
+            if not known or len(allow) == _MAX_INERT:
+                raise
+        allow.append((type("Inert", (_Inert,), {}), name))
+
+
+class _Inert:
+    """Stands for an object of the training framework: it takes anything, and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; it belongs to {CONFIG}")
+    try:
+        return load_file(path)
+    except Exception as error:  # the library's own class has no stable place
+        raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}; copy or make it again") from error
+
+
+def _check(path: Path, model: Vqgan, weights: Mapping[str, Tensor]) -> None:
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name, shape in wanted.items():
+        if name not in weights:
+            raise ValueError(f"{path}: {name} is missing; is it of another architecture than its configuration says?")
+        if (found := tuple(weights[name].shape)) != shape:
+            raise ValueError(f"{path}: {name}: want shape {list(shape)} as its configuration says, got {list(found)}")
+        if not torch.isfinite(weights[name]).all():
+            raise ValueError(f"{path}: {name}: has values that are not finite; copy it again")
+    if more := sorted(set(weights) - set(wanted)):
+        raise ValueError(f"{path}: {more[0]} is no parameter of the architecture that its configuration says")
