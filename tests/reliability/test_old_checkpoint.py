@@ -22,7 +22,12 @@ from ofa_ds.cli import main
 STEP = Path("run/step_00000004")
 TIMEOUT_S = 240
 ROUNDING = 2e-5
-"""How far weights may be off where the machine rounds otherwise. One step changes them by up to 5e-4."""
+"""How far weights may be off where the machine rounds otherwise. One step changes them by up to LARGEST_STEP."""
+
+LARGEST_STEP = 5e-4
+UNFELT = ("k_proj.bias", "k_linear.bias")
+"""Biases of keys: softmax does not feel them, so that their gradient is rounding alone, and Adam takes whole steps by
+its sign. On another machine two of them may go the other way."""
 
 
 @pytest.fixture
@@ -77,9 +82,8 @@ def recorded_weights() -> dict[str, Tensor]:
 def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        torch.testing.assert_close(
-            found[name], tensor, rtol=0.0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
-        )
+        allowed = 4 * LARGEST_STEP if tolerance and name.endswith(UNFELT) else tolerance
+        torch.testing.assert_close(found[name], tensor, rtol=0.0, atol=allowed, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_two_ranks_to_three_and_back_is_the_identity(old):
