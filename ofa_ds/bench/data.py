@@ -37,8 +37,9 @@ class Mapped:
         self.family = family
         shards = read_manifest(folder).families[family].shards
         self._readers = [pa.ipc.open_file(pa.memory_map(str(folder / shard.file))) for shard in shards]
-        self._places = [(k, batch) for k, shard in enumerate(shards) for batch in range(len(shard.batch_rows))]
-        self._ends = list(accumulate(rows for shard in shards for rows in shard.batch_rows))
+        counts = [[reader.get_batch(k).num_rows for k in range(reader.num_record_batches)] for reader in self._readers]
+        self._places = [(k, batch) for k, rows in enumerate(counts) for batch in range(len(rows))]
+        self._ends = list(accumulate(number for rows in counts for number in rows))
         self._batches: dict[int, pa.RecordBatch] = {}
 
     def _batch(self, i: int, *, keep: bool = True) -> tuple[pa.RecordBatch, int]:
@@ -80,7 +81,7 @@ def bench_data(folder: Path | None, repeats: int) -> dict[str, dict[str, float]]
 def _one(shards: Shards, family: str, repeats: int) -> dict[str, float]:
     mapped = Mapped(shards.path, family)
     ways: dict[str, Read] = {
-        "ours (pread)": lambda i: shards.row(family, i),
+        "ours": lambda i: shards.row(family, i),
         "Arrow, slice of a kept batch": mapped.by_slice,
         "Arrow, scalars of a kept batch": mapped.by_scalar,
         "Arrow, batch fetched each time": mapped.fetched,

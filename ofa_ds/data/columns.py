@@ -38,6 +38,12 @@ SCHEMAS = {
 }  # fmt: skip
 """Columns of each family. A box of NaN means none; so does an empty image of a downstream row."""
 
+KEPT = {
+    pa.utf8(): (1, 2), pa.binary(): (1, 2), pa.int32(): (1,), BOX: (2,), list_of(BOX): (1, 4),
+    list_of(pa.utf8()): (1, 3, 4), list_of(pa.int16()): (1, 3), list_of(pa.float64()): (1, 3),
+}  # fmt: skip
+"""Which of a column's buffers have content: the others are validity bitmaps, absent as nothing is nullable."""
+
 WITH_ANSWERS = ("vision_language", "downstream")
 """Families whose rows have answers with confidences, and one box or none."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from ofa_ds.data.manifest import NEGATIVES, Shard
+from ofa_ds.data.manifest import NEGATIVES
 from ofa_ds.data.open_file import OpenFile
 from ofa_ds.data.shard_file import ShardFile
 from ofa_ds.storage import strict_json
@@ -114,13 +114,12 @@ def write_negatives(given: Path, folder: Path) -> dict[str, str]:
     return _write(folder, captions, objects, _answers(given / ANSWERS))
 
 
-def derive_negatives(folder: Path, shards: Sequence[Shard]) -> dict[str, str]:
-    """From the vision-language rows themselves: their captions, object words and answers, in order, each once."""
+def derive_negatives(files: Iterable[ShardFile], folder: Path) -> dict[str, str]:
+    """From vision-language rows: their captions, object words and answers, in order, each once."""
     captions: dict[str, None] = {}
     objects: dict[str, None] = {}
     answers: dict[str, None] = {}
-    for shard in shards:
-        file = ShardFile(folder, "vision_language", shard)
+    for file in files:
         for i in range(file.num_rows):
             row = file.row(i, verify=False)
             if row["type"] == "caption":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from ofa_ds.data.arrow_layout import buffer_places
+from ofa_ds.data.batch_index import entry_type
 from ofa_ds.data.columns import SCHEMAS, to_columns
 from ofa_ds.data.manifest import Shard
+from ofa_ds.data.open_file import OpenFile
+from ofa_ds.data.shard_file import ShardFile
 
 MAX_BATCH_ROWS = 256
 MAX_BATCH_BYTES = 16 << 20
@@ -20,17 +25,29 @@ _PRIME = (1 << 61) - 1
 _BASE = 0x1F3D5B79A2C4E68B % _PRIME
 
 
+@dataclass(frozen=True)
+class Written:
+    """What is to be known of a finished file."""
+
+    shard: Shard
+    entries: np.ndarray
+    """Of its record batches in the index: `batch_index.entry_type`."""
+
+    def reading(self, folder: Path, family: str) -> ShardFile:
+        """For what has no manifest yet."""
+        return ShardFile(folder / self.shard.file, family, self.shard, lambda: memoryview(self.entries.tobytes()))
+
+
 class ShardWriter:
-    """`add` every row, then `close`."""
+    """`add` every row, then `close`. Holds one record batch in memory."""
 
     def __init__(self, path: Path, family: str) -> None:
         self._path, self._family = path, family
         self._sink = pa.OSFile(str(path), "wb")
         self._file = pa.ipc.new_file(self._sink, SCHEMAS[family])
         self._rows: list[dict[str, Any]] = []
-        self._bytes = self._digest = 0
-        self._batch_rows: list[int] = []
-        self._byte_ends: list[int] = []
+        self._bytes = self._digest = self._num_rows = self._end = 0
+        self._entries: list[tuple[int, int, int, list[int]]] = []
 
     def add(self, row: dict[str, Any], size: int) -> None:
         """size: of the TSV line, which is never less than what is written of it."""
@@ -44,30 +61,32 @@ class ShardWriter:
         schema = SCHEMAS[self._family]
         columns = [_array([row[part.name] for row in self._rows], part.type) for part in schema]
         self._file.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-        self._batch_rows.append(len(self._rows))
-        self._byte_ends.append(self._sink.tell())
+        start, self._end = self._end, self._sink.tell()
+        self._num_rows += len(self._rows)
+        file = OpenFile(self._path, self._end, "its writer")
+        _, places = buffer_places(file.read, self._family, start, self._end)
+        self._entries.append((self._num_rows, self._end, file.xxh3_64(start, self._end), places))
         self._rows, self._bytes = [], 0
 
-    def close(self) -> Shard | None:
+    def close(self) -> Written | None:
         """None, and no file, where there were no rows."""
         if self._rows:
             self._flush()
         self._file.close()
-        self._byte_ends.append(self._sink.tell())
+        num_bytes = self._sink.tell()
         self._sink.close()
-        if not self._batch_rows:
+        if not self._entries:
             self._path.unlink()
             return None
-        data = np.memmap(self._path, np.uint8, "r")
-        spans = zip([0, *self._byte_ends[:-1]], self._byte_ends, strict=True)
-        return Shard(
-            file=self._path.name,
-            rows=sum(self._batch_rows),
-            digest=self._digest,
-            batch_rows=tuple(self._batch_rows),
-            byte_ends=tuple(self._byte_ends),
-            xxh3=tuple(xxhash.xxh3_64_hexdigest(data[start:stop]) for start, stop in spans),
-        )
+        entries = np.zeros(len(self._entries), entry_type(self._family))
+        for entry, found in zip(entries, self._entries, strict=True):
+            entry["rows_end"], entry["byte_end"], entry["xxh3"], entry["places"] = found
+        footer = OpenFile(self._path, num_bytes, "its writer").xxh3_64(self._end, num_bytes)
+        shard = Shard(
+            file=self._path.name, rows=self._num_rows, batches=len(entries), num_bytes=num_bytes, digest=self._digest,
+            footer_xxh3=f"{footer:016x}", index_xxh3=xxhash.xxh3_64_hexdigest(entries),
+        )  # fmt: skip
+        return Written(shard, entries)
 
 
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:

@@ -1,8 +1,9 @@
 """Shards: rows by number, from Arrow files of which nothing is read before it is asked for.
 
 A directory holds `manifest.json`, one Arrow IPC file per shard (uncompressed, nothing nullable, at most 256 rows or
-16 MB a record batch, pictures byte for byte as they came), `negative_sample/` (of a downstream task its list,
-`answers.json`), and `quarantine/` and `warnings/` where lines were bad or doubtful. `shards_build` writes it,
+16 MB a record batch, pictures byte for byte as they came), an index for each family (`batch_index`),
+`negative_sample/` (of a downstream task its list, `answers.json`), and `quarantine/` and `warnings/` where lines were
+bad or doubtful. `shards_build` writes it,
 `shards_verify` checks it.
 """
 
@@ -19,8 +20,7 @@ from typing import Any
 from ofa_ds.data.answer_list import read_answer_list
 from ofa_ds.data.manifest import TYPED, read_manifest
 from ofa_ds.data.negative_files import Negatives, read_negatives
-from ofa_ds.data.open_file import opener
-from ofa_ds.data.shard_file import ShardFile
+from ofa_ds.data.shard_file import MapPool, ShardFile, ShardFiles
 from ofa_ds.terms import FAMILIES
 
 
@@ -55,13 +55,11 @@ class Shards:
         typed = [family for family in TYPED if family in families]
         self.types = {kind: count for family in typed for kind, count in families[family].types.items()}
         """Rows of each type, of the families that have types."""
-        open_file = opener()
-        self._files = {
-            family: [ShardFile(self.path, family, shard, open_file) for shard in families[family].shards]
-            for family in self.families
-        }
+        pool = MapPool()
+        self._files = {family: ShardFiles(self.path, self.manifest, family, pool) for family in self.families}
         self._ends = {
-            family: list(itertools.accumulate(file.num_rows for file in files)) for family, files in self._files.items()
+            family: list(itertools.accumulate(shard.rows for shard in families[family].shards))
+            for family in self.families
         }
 
     def __reduce__(self) -> tuple:
@@ -127,11 +125,13 @@ class Shards:
         if not types:
             yield from range(start, end)
         elif any(self.types.get(kind) for kind in types):
-            for file, last in zip(self._files[family], self._ends[family], strict=True):
-                first = last - file.num_rows
-                if last > start and first < end:
-                    found = (first + i for i in file.rows_of_types(types, max(start - first, 0)))
-                    yield from itertools.takewhile(lambda i: i < end, found)
+            ends = self._ends[family]
+            for number in range(bisect_right(ends, start), len(ends)):
+                first = ends[number - 1] if number else 0
+                if first >= end:
+                    break
+                found = self._files[family][number].rows_of_types(types, max(start - first, 0))
+                yield from itertools.takewhile(lambda i: i < end, map(first.__add__, found))
 
     @cached_property
     def answers(self) -> tuple[str, ...]:

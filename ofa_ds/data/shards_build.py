@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ofa_ds.data import answer_list, task_rows, tsv
+from ofa_ds.data.batch_index import write_index
 from ofa_ds.data.doubts import doubts, task_doubts, without_negative_answer, without_negative_caption
-from ofa_ds.data.manifest import Family, Manifest, Shard, Source, fingerprint
+from ofa_ds.data.manifest import Family, Manifest, Source, fingerprint
 from ofa_ds.data.negative_files import derive_negatives, read_negatives, write_negatives
 from ofa_ds.data.pool import run_jobs, serve_if_worker
-from ofa_ds.data.shard_writer import ShardWriter, chain
+from ofa_ds.data.shard_writer import ShardWriter, Written, chain
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import new_directory, sync_tree
 from ofa_ds.terms import FAMILIES
@@ -60,7 +61,7 @@ class Built:
     """What a job did."""
 
     job: Job
-    shard: Shard | None = None
+    written: Written | None = None
     """None where no line was good."""
     types: Counter[str] = field(default_factory=Counter)
     first_lines: dict[str, int] = field(default_factory=dict)
@@ -74,7 +75,7 @@ class Built:
 
     @property
     def rows(self) -> int:
-        return self.shard.rows if self.shard else 0
+        return self.written.shard.rows if self.written else 0
 
     def count(self, row: Mapping[str, Any], line: int) -> None:
         if self.job.family == "vision_language":
@@ -126,6 +127,9 @@ def build_shards(
         _doubt_negatives(folder, built, strict)
         _gather(folder, built)
         families = {family: _family(family, built) for family in FAMILIES if paths.get(family)}
+        for family in families:
+            mine = (part.written for part in built if part.job.family == family)
+            write_index(folder, family, [written.entries for written in mine if written])
         name = fingerprint(families, sums, answers_sum)
         manifest = Manifest(families=families, negatives=sums, fingerprint=name, answers=answers_sum)
         manifest.write(folder)
@@ -202,7 +206,7 @@ def build_one(job: Job) -> Built:
             built.warnings += len(found)
             writer.add(row, len(line))
             built.count(row, number)
-    built.shard = writer.close()
+    built.written = writer.close()
     return built
 
 
@@ -234,8 +238,9 @@ def _negatives(folder: Path, given: Path | None, built: Sequence[Built]) -> dict
     """Checksum of each file of negatives that was written."""
     if given is not None:
         return write_negatives(given, folder)
-    shards = [part.shard for part in built if part.job.family == "vision_language" and part.shard]
-    return derive_negatives(folder, shards) if shards else {}
+    written = [part.written for part in built if part.job.family == "vision_language" and part.written]
+    files = (each.reading(folder, "vision_language") for each in written)
+    return derive_negatives(files, folder) if written else {}
 
 
 def _doubt_negatives(folder: Path, built: Sequence[Built], strict: bool) -> None:
@@ -277,7 +282,7 @@ def _gather(folder: Path, built: Sequence[Built]) -> None:
 
 def _family(family: str, built: Sequence[Built]) -> Family:
     mine = [part for part in built if part.job.family == family]
-    good = [part.shard for part in mine if part.shard]
+    good = [part.written.shard for part in mine if part.written]
     if not good:
         source = mine[0].job.source
         tried = sum(part.job.span.num_lines for part in mine)

@@ -10,7 +10,7 @@ from ofa_ds.data.manifest import MANIFEST, NEGATIVES, TYPED, Manifest, Shard, fi
 from ofa_ds.data.negative_files import checksums, read_negatives
 from ofa_ds.data.picture import check_image
 from ofa_ds.data.pool import run_jobs, serve_if_worker
-from ofa_ds.data.shard_file import ShardFile
+from ofa_ds.data.shard_file import ShardFile, ShardFiles
 from ofa_ds.data.shard_writer import chain, row_digest
 from ofa_ds.data.shards import Shards
 from ofa_ds.progress import Progress
@@ -21,6 +21,8 @@ class Job:
     folder: Path
     family: str
     shard: Shard
+    entries: bytes
+    """Of the shard in the index."""
 
 
 def verify_shards(path: Path | str, *, workers: int = 2) -> list[str]:
@@ -31,7 +33,10 @@ def verify_shards(path: Path | str, *, workers: int = 2) -> list[str]:
         manifest = read_manifest(path)
     except ValueError as error:
         return [str(error)]
-    jobs = [Job(path, family, shard) for family, part in manifest.families.items() for shard in part.shards]
+    try:
+        jobs = _jobs(path, manifest)
+    except (OSError, RuntimeError) as error:
+        return [str(error)]
     progress = Progress(sum(job.shard.rows for job in jobs), "verifying shards", "rows")
     problems = []
     try:
@@ -41,6 +46,11 @@ def verify_shards(path: Path | str, *, workers: int = 2) -> list[str]:
     finally:
         progress.close()
     return problems + _manifest_problems(path, manifest) + ([] if problems else _type_problems(path))
+
+
+def _jobs(path: Path, manifest: Manifest) -> list[Job]:
+    files = {family: ShardFiles(path, manifest, family) for family in manifest.families}
+    return [Job(path, family, file.shard, bytes(file.entries)) for family in files for file in files[family]]
 
 
 def _manifest_problems(path: Path, manifest: Manifest) -> list[str]:
@@ -91,9 +101,9 @@ def _negative_problems(path: Path, manifest: Manifest) -> list[str]:
 
 def verify_one(job: Job) -> list[str]:
     """Runs in a worker: the problems of one file. Rows of a damaged batch are not looked at further."""
-    file = ShardFile(job.folder, job.family, job.shard)
+    file = ShardFile(job.folder / job.shard.file, job.family, job.shard, lambda: memoryview(job.entries))
     try:
-        batches = range(len(file.batch_ends))
+        batches = range(file.num_batches)
         problems = {batch: file.checksum_problem(batch) for batch in (*batches, len(batches))}
     except (OSError, RuntimeError) as error:
         return [str(error)]
@@ -104,7 +114,7 @@ def verify_one(job: Job) -> list[str]:
     for batch in batches:
         if problems[batch]:
             continue
-        for i in range(file.batch_ends[batch - 1] if batch else 0, file.batch_ends[batch]):
+        for i in file.rows_of(batch):
             try:
                 row = file.row(i, verify=False)
             except (OSError, RuntimeError) as error:

@@ -20,6 +20,8 @@ from test_tsv import IMAGE, SQUARE, caption, detection, grounding, image, qa
 from ofa_ds.cli import main
 from ofa_ds.data import shard_writer, tsv
 from ofa_ds.data.columns import SCHEMAS
+from ofa_ds.data.manifest import read_manifest
+from ofa_ds.data.shard_file import ShardFiles
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.shards_verify import verify_shards
@@ -174,13 +176,18 @@ def test_the_fingerprint_is_of_the_rows_not_of_the_files(small: tuple, tmp_path:
     assert len({whole.fingerprint, swapped.fingerprint, others.fingerprint}) == 3
 
 
+def batch_rows(folder: Path, family: str, number: int) -> list[int]:
+    file = ShardFiles(folder, read_manifest(folder), family)[number]
+    return [len(file.rows_of(batch)) for batch in range(file.num_batches)]
+
+
 def test_record_batches_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.tsv", [b"%d\t%s" % (k, b"x" * 1000) for k in range(600)])
-    text = build_shards(tmp_path / "rows", text=[path], workers=1).families["text"]
-    assert text.shards[0].batch_rows == (256, 256, 88)
+    build_shards(tmp_path / "rows", text=[path], workers=1)
+    assert batch_rows(tmp_path / "rows", "text", 0) == [256, 256, 88]
     monkeypatch.setattr(shard_writer, "MAX_BATCH_BYTES", 100_500)
-    text = build_shards(tmp_path / "bytes", text=[path], workers=1).families["text"]
-    assert text.shards[0].batch_rows == (100,) * 6
+    build_shards(tmp_path / "bytes", text=[path], workers=1)
+    assert batch_rows(tmp_path / "bytes", "text", 0) == [100] * 6
     shards = Shards(tmp_path / "bytes")
     assert [shards.row("text", i)["id"] for i in (0, 99, 100, 101, 599)] == ["0", "99", "100", "101", "599"]
 
@@ -228,7 +235,10 @@ def test_opening_reads_the_manifest_alone(small: tuple, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes((small[0] / "manifest.json").read_bytes())
     shards = Shards(tmp_path)
     assert shards.families["text"] == 9
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"text.index"):
+        shards.row("text", 0)
+    (tmp_path / "text.index").write_bytes((small[0] / "text.index").read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"text-00000.arrow"):
         shards.row("text", 0)
 
 
@@ -280,7 +290,7 @@ def test_a_damaged_footer_is_found(small: tuple, tmp_path: Path) -> None:
 def test_an_edited_manifest_is_found(small: tuple, tmp_path: Path) -> None:
     out = damage(small, tmp_path, "manifest.json", lambda content: None)
     manifest = json.loads((out / "manifest.json").read_text())
-    manifest["families"]["text"]["rows"] = 8
+    manifest["families"]["text"]["digest"] += 8
     (out / "manifest.json").write_text(json.dumps(manifest))
     problems = " ".join(verify_shards(out, workers=1))
     assert "what it says of text" in problems and "fingerprint" in problems
@@ -288,7 +298,7 @@ def test_an_edited_manifest_is_found(small: tuple, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content, message",
-    [(None, "no shards there .*ofa-ds shards build"), ("{", "not JSON"), ('{"version": 0}', "want .*'version': 1")],
+    [(None, "no shards there .*ofa-ds shards build"), ("{", "not JSON"), ('{"version": 0}', "want .*'version': 2")],
 )
 def test_what_is_no_shards_is_named(content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:
