@@ -19,6 +19,8 @@ def main() -> None:
     rows = benches.add_parser("data", help="one row of shards at random, beside Arrow's own row access")
     rows.add_argument("--shards", type=Path, help="a directory of shards (default: small scenes, drawn for it)")
     rows.add_argument("--repeats", type=int, default=7, help="of each way (default 7)")
+    feeding = benches.add_parser("loader", help="batches on their way to training, beside torch's DataLoader")
+    feeding.add_argument("--repeats", type=int, default=3, help="of each measurement (default 3)")
     rewards = benches.add_parser("cider", help="the reward of SCST for 320 captions, beside the library's scorer")
     rewards.add_argument("--repeats", type=int, default=7, help="of each way (default 7)")
     critical = benches.add_parser("scst", help="the parts of an SCST micro-batch of tiny on one thread")
@@ -34,7 +36,7 @@ def main() -> None:
     build.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     many = benches.add_parser("many-ranks", help="what the host does around a collective of a layer")
     many.add_argument("--repeats", type=int, default=5, help="of each way (default 5)")
-    for bench in (step, saves, rows, rewards, critical, answers, build, many):
+    for bench in (step, saves, rows, feeding, rewards, critical, answers, build, many):
         bench.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.what == "step":
@@ -58,6 +60,12 @@ def main() -> None:
             result = bench_data(options.shards, options.repeats)
         except ValueError as error:
             parser.error(f"--shards: {error}")
+    elif options.what == "loader":
+        from ofa_ds.bench.loader import bench_loader, table
+
+        if options.repeats < 1:
+            parser.error("--repeats: want at least 1")
+        result = bench_loader(options.repeats)
     elif options.what == "scst":
         from ofa_ds.bench.scst import bench_scst, table
 
