@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import multiprocessing
 import statistics
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ofa_ds.batch import Batch, pack
@@ -44,8 +46,8 @@ BATCHES = 60
 FEED_ROWS = 8
 """Of a micro-batch whose making is timed."""
 FEED_MICRO_BATCHES = 6
-SIDES = {"vision_language": (256, 480), "text": (), "image": (256,), "detection": (256, 480)}
-"""Of pictures; those with image codes are never resized."""
+SIDES = {"vision_language": (256, 480), "text": (0,), "image": (), "detection": (256, 480)}
+"""Of pictures; none: their own, as those with image codes are never resized."""
 WAIT_STEPS = 6
 
 Result = dict[str, Any]
@@ -142,10 +144,15 @@ def feed(shards: Shards, vocab: Vocab, repeats: int) -> dict[str, list[tuple[int
     """
     torch.set_num_threads(1)
     return {
-        family: [_row_s(shards, vocab, family, side, repeats) for side in SIDES[family] or (0,)]
+        family: [_row_s(shards, vocab, family, side, repeats) for side in SIDES[family] or (_own_side(shards, family),)]
         for family in SIDES
         if shards.families.get(family)
     }
+
+
+def _own_side(shards: Shards, family: str) -> int:
+    with Image.open(io.BytesIO(shards.row(family, 0)["image"])) as picture:
+        return picture.width
 
 
 def _row_s(shards: Shards, vocab: Vocab, family: str, side: int, repeats: int) -> tuple[int, float]:

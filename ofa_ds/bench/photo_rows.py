@@ -29,7 +29,7 @@ def photograph(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> bytes:
     """JPEG of smooth shapes with texture: 480 x 360 are about 39 KB, as photographs of that size and quality are."""
     coarse = rng.integers(0, 256, (9, 12, 3)).astype(np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), np.int16)
-    texture = rng.normal(0, 11, (size[1], size[0], 1))
+    texture = rng.normal(0, 5.5, (size[1], size[0], 1))
     out = io.BytesIO()
     Image.fromarray(np.clip(smooth + texture, 0, 255).astype(np.uint8)).save(out, "JPEG", quality=QUALITY)
     return out.getvalue()

@@ -14,6 +14,7 @@ from ofa_ds.config.architecture import ModelConfig
 from ofa_ds.config.schema import MixConfig, Recipe
 from ofa_ds.plan.calibration import Calibration
 from ofa_ds.plan.cpu import CpuPlan, predict_cpu
+from ofa_ds.plan.feed import Feed, feed_of
 from ofa_ds.plan.flops import Flops, flops
 from ofa_ds.plan.hardware import Gpu, Network
 from ofa_ds.plan.layout import Layout, layout_of
@@ -172,7 +173,16 @@ class Forecast:
     def write_s(self) -> float:
         return max(1.0, self.checkpoint_bytes / WRITE_BYTES_PER_S)
 
+    @cached_property
+    def feed(self) -> Feed | None:
+        """What a rank's rows of a step take to make; None where that is not known."""
+        return feed_of(self.run.recipe, self.cluster.world, self.calibration)
+
     def step(self) -> StepTime:
+        computed = self._computed_step()
+        return computed if self.feed is None else computed.waiting(self.feed.wait_s(computed.total_s))
+
+    def _computed_step(self) -> StepTime:
         if self.cpu is not None:
             return self._step_on_cpu(self.cpu)
         return step_time(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -160,6 +161,20 @@ def _speed(planned: Forecast, step: StepTime) -> Iterator[str]:
     tasks = {name: rate for name, rate in step.examples_per_s.items() if name}
     of_tasks = f" ({', '.join(f'{name} {_rate(rate)}' for name, rate in tasks.items())})" if len(tasks) > 1 else ""
     yield f"{step.tokens_per_s:,.0f} tokens/s, {_rate(sum(step.examples_per_s.values()))} examples/s{of_tasks}"
+    yield from _feeding(planned, step)
+
+
+def _feeding(planned: Forecast, step: StepTime) -> Iterator[str]:
+    feed = planned.feed
+    if feed is None:
+        return
+    per_step = sum(step.examples_per_s.values()) * step.total_s / planned.cluster.world
+    busy, source = feed.cores(step.total_s - step.data_s), "measured" if feed.is_measured else "assumed"
+    text = f"data: {_rate(per_step / feed.core_s)} examples/s of a core ({source}), a rank keeps {busy:.2g} cores busy"
+    if not step.data_s:
+        yield f"{text}, data.workers={feed.workers} could feed {feed.workers / busy:.2g} times as much"
+    else:
+        yield f"{text}; with data.workers={feed.workers} it waits for them, {math.ceil(busy)} would do"
 
 
 def _cost(cost: Cost) -> Iterator[str]:
@@ -223,6 +238,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "calibration": _calibration(planned),
         "checkpoint_bytes": planned.checkpoint_bytes,
         "step": {**{name: getattr(step, name) for name in step.__slots__}, "parts_s": time_parts(step)},
+        "feed": None if planned.feed is None else asdict(planned.feed),
         "useful_flops_by_module": dict(modules),
         "cost": asdict(report.cost),
         "saving": saving,

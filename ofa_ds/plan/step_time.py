@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ofa_ds.config.architecture import ModelConfig
@@ -39,7 +39,7 @@ class StepTime:
     exposed_s: float
     """Of the communication, what computing does not hide."""
     data_s: float
-    """Waiting for the next batch: 0, as workers are ahead; what they must sustain is `examples_per_s`."""
+    """Waiting for the next batch (`plan.feed`): 0 where workers are ahead."""
     checkpoint_s: float
     """A step's share of what checkpoints stall."""
     total_s: float
@@ -56,6 +56,16 @@ class StepTime:
     low_s: float
     """Between this and `high_s` is the step expected."""
     high_s: float
+
+    def waiting(self, data_s: float) -> StepTime:
+        """The same step where so much more time goes into waiting for data."""
+        share = self.total_s / (self.total_s + data_s)
+        return replace(
+            self, data_s=self.data_s + data_s, total_s=self.total_s + data_s, mfu=self.mfu * share,
+            hfu=self.hfu * share, tokens_per_s=self.tokens_per_s * share,
+            examples_per_s={task: rate * share for task, rate in self.examples_per_s.items()},
+            low_s=self.low_s + data_s, high_s=self.high_s + data_s,
+        )  # fmt: skip
 
 
 def step_time(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,10 +31,11 @@ class Packing(NamedTuple):
 
     def write(self, buffer: Tensor) -> None:
         """Into `buffer` [size] uint8; the only copy on a batch's way to another process."""
+        target = buffer.numpy()  # by numpy, which takes a quarter of torch's time for the many small ones
         for (_, _, _, start), tensor in zip(self.layout, self.tensors, strict=True):
-            if tensor.numel():  # an empty one may have strides that no view allows
-                part = tensor.contiguous().reshape(-1).view(torch.uint8)
-                buffer[start : start + part.numel()].copy_(part)
+            if tensor.numel():
+                part = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+                target[start : start + len(part)] = part
 
 
 def packing(batch: Batch) -> Packing:
@@ -41,7 +44,7 @@ def packing(batch: Batch) -> Packing:
     for name, tensor in _tensors(batch):
         layout.append((name, tensor.dtype, tuple(tensor.shape), end))
         tensors.append(tensor)
-        end += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     return Packing(layout, end, tensors)
 
 
@@ -54,11 +57,13 @@ def to_buffer(batch: Batch) -> tuple[Tensor, Layout]:
 
 
 def from_buffer(buffer: Tensor, layout: Layout) -> Batch:
-    """The batch again; its tensors are views of `buffer`."""
+    """The batch again; its tensors are views of `buffer`, whose length is a multiple of ALIGNMENT."""
     fields: dict[str, Tensor | tuple[Tensor, ...]] = dict.fromkeys(_TUPLES, ())
+    whole = {dtype: buffer.view(dtype) for dtype in {dtype for _, dtype, _, _ in layout}}
     for name, dtype, shape, start in layout:
-        size = torch.Size(shape).numel() * dtype.itemsize
-        tensor = buffer[start : start + size].view(dtype).view(shape)
+        first = start // dtype.itemsize
+        tensor = whole[dtype][first : first + math.prod(shape)]
+        tensor = tensor if len(shape) == 1 else tensor.view(shape)
         fields[name] = (*fields[name], tensor) if name in _TUPLES else tensor
     places = {name: fields.pop(name) for name in TENSORS}
     batch = Batch(**fields)
