@@ -13,7 +13,8 @@ that shard is first touched: at 10^9 rows nothing else would have to read all of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -40,9 +41,17 @@ def entry_type(family: str) -> np.dtype:
     return np.dtype({"names": names, "formats": formats, "offsets": [0, 8, 16, 24], "itemsize": size})
 
 
-def index_bytes(family: str, shards: Sequence[Shard]) -> int:
-    """Size of the file."""
-    return entry_type(family).itemsize * sum(shard.batches for shard in shards)
+@lru_cache
+def entry_reader(family: str) -> Callable[[memoryview, int], tuple[int, ...]]:
+    """(entries of a shard, batch) -> (first row, first byte, one past the last row and the last byte, *places)."""
+    size, num_places = entry_type(family).itemsize, entry_type(family)["places"].shape[0]
+    alone = struct.Struct(f"<QQ8x{num_places}I").unpack_from
+    with_the_one_before = struct.Struct(f"<QQ{size - 16}xQQ8x{num_places}I").unpack_from
+
+    def read(entries: memoryview, batch: int) -> tuple[int, ...]:
+        return with_the_one_before(entries, size * (batch - 1)) if batch else (0, 0, *alone(entries, 0))
+
+    return read
 
 
 def write_index(folder: Path, family: str, entries: Sequence[np.ndarray]) -> None:
@@ -70,7 +79,8 @@ class BatchIndex:
         Raises RuntimeError, with the file, where they are not those that the manifest describes, or contradict it;
         OSError.
         """
-        self._file.check_size()
+        if self._file.data.size() != self._file.size:
+            raise self._file.wrong_size()
         shard, start = self._shards[number], self._ends[number - 1] if number else 0
         found = memoryview(self._file.data)[start : self._ends[number]]
         if xxhash.xxh3_64_hexdigest(found) != shard.index_xxh3:

@@ -54,9 +54,12 @@ class OpenFile:
 class MappedFile:
     """A file mapped for reading: its pages are those of all processes that map it. Unmapped when nobody refers to it.
 
-    A file that is cut under its mapping ends the process by SIGBUS when what was cut is touched; so its size is
-    compared before each row. What is left is a cut in the microseconds between that and the last byte of the row.
+    A file that is cut under its mapping ends the process by SIGBUS when what was cut is touched; so readers compare
+    `data.size()`, what the file has now, with `size` before each row. What is left is a cut in the microseconds between
+    that and the row's last byte.
     """
+
+    __slots__ = ("path", "size", "data", "ints", "_promise")
 
     def __init__(self, path: Path, size: int, promise: str) -> None:
         """size: in bytes, more than 0. Raises RuntimeError where it is not the file's, which `promise` says."""
@@ -66,12 +69,10 @@ class MappedFile:
                 raise wrong_size(path, size, found, promise)
             self.data = mmap.mmap(file.fileno(), size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         self.ints = memoryview(self.data)[: size & ~3].cast("i")
-        """int32 views of the whole file."""
+        """The whole file as int32."""
 
-    def check_size(self) -> None:
-        """Raises RuntimeError where the file is not as long as it was."""
-        if (found := self.data.size()) != self.size:
-            raise wrong_size(self.path, self.size, found, self._promise)
+    def wrong_size(self) -> RuntimeError:
+        return wrong_size(self.path, self.size, self.data.size(), self._promise)
 
 
 def wrong_size(path: Path, want: int, found: int, promise: str) -> RuntimeError:

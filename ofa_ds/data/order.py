@@ -14,8 +14,8 @@ from functools import lru_cache
 import numpy as np
 
 ROUNDS = 6
-BLOCK = 1 << 16
-"""Indices permuted at a time: what stays in the processor's cache."""
+BLOCK = 1 << 17
+"""Indices permuted at a time, in 2 MB: few enough for the processor's cache, many enough for numpy's calls."""
 
 
 class Permutation:
@@ -48,30 +48,44 @@ class Permutation:
         if index_K.size and (index_K.min() < 0 or index_K.max() >= self.n):
             raise IndexError(f"want indices of range({self.n}), got {index_K.min()} ... {index_K.max()}")
         out_K = np.empty(index_K.shape, np.int64)
+        scratch = np.empty((3, min(index_K.size, BLOCK)), self._dtype)
         for start in range(0, index_K.size, BLOCK):
-            value = self._network(index_K[start : start + BLOCK].astype(self._dtype))
-            while (outside := value >= self.n).any():
-                value[outside] = self._network(value[outside])
+            value = index_K[start : start + BLOCK].astype(self._dtype)
+            self._network(value, scratch)
+            again = np.flatnonzero(value >= self.n)
+            while again.size:
+                changed = value[again]
+                self._network(changed, scratch)
+                value[again] = changed
+                again = again[changed >= self.n]
             out_K[start : start + BLOCK] = value
         return out_K
 
-    def _network(self, value: np.ndarray) -> np.ndarray:
-        """A bijection of 0 ... 2^bits - 1: each round changes one half by a function of the other."""
+    def _network(self, value: np.ndarray, scratch: np.ndarray) -> None:
+        """A bijection of 0 ... 2^bits - 1, in place: each round changes one half by a function of the other.
+
+        scratch: memory as long as `value` or longer; new memory for each of 40 operations took 3 times as long.
+        """
+        left, right, mixed = scratch[:, : value.size]
         low, high = self._low, self._high
-        left, right = value >> self._dtype(low), value & self._dtype((1 << low) - 1)
+        np.right_shift(value, self._dtype(low), out=left)
+        np.bitwise_and(value, self._dtype((1 << low) - 1), out=right)
         for k in range(ROUNDS):
             changed = high if k % 2 == 0 else low  # the halves change places each round
-            left ^= self._mix(right, k, changed)
+            self._mix(right, k, changed, mixed, value)
+            left ^= mixed
             left, right = right, left
-        return (left << self._dtype(low)) | right
+        np.left_shift(left, self._dtype(low), out=value)
+        value |= right
 
-    def _mix(self, half: np.ndarray, k: int, bits: int) -> np.ndarray:
-        mixed = half * self._keys[k, 0]
+    def _mix(self, half: np.ndarray, k: int, bits: int, mixed: np.ndarray, other: np.ndarray) -> None:
+        """-> mixed; what is in `other` is lost."""
+        np.multiply(half, self._keys[k, 0], out=mixed)
         mixed += self._keys[k, 1]
-        mixed ^= mixed >> self._dtype(self._mixed_bits // 2)
+        np.right_shift(mixed, self._dtype(self._mixed_bits // 2), out=other)
+        mixed ^= other
         mixed *= self._dtype(_ODD & (1 << self._mixed_bits) - 1)
         mixed >>= self._dtype(self._mixed_bits - bits)
-        return mixed
 
 
 _ODD = 0x9E3779B97F4A7C15

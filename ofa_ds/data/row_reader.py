@@ -9,36 +9,36 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ofa_ds.data.columns import BOX, KEPT, SCHEMAS, list_of
+from ofa_ds.data.columns import BOX, KEPT, SCHEMAS, WITH_ANSWERS, list_of
 
 Data = mmap.mmap | bytes
 """What record batches are read from; a slice of it is bytes."""
 
-ReadRow = Callable[[Data, memoryview, int, int, Sequence[int], int], dict[str, Any]]
-"""(data, int32 view of it, first byte and one past the last byte of the batch, places of its buffers, j) -> columns.
+ReadRow = Callable[[Data, memoryview, int, Sequence[int], int], dict[str, Any]]
+"""(data, int32 view of it, byte at which the batch begins, (first row, first byte, one past the last row, one past the
+last byte, places of its buffers ...), row) -> the row.
 
 Nothing outside the batch is returned, and no more than it holds allocated. Raises IndexError, ValueError or
 struct.error where the batch's own numbers point elsewhere.
 """
 
-_RANGE = "x = (start + {0} >> 2) + j; a = ints[x]; b = ints[x + 1]"
-"""First and one past the last item of row j, by a buffer of offsets."""
-_SLICE = f"{_RANGE}; s = start + {{1}}\nif not 0 <= a <= b <= end - s: outside()\n"
+_RANGE = "x = q + ({0} >> 2); a = ints[x]; b = ints[x + 1]"
+"""First and one past the last item of the row, by a buffer of offsets. q: the row's int32 in a buffer at place 0."""
+_SLICE = f"{_RANGE}; s = base + {{1}}\nif not 0 <= a <= b <= end - s: outside()\n"
 
 _LINES = {
     pa.utf8(): _SLICE + "{name} = data[s + a : s + b].decode()",
     pa.binary(): _SLICE + "{name} = data[s + a : s + b]",
-    pa.int32(): "{name} = ints[(start + {0} >> 2) + j]",
-    BOX: "{name} = four_floats(data, start + {0} + 16 * j)",
-    list_of(pa.utf8()): f"{_RANGE}\n{{name}} = strings(data, ints, (start, end), {{1}}, {{2}}, a, b) if a != b else []",
+    pa.int32(): "{name} = ints[q + ({0} >> 2)]",
+    BOX: "{name} = four_floats(data, base + {0} + 16 * j)",
+    list_of(pa.utf8()): f"{_RANGE}\n{{name}} = strings(data, ints, (base, end), {{1}}, {{2}}, a, b) if a != b else []",
     list_of(pa.float64()): _SLICE + "{name} = doubles(data, s, end, a, b) if a != b else []",
     list_of(pa.int16()): _SLICE + "{name} = items(data, s, end, a, b, 2).view('<i2')",
     list_of(BOX): _SLICE + "{name} = items(data, s, end, a, b, 16).view('<f4').reshape(-1, 4)",
@@ -53,25 +53,24 @@ def _outside() -> None:
 def _strings(
     data: Data, ints: memoryview, batch: tuple[int, int], ends_at: int, text_at: int, a: int, b: int
 ) -> list[str]:
-    start, end = batch
-    first, text = (start + ends_at >> 2) + a, start + text_at
-    if not 0 <= a < b <= end - start:
+    base, end = batch
+    text, last = base + text_at, (base + ends_at >> 2) + b
+    if not 0 <= a < b < end - base or last >= len(ints):
         _outside()
-    ends = ints[first : first + b - a + 1].tolist()
-    if len(ends) != b - a + 1:
-        _outside()
+    start = ints[last - b + a]
     found = []
-    for c, d in pairwise(ends):
-        if not 0 <= c <= d <= end - text:
+    for stop in ints[last - b + a + 1 : last + 1]:
+        if not 0 <= start <= stop <= end - text:
             _outside()
-        found.append(data[text + c : text + d].decode())
+        found.append(data[text + start : text + stop].decode())
+        start = stop
     return found
 
 
 def _doubles(data: Data, at: int, end: int, a: int, b: int) -> list[float]:
     if at + 8 * b > end:
         _outside()
-    return list(struct.unpack_from(f"<{b - a}d", data, at + 8 * a))
+    return memoryview(data[at + 8 * a : at + 8 * b]).cast("d").tolist()
 
 
 def _items(data: Data, at: int, end: int, a: int, b: int, size: int) -> np.ndarray:
@@ -89,7 +88,10 @@ _HELPERS = {
 
 @lru_cache
 def reader(family: str, columns: tuple[str, ...] | None = None) -> ReadRow:
-    """Of some columns, as they are stored; None: of all. Raises KeyError for a column that the family has not."""
+    """Of some columns, as they are stored; None: of the whole row, as `columns.from_columns` gives it.
+
+    Raises KeyError for a column that the family has not.
+    """
     schema = SCHEMAS[family]
     if unknown := set(columns or ()) - set(schema.names):
         raise KeyError(f"{family} rows have no column {', '.join(sorted(unknown))}")
@@ -99,13 +101,28 @@ def reader(family: str, columns: tuple[str, ...] | None = None) -> ReadRow:
         first += len(places)
         if columns is None or field.name in columns:
             lines += _LINES[field.type].format(*places, name=f"c_{field.name}").split("\n")
-    names = schema.names if columns is None else columns
     source = [
-        "def read(data, ints, start, end, places, j):",
-        f"{', '.join(f'p{k}' for k in range(first))}, = places",
+        "def read(data, ints, base, entry, i):",
+        f"first, start, _, end, {', '.join(f'p{k}' for k in range(first))} = entry",
+        "j = i - first; q = (base >> 2) + j; end += base - start",
         *lines,
-        f"return {{{', '.join(f'{name!r}: c_{name}' for name in names)}}}",
+        f"return {{{_items_of_row(family) if columns is None else _items_of(columns)}}}",
     ]
     scope: dict[str, Any] = dict(_HELPERS)
     exec(compile("\n    ".join(source), f"<{__name__}: {family}>", "exec"), scope)
     return scope["read"]
+
+
+def _items_of(columns: Iterable[str]) -> str:
+    return ", ".join(f"{name!r}: c_{name}" for name in columns)
+
+
+def _items_of_row(family: str) -> str:
+    """The same as `columns.from_columns` of all columns, without a second dictionary."""
+    if family not in WITH_ANSWERS:
+        return _items_of(SCHEMAS[family].names)
+    made = {
+        "answer_text": "'answers': [*zip(c_answer_text, c_answer_confidence, strict=True)] if c_answer_text else []"
+    }
+    made |= {"answer_confidence": "", "box": "'box': c_box if c_box[0] == c_box[0] else None"}
+    return ", ".join(filter(None, (made.get(name, _items_of([name])) for name in SCHEMAS[family].names)))

@@ -10,39 +10,39 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
 import numpy as np
 
-from ofa_ds.data.batch_index import BatchIndex, entry_type
-from ofa_ds.data.columns import KEPT, SCHEMAS, from_columns
+from ofa_ds.data.batch_index import BatchIndex, entry_reader, entry_type
+from ofa_ds.data.columns import KEPT, SCHEMAS
 from ofa_ds.data.manifest import MANIFEST, ConvertedManifest, Manifest, Shard
 from ofa_ds.data.old_index import OldIndex
 from ofa_ds.data.open_file import MappedFile, OpenFile
 from ofa_ds.data.row_reader import Data, ReadRow, reader
+from ofa_ds.storage.open_files import descriptor_share
 
 MAX_OPEN = 4096
-"""Files that one reader holds mapped; the one opened first goes. Each has a descriptor: see `MapPool`."""
-
-_PLACES_AT = 24
-"""Byte of an entry at which its places begin."""
+"""Files that one reader holds mapped, each with a descriptor; the one opened first goes."""
 
 _NOTHING = memoryview(b"")
+_NOWHERE = (0, 0, 0)
 
 
 class MapPool:
-    """Which files of a reader are mapped: so many, and no more than the process may have open."""
+    """Which files of a reader are mapped: no more than `MAX_OPEN`, and half of what the process may have open."""
 
     def __init__(self) -> None:
         self._mapped: deque[ref[ShardFile]] = deque()
+        self._most = min(MAX_OPEN, descriptor_share())
 
     def add(self, file: ShardFile) -> None:
         """A thread that reads in one that is forgotten goes on reading: it holds the mapping itself."""
         self._mapped.append(ref(file))
-        while len(self._mapped) > MAX_OPEN:
+        while len(self._mapped) > self._most:
             if (oldest := self._mapped.popleft()()) is not None:
                 oldest.forget()
 
@@ -53,6 +53,11 @@ class ShardFile:
     Safe to use from several threads and after a fork: what is filled in when first asked for never changes.
     """
 
+    __slots__ = (
+        "path", "family", "shard", "num_rows", "num_batches", "_entries_of", "_pool", "_raw", "_longs", "_file", "_row",
+        "_entry", "_checked", "__weakref__",
+    )  # fmt: skip
+
     def __init__(
         self, path: Path, family: str, shard: Shard, entries: Callable[[], memoryview], pool: MapPool | None = None
     ) -> None:
@@ -62,15 +67,13 @@ class ShardFile:
         self._entries_of, self._pool = entries, pool or MapPool()
         self._raw = self._longs = _NOTHING
         self._file: MappedFile | None = None
-        self._row = reader(family)
-        self._words = entry_type(family).itemsize // 8
-        self._places = struct.Struct(f"<{sum(len(KEPT[kind]) for kind in SCHEMAS[family].types)}I")
+        self._row, self._entry = reader(family), entry_reader(family)
         self._checked: set[int] = set()
 
     def _load(self) -> memoryview:
-        """The entries as u8 numbers: `_words` each, of which the first are rows_end, byte_end, xxh3."""
-        self._raw = self._entries_of()
-        self._longs = self._raw.cast("Q")
+        """The entries as u8 numbers: `words` each, of which the first are rows_end, byte_end, xxh3."""
+        raw = self._entries_of()
+        self._raw, self._longs = raw, raw.cast("Q")
         return self._longs
 
     @property
@@ -84,51 +87,56 @@ class ShardFile:
 
         verify: compare the record batch with its checksum when it is first touched.
         """
-        return from_columns(self.family, self._read(i, self._row, verify))
+        return self._read(i, self._row, verify)
 
     def fields(self, i: int, names: Collection[str]) -> dict[str, Any]:
         """Some columns of row `i`, as they are stored. Raises as `row` does, KeyError for a column that is not here."""
         return self._read(i, reader(self.family, tuple(names)), verify=False)
 
     def _read(self, i: int, read: ReadRow, verify: bool) -> dict[str, Any]:
-        batch = self.batch_of(i)
+        longs = self._longs or self._load()
+        batch = i // longs[0]  # most often all batches but the last have as many rows as the first
+        entry = self._entry(self._raw, batch) if batch < self.num_batches else _NOWHERE
+        if not entry[0] <= i < entry[2]:
+            batch = self.batch_of(i)
+            entry = self._entry(self._raw, batch)
         if verify and batch not in self._checked:
             self._check(batch)
-        (first, start), (_, end) = self._place(batch - 1), self._place(batch)
-        data, ints, base = self.batch_bytes(batch)
-        places = self._places.unpack_from(self._raw, 8 * self._words * batch + _PLACES_AT)
+        data, ints, base = self.batch_bytes(batch, entry[1])
         try:
-            return read(data, ints, base, base + end - start, places, i - first)
+            return read(data, ints, base, entry, i)
         except (IndexError, ValueError, struct.error) as error:
             what = "its text is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
             raise RuntimeError(f"{self.path}: row {i}: damaged: {what}; copy or build it again") from error
 
     def batch_of(self, i: int) -> int:
         """Number of the record batch that row `i` is in. Raises as `row` does."""
-        longs, words = self._longs or self._load(), self._words
-        batch = i // longs[0]  # most often all batches but the last have as many rows as the first
-        if batch < self.num_batches and (longs[words * (batch - 1)] if batch else 0) <= i < longs[words * batch]:
-            return batch
+        longs, words = self._longs or self._load(), entry_type(self.family).itemsize // 8
         return bisect_right(range(self.num_batches), i, key=lambda k: longs[words * k])
 
     def rows_of(self, batch: int) -> range:
-        """The rows of a batch."""
+        """The rows of a record batch. Raises as `row` does."""
+        first, _, stop, *_ = self._entry_of(batch)
+        return range(first, stop)
+
+    def bytes_of(self, batch: int) -> range:
+        """The bytes of a record batch in the file. Raises as `row` does."""
+        _, start, _, end, *_ = self._entry_of(batch)
+        return range(start, end)
+
+    def _entry_of(self, batch: int) -> tuple[int, ...]:
         self._longs or self._load()
-        return range(self._place(batch - 1)[0], self._place(batch)[0])
+        return self._entry(self._raw, batch)
 
-    def _place(self, batch: int) -> tuple[int, int]:
-        """(rows_end, byte_end) of a batch; zeros before the first."""
-        at = self._words * batch
-        return (self._longs[at], self._longs[at + 1]) if batch >= 0 else (0, 0)
-
-    def batch_bytes(self, batch: int) -> tuple[Data, memoryview, int]:
+    def batch_bytes(self, batch: int, start: int) -> tuple[Data, memoryview, int]:
         """(what holds the bytes of a batch, the same as int32, at which byte of it the batch begins).
 
-        Raises RuntimeError where the file is not as long as the manifest says, OSError.
+        start: the same in the file. Raises RuntimeError where the file is not as long as the manifest says, OSError.
         """
         file = self._file or self._map()
-        file.check_size()
-        return file.data, file.ints, self._place(batch - 1)[1]
+        if file.data.size() != file.size:
+            raise file.wrong_size()
+        return file.data, file.ints, start
 
     def _map(self) -> MappedFile:
         self._file = file = MappedFile(self.path, self.shard.num_bytes, MANIFEST)
@@ -142,19 +150,18 @@ class ShardFile:
     def rows_of_types(self, types: Collection[str], start: int) -> Iterator[int]:
         """Numbers of the rows from `start` on whose type column has one of these. Raises as `row` does."""
         wanted = {kind.encode() for kind in types}
-        at = sum(len(KEPT[field.type]) for field in takewhile(lambda field: field.name != "type", SCHEMAS[self.family]))
-        for batch in range(self.batch_of(start) if start < self.num_rows else self.num_batches, self.num_batches):
-            (first, byte_start), (stop, byte_end) = self._place(batch - 1), self._place(batch)
-            data, ints, base = self.batch_bytes(batch)
-            ends_at, text_at = self._places.unpack_from(self._raw, 8 * self._words * batch + _PLACES_AT)[at : at + 2]
+        before = takewhile(lambda field: field.name != "type", SCHEMAS[self.family])
+        at = 4 + sum(len(KEPT[field.type]) for field in before)
+        for batch in range(self.batch_of(start), self.num_batches):
+            first, byte_start, stop, byte_end, *_ = entry = self._entry_of(batch)
+            data, ints, base = self.batch_bytes(batch, byte_start)
+            ends_at, text = entry[at], base + entry[at + 1]
             ends = ints[base + ends_at >> 2 :][: stop - first + 1].tolist()
-            if len(ends) != stop - first + 1 or not 0 <= ends[0] <= ends[-1] <= byte_end - byte_start - text_at:
-                raise RuntimeError(
-                    f"{self.path}: row {first}: damaged: its types are elsewhere; copy or build it again"
-                )
-            text = data[base + text_at : base + text_at + ends[-1]]
+            if len(ends) != stop - first + 1 or not 0 <= ends[0] <= ends[-1] <= base + byte_end - byte_start - text:
+                raise RuntimeError(f"{self.path}: row {first}: damaged: its type is not there; copy or build it again")
+            types_text = data[text : text + ends[-1]]
             for i in range(max(start - first, 0), stop - first):
-                if text[ends[i] : ends[i + 1]] in wanted:
+                if types_text[ends[i] : ends[i + 1]] in wanted:
                     yield first + i
 
     def _check(self, batch: int) -> None:
@@ -164,17 +171,14 @@ class ShardFile:
 
     def checksum_problem(self, batch: int) -> str | None:
         """What is wrong with the bytes of a batch, the header with the first; one past the last is the footer."""
-        self._longs or self._load()
-        start = self._place(batch - 1)[1]
-        if batch == self.num_batches:
-            stop, want, what = self.shard.num_bytes, self.shard.footer_xxh3, "the footer"
+        if batch < self.num_batches:
+            where, want, rows = self.bytes_of(batch), int(self.entries["xxh3"][batch]), self.rows_of(batch)
+            what = f"record batch {batch} (rows {rows.start} ... {rows.stop - 1})"
         else:
-            stop, want = self._place(batch)[1], f"{self._longs[self._words * batch + 2]:016x}"
-            what = f"record batch {batch} (rows {self._place(batch - 1)[0]} ... {self._place(batch)[0] - 1})"
-        got = f"{OpenFile(self.path, self.shard.num_bytes, MANIFEST).xxh3_64(start, stop):016x}"
-        if got == want:
-            return None
-        return f"{self.path}: {what} has checksum {got}, want {want}"
+            where = range(self.bytes_of(batch - 1).stop, self.shard.num_bytes)
+            want, what = int(self.shard.footer_xxh3, 16), "the footer"
+        got = OpenFile(self.path, self.shard.num_bytes, MANIFEST).xxh3_64(where.start, where.stop)
+        return None if got == want else f"{self.path}: {what} has checksum {got:016x}, want {want:016x}"
 
 
 class ShardFiles(Sequence[ShardFile]):
@@ -186,15 +190,17 @@ class ShardFiles(Sequence[ShardFile]):
         self._index: BatchIndex | OldIndex = BatchIndex(folder, family, self._shards)
         if isinstance(manifest, ConvertedManifest):
             self._index = OldIndex(folder, family, manifest.old_shards[family])
-        self._files: list[ShardFile | None] = [None] * len(self._shards)
+        self.row_ends = list(accumulate(shard.rows for shard in self._shards))
+        self.num_rows = self.row_ends[-1]
+        self.open: list[ShardFile | None] = [None] * len(self._shards)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._shards)
 
     def __getitem__(self, number: int) -> ShardFile:
-        return self._files[number] or self._make(number)
+        return self.open[number] or self._make(number)
 
     def _make(self, number: int) -> ShardFile:
         shard, entries = self._shards[number], partial(self._index.entries, number)
-        self._files[number] = file = ShardFile(self._folder / shard.file, self._family, shard, entries, self._pool)
+        self.open[number] = file = ShardFile(self._folder / shard.file, self._family, shard, entries, self._pool)
         return file

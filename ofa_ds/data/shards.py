@@ -57,10 +57,6 @@ class Shards:
         """Rows of each type, of the families that have types."""
         pool = MapPool()
         self._files = {family: ShardFiles(self.path, self.manifest, family, pool) for family in self.families}
-        self._ends = {
-            family: list(itertools.accumulate(shard.rows for shard in families[family].shards))
-            for family in self.families
-        }
 
     def __reduce__(self) -> tuple:
         return _open, (self.path, self.verify)
@@ -70,8 +66,11 @@ class Shards:
 
         Raises RuntimeError or OSError, with the name of the file, where that is damaged, was cut, or cannot be read.
         """
-        file, j = self._place(family, i)
-        return file.row(j, self.verify)
+        files = self._files.get(family)
+        if files is None or not 0 <= i < files.num_rows:
+            raise self._outside(family, i)
+        k = bisect_right(files.row_ends, i)
+        return (files.open[k] or files[k]).row(i - (files.row_ends[k - 1] if k else 0), self.verify)
 
     def fields(self, family: str, i: int, columns: Collection[str]) -> dict[str, Any]:
         """Some Arrow columns of row `i`, as they are stored; nothing else of it is read. Raises as `row` does."""
@@ -104,13 +103,16 @@ class Shards:
         return (ValueError if isinstance(error, ValueError) else RuntimeError)(f"{place}: {what}")
 
     def _place(self, family: str, i: int) -> tuple[ShardFile, int]:
-        ends = self._ends.get(family)
-        if ends is None:
-            raise ValueError(f"{self.path} has no {family} rows, only {', '.join(self.families)}")
-        if not 0 <= i < ends[-1]:
-            raise IndexError(f"{family} row {i} is outside {self.path}, which has {ends[-1]}")
-        k = bisect_right(ends, i)
-        return self._files[family][k], i - (ends[k - 1] if k else 0)
+        files = self._files.get(family)
+        if files is None or not 0 <= i < files.num_rows:
+            raise self._outside(family, i)
+        k = bisect_right(files.row_ends, i)
+        return files[k], i - (files.row_ends[k - 1] if k else 0)
+
+    def _outside(self, family: str, i: int) -> ValueError | IndexError:
+        if family not in self.families:
+            return ValueError(f"{self.path} has no {family} rows, only {', '.join(self.families)}")
+        return IndexError(f"{family} row {i} is outside {self.path}, which has {self.families[family]}")
 
     def rows_of_types(
         self, family: str, types: Collection[str], *, start: int = 0, max_rows: int | None = None
@@ -125,7 +127,7 @@ class Shards:
         if not types:
             yield from range(start, end)
         elif any(self.types.get(kind) for kind in types):
-            ends = self._ends[family]
+            ends = self._files[family].row_ends
             for number in range(bisect_right(ends, start), len(ends)):
                 first = ends[number - 1] if number else 0
                 if first >= end:
