@@ -121,8 +121,7 @@ def _items_of_row(family: str) -> str:
     """The same as `columns.from_columns` of all columns, without a second dictionary."""
     if family not in WITH_ANSWERS:
         return _items_of(SCHEMAS[family].names)
-    made = {
-        "answer_text": "'answers': [*zip(c_answer_text, c_answer_confidence, strict=True)] if c_answer_text else []"
-    }
-    made |= {"answer_confidence": "", "box": "'box': c_box if c_box[0] == c_box[0] else None"}
+    answers = "[*zip(c_answer_text, c_answer_confidence, strict=True)] if c_answer_text or c_answer_confidence else []"
+    box = "c_box if c_box[0] == c_box[0] else None"
+    made = {"answer_text": f"'answers': {answers}", "answer_confidence": "", "box": f"'box': {box}"}
     return ", ".join(filter(None, (made.get(name, _items_of([name])) for name in SCHEMAS[family].names)))
