@@ -19,7 +19,9 @@ class Progress:
 
     def __init__(self, total: int, what: str, unit: str) -> None:
         self.total, self.what, self.unit = total, what, unit
-        self.done = 0.0
+        self.done = self._skipped = 0.0
+        self.note = ""
+        """Said beside the counts, such as how many errors there were so far."""
         self._bar = tqdm(total=total, desc=what, unit=f" {unit}", leave=False) if sys.stderr.isatty() else None
         self._started = self._told = time.monotonic()
 
@@ -28,14 +30,25 @@ class Progress:
         before = int(self.done)
         self.done += count
         if self._bar is not None:
+            if self.note:
+                self._bar.set_postfix_str(self.note, refresh=False)
             self._bar.update(int(self.done) - before)
             return
         now = time.monotonic()
         if now - self._told >= SECONDS_BETWEEN_LINES:
             self._told = now
-            rate = self.done / (now - self._started)
+            rate = (self.done - self._skipped) / (now - self._started)
+            left_s = (self.total - self.done) / rate if rate else 0.0
             line = f"{self.what}: {int(self.done)} of {self.total} {self.unit}, {rate:.0f} a second"
+            line += f", {left_s:.0f} s left{f', {self.note}' if self.note else ''}"
             print(line, file=sys.stderr, flush=True)
+
+    def skip(self, count: float) -> None:
+        """Count that many as done before: they say nothing of how fast the rest goes."""
+        self.done += count
+        self._skipped += count
+        if self._bar is not None:
+            self._bar.initial = self._bar.n = int(self.done)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.scenes import write_scenes
-from ofa_ds.data.shards_build import build_shards
 from ofa_ds.tasks.texts import train_from_shards
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.columns import from_columns
 from ofa_ds.data.image import decode, resize
 from ofa_ds.data.manifest import read_manifest
 from ofa_ds.data.scenes import write_scenes
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.shards_build import build_shards
 
 ROWS = 2000
 """Of each family and repeat, drawn with replacement."""

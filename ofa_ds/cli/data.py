@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ofa_ds.cli.parser import Commands, UsageError, command, drawing, group, natural, positive, recipe_of, text
-from ofa_ds.terms import DOWNSTREAM_TASKS, PRETRAINING_FAMILIES, TASKS
+from ofa_ds.cli.shards_build import add_build
+from ofa_ds.terms import DOWNSTREAM_TASKS, TASKS
 
 if TYPE_CHECKING:
     from ofa_ds.config import Recipe
-
-WARNINGS_SHOWN = 5
-"""Of `shards build`, on the console; all are in the directory."""
 
 
 def add_scenes(commands: Commands) -> None:
@@ -62,37 +58,7 @@ def _scenes(options: argparse.Namespace) -> None:
 def add_shards(commands: Commands) -> None:
     about = "Arrow shards: build them from OFA's TSV files, verify them, look at what the model will see."
     shards = group(commands, "shards", about)
-    build = command(
-        shards, "build", _shards_build, "Turn TSV files into Arrow shards, every line checked.",
-        example="ofa-ds shards build --out data/shards --vision-language vl.tsv --text text.tsv --on-error quarantine",
-    )  # fmt: skip
-    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
-    for family in ("vision-language", "text", "image", "detection"):
-        build.add_argument(
-            f"--{family}", type=Path, nargs="+", default=[], metavar="TSV", help=f"files of {family} rows"
-        )
-    build.add_argument(
-        "--negatives", type=Path, metavar="DIR", help="OFA's negative_sample: wrong captions and answers"
-    )
-    build.add_argument("tsv", type=Path, nargs="*", default=[], metavar="TSV", help="with --task: its files")
-    build.add_argument(
-        "--task", choices=DOWNSTREAM_TASKS, metavar="TASK", help=f"a downstream task: {', '.join(DOWNSTREAM_TASKS)}"
-    )
-    build.add_argument("--answers", type=Path, metavar="FILE", help="with --task: its possible answers, text or JSON")
-    build.add_argument(
-        "--columns", type=columns, default={}, metavar="NAME=N,...",
-        help="with --task: which column, from 0, holds what, where not as in the original's files",
-    )  # fmt: skip
-    build.add_argument(
-        "--no-references", action="store_true", help="with --task: rows to predict; what is right is not read"
-    )
-    build.add_argument(
-        "--held-out", action="store_true", help="with --task: keep rows whose answer is not among --answers, to judge"
-    )
-    build.add_argument("--rows-per-shard", type=positive, default=50_000, metavar="N", help="rows of one Arrow file")
-    build.add_argument("--workers", type=positive, default=2, metavar="N", help="processes that parse and check")
-    build.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help="what a bad line does")
-    build.add_argument("--strict", action="store_true", help="a line that looks like a mistake is a bad line")
+    add_build(shards)
     answers = command(
         shards, "answers", _shards_answers, "Check a list of answers and write it as JSON; nothing of a pickle is run.",
         example="ofa-ds shards answers trainval_ans2label.pkl --out data/answers.json",
@@ -142,50 +108,6 @@ def add_shards(commands: Commands) -> None:
     show.add_argument("set", nargs="*", metavar="KEY=VALUE", help="recipe overrides, such as data.image_size=256")
 
 
-def columns(given: str) -> dict[str, int]:
-    """`text=0,label=1` -> where everything is, for argparse."""
-    from ofa_ds.data.task_rows import READERS
-
-    found: dict[str, int] = {}
-    for item in given.split(","):
-        name, _, place = item.partition("=")
-        if name not in READERS or name in found or not (place.isascii() and place.isdigit()):
-            raise argparse.ArgumentTypeError(
-                f"want NAME=N,... with each of {', '.join(READERS)} once at most and N counted from 0, got {item!r}"
-            )
-        found[name] = int(place)
-    return found
-
-
-def _shards_build(options: argparse.Namespace) -> None:
-    from ofa_ds.data.shards_build import build_shards
-
-    families = {name: getattr(options, name) for name in PRETRAINING_FAMILIES}
-    how = {name: getattr(options, name) for name in ("rows_per_shard", "workers", "on_error", "strict")}
-    if options.task:
-        from ofa_ds.tasks.task_shards import build_task_shards
-
-        if any(families.values()) or options.negatives:
-            raise UsageError(f"--task {options.task}: its TSV files come alone, without an option before them")
-        manifest = build_task_shards(
-            options.out, options.task, options.tsv, answers=options.answers, columns=options.columns,
-            references=not options.no_references, held_out=options.held_out, **how,
-        )  # fmt: skip
-    else:
-        if options.tsv or options.answers or options.columns or options.no_references or options.held_out:
-            raise UsageError("files without an option, --answers, --columns, --no-references, --held-out: want --task")
-        manifest = build_shards(options.out, negatives=options.negatives, **families, **how)
-    _print_warnings(options.out / "warnings", sum(part.warnings for part in manifest.families.values()))
-    for family, part in manifest.families.items():
-        counts = {
-            "bad lines in quarantine": part.quarantined, "without an answer": part.unanswered,
-            "answered outside --answers": part.unlisted,
-        }  # fmt: skip
-        more = "".join(f", {count} {what}" for what, count in counts.items() if count)
-        print(f"{family:16} {part.rows:>10} rows{more}{f', warnings: {part.warnings}' if part.warnings else ''}")
-    print(f"shards in {options.out}")
-
-
 def _shards_answers(options: argparse.Namespace) -> None:
     from ofa_ds.data.answer_list import read_answers_file, write_answer_list
     from ofa_ds.data.answer_pickle import read_answer_pickle
@@ -203,18 +125,6 @@ def _shards_recast(options: argparse.Namespace) -> None:
 
     path, count = write_recast(options.dir, options.out, options.task, rows=options.rows, seed=options.seed)
     print(f"recast: {count} rows of {options.task} in {path}")
-
-
-def _print_warnings(folder: Path, count: int) -> None:
-    """The first few of them."""
-    shown = 0
-    for log in sorted(folder.glob("*.log")):
-        with log.open(encoding="utf-8") as lines:
-            for line in islice(lines, WARNINGS_SHOWN - shown):
-                print(f"warning: {line.rstrip()}", file=sys.stderr)
-                shown += 1
-    if count > shown:
-        print(f"warning: {count - shown} more in {folder}", file=sys.stderr)
 
 
 def _shards_verify(options: argparse.Namespace) -> int:

@@ -15,13 +15,11 @@ import numpy as np
 import xxhash
 
 from ofa_ds.data.manifest import NEGATIVES
+from ofa_ds.data.negative_texts import NegativeTexts
 from ofa_ds.data.open_file import OpenFile
-from ofa_ds.data.shard_file import ShardFile
 from ofa_ds.storage import strict_json
 
 CAPTIONS, OBJECTS, ANSWERS = "all_captions.txt", "object.txt", "type2ans.json"
-MAX_DERIVED = 1_000_000
-"""Distinct captions, objects or answers that are kept where no directory is given."""
 
 
 @dataclass(frozen=True)
@@ -114,30 +112,9 @@ def write_negatives(given: Path, folder: Path) -> dict[str, str]:
     return _write(folder, captions, objects, _answers(given / ANSWERS))
 
 
-def derive_negatives(files: Iterable[ShardFile], folder: Path) -> dict[str, str]:
-    """From vision-language rows: their captions, object words and answers, in order, each once."""
-    captions: dict[str, None] = {}
-    objects: dict[str, None] = {}
-    answers: dict[str, None] = {}
-    for file in files:
-        for i in range(file.num_rows):
-            row = file.row(i, verify=False)
-            if row["type"] == "caption":
-                _keep(captions, [row["caption"]])
-            _keep(objects, row["gt_objects"])
-            _keep(answers, [text for text, _ in row["answers"]])
-    numbers = [answer for answer in answers if answer.isdecimal()]
-    polar = [answer for answer in ("yes", "no") if answer in answers]
-    types = {"how many": numbers, "yes/no": polar}
-    known = {answer for kind in types.values() for answer in kind}
-    type2ans = {kind: texts for kind, texts in types.items() if texts}
-    return _write(folder, captions, objects, type2ans | {"other": [text for text in answers if text not in known]})
-
-
-def _keep(found: dict[str, None], texts: Iterable[str]) -> None:
-    for text in texts:
-        if len(found) < MAX_DERIVED and text.strip():
-            found[" ".join(text.split())] = None
+def derive_negatives(texts: NegativeTexts, folder: Path) -> dict[str, str]:
+    """From the texts of vision-language rows."""
+    return _write(folder, texts.kinds["captions"], texts.kinds["objects"], texts.type2ans())
 
 
 def _write(

@@ -3,7 +3,7 @@
 A directory holds `manifest.json`, one Arrow IPC file per shard (uncompressed, nothing nullable, at most 256 rows or
 16 MB a record batch, pictures byte for byte as they came), an index for each family (`batch_index`),
 `negative_sample/` (of a downstream task its list, `answers.json`), and `quarantine/` and `warnings/` where lines were
-bad or doubtful. `shards_build` writes it,
+bad or doubtful. `data.building` writes it,
 `shards_verify` checks it.
 """
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ofa_ds.data import tsv
@@ -73,12 +72,6 @@ class TaskLines:
     def reads(self) -> list[str]:
         """Names of the columns that are read, the picture before what is measured by it."""
         return [name for name in READERS if name in self.columns and (self.references or name not in ANSWERING)]
-
-
-def width_of(path: Path) -> int:
-    """Columns of a file's first line. Raises ValueError for an empty file."""
-    _, line = next(tsv.lines(path, tsv.spans(path, 1 << 62)[0]))
-    return line.count(b"\t") + 1
 
 
 def parse(lines: TaskLines, line: bytes, number: int, listed: Collection[str] = ()) -> dict[str, Any]:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,49 +36,6 @@ MAX_LINE_BYTES = 1 << 30
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
-@dataclass(frozen=True)
-class Span:
-    """Some whole lines of a file: its bytes start ... stop; the first is line `first_line`, counted from 1."""
-
-    start: int
-    stop: int
-    first_line: int
-    num_lines: int
-
-
-def spans(path: Path, num_lines: int) -> list[Span]:
-    """Cut a file after every `num_lines` lines. Raises ValueError for an empty file and for CRLF line ends."""
-    cuts, counted, position, line_end = [], 0, 0, True
-    with path.open("rb") as file:
-        if file.readline(1 << 20).endswith(b"\r\n"):
-            raise ValueError(f"{path}:1: line: ends in CRLF, want LF alone; convert it: sed -i 's/\\r$//' {path}")
-        file.seek(0)
-        while block := file.read(1 << 22):
-            ends = block.count(b"\n")
-            if (counted + ends) // num_lines > counted // num_lines:
-                at = np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + position + 1
-                cuts += at[num_lines - 1 - counted % num_lines :: num_lines].tolist()
-            counted, position, line_end = counted + ends, position + len(block), block.endswith(b"\n")
-    counted += not line_end
-    if not position:
-        raise ValueError(f"{path}: the file is empty")
-    starts = [0, *cuts] if not cuts or cuts[-1] < position else [0, *cuts[:-1]]
-    stops = [*starts[1:], position]
-    lines = [min(num_lines, counted - k * num_lines) for k in range(len(starts))]
-    return [Span(a, b, k * num_lines + 1, lines[k]) for k, (a, b) in enumerate(zip(starts, stops, strict=True))]
-
-
-def lines(path: Path, span: Span) -> Iterator[tuple[int, bytes]]:
-    """(line number, line without its end) of each line of the span. Raises ValueError at one of over MAX_LINE_BYTES."""
-    with path.open("rb") as file:
-        file.seek(span.start)
-        for number in range(span.first_line, span.first_line + span.num_lines):
-            line = file.readline(MAX_LINE_BYTES + 1)
-            if len(line) > MAX_LINE_BYTES:
-                raise ValueError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES} bytes; leave it out")
-            yield number, line.removesuffix(b"\n")
-
-
 def parse(family: str, line: bytes) -> dict[str, Any]:
     """The row of one line, in the form that `Shards.row` gives back. Raises ValueError "column: reason"."""
     names = COLUMNS[family]
@@ -90,9 +45,16 @@ def parse(family: str, line: bytes) -> dict[str, Any]:
     fields = {name: decode_column(name, column) for name, column in zip(names, columns, strict=True) if name != "image"}
     if not fields["uniq_id"].strip():
         raise ValueError("uniq_id: is empty")
-    if "image" not in names:
+    image = decode_base64(columns[names.index("image")]) if "image" in names else None
+    return checked_row(family, fields, image)
+
+
+def checked_row(family: str, fields: dict[str, str], image: bytes | None) -> dict[str, Any]:
+    """The row of one record. fields: text of each of COLUMNS[family] but the picture. Raises as `parse`."""
+    if not fields["uniq_id"].strip():
+        raise ValueError("uniq_id: is empty")
+    if image is None:
         return _text(fields)
-    image = decode_base64(columns[names.index("image")])
     width, height = check_image(image)
     head = {"id": fields["uniq_id"], "image": image}
     if family == "image":

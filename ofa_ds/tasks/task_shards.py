@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ofa_ds.data.answer_list import read_answers_file
+from ofa_ds.data.building.build import build_shards
+from ofa_ds.data.building.tsv_source import width_of
 from ofa_ds.data.manifest import Manifest
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.shards_build import build_shards
-from ofa_ds.data.task_rows import ANSWERING, TaskLines, width_of
+from ofa_ds.data.task_rows import ANSWERING, TaskLines
+from ofa_ds.storage import file_systems
 from ofa_ds.tasks.kind import Task
 from ofa_ds.tasks.task import DOWNSTREAM, DOWNSTREAM_FAMILY
 from ofa_ds.terms import PRETRAINING_TASKS
@@ -31,11 +33,9 @@ def build_task_shards(
     if answers is not None and task.candidates != "file":
         own = "its answers are its labels" if task.candidates == "labels" else "its answers are free"
         raise ValueError(f"--answers: {name} takes no list of answers, {own}")
-    paths = [Path(file) for file in files]
+    paths = file_systems.expand(files)
     if not paths:
         raise ValueError(f"--task {name}: give at least one TSV file")
-    if not paths[0].is_file():
-        raise ValueError(f"{paths[0]}: no such file")
     lines = TaskLines(
         type=task.row_types[0], columns=columns or task.columns, labels=task.labels, references=references,
         width=width_of(paths[0]) if columns else task.width, listed=references and not held_out,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from downstream_chain import MARK
 
+from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.recast import write_recast
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.shards_build import build_shards
 from ofa_ds.tasks.task import DOWNSTREAM
 from ofa_ds.tasks.texts import train_from_shards
 from ofa_ds.terms import DOWNSTREAM_TASKS

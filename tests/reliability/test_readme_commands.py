@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.scenes import write_scenes
 from ofa_ds.data.scenes_tasks import write_task_scenes
-from ofa_ds.data.shards_build import build_shards
 from ofa_ds.tasks.texts import train_from_shards
 
 ROOT = Path(__file__).parents[2]

@@ -17,8 +17,8 @@ from test_tsv import PICTURE, SQUARE, caption, detection, grounding, image, qa
 
 from ofa_ds.cli.main import main
 from ofa_ds.data import tsv
+from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.doubts import MISSING, doubts
-from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.shards_verify import verify_shards
 
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from ofa_ds.config import BatchConfig, DataConfig, MixConfig, ModelOptions, Recipe
+from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.example import Example
 from ofa_ds.data.scenes import write_scenes
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.shards_build import build_shards
 from ofa_ds.inference.answers import readable, sample_cards, sample_sheet
 from ofa_ds.inference.evaluate import beside_blind, blinded, collect, judge_tasks
 from ofa_ds.inference.loaded_model import LoadedModel, batches, generated, token_scores

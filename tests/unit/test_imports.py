@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config", "progress", "storage", "terms"},
     "places": {"terms"},
     "batch": {"data", "places", "terms"},
-    "tasks": {"config", "data", "progress", "terms"},
+    "tasks": {"config", "data", "progress", "storage", "terms"},
     "model": {"batch", "config", "ofa_kernels", "places", "terms"},
     "engine": {"config", "terms"},
     "checkpoint": {"config", "engine", "progress", "storage", "terms"},

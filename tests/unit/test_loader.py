@@ -19,8 +19,8 @@ from tiny_sources import write_sources
 
 from ofa_ds.batch import Batch
 from ofa_ds.config import BatchConfig, DataConfig
+from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.vocab import load_vocab, train_vocab
 from ofa_ds.model.config import preset
 from ofa_ds.train.loader import Loader

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ofa_ds.cli import main
-from ofa_ds.data.shards_build import build_shards
+from ofa_ds.data.building.build import build_shards
 
 COMMANDS = ("scenes", "scenes --task vqa", "recast")
 

@@ -12,8 +12,8 @@ from tiny_sources import write_sources
 from ofa_ds.batch import Batch
 from ofa_ds.config import Recipe, load_recipe
 from ofa_ds.config.recipe import shipped_recipes
+from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.vocab import load_vocab, train_vocab
 from ofa_ds.model.config import ModelConfig, model_config
 from ofa_ds.plan.flops import flops

@@ -11,10 +11,10 @@ from tiny_sources import write_sources
 
 from ofa_ds.cli import main
 from ofa_ds.config import DataConfig
+from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.example import Example
 from ofa_ds.data.shard_file import ShardFile
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.vocab import load_vocab, train_vocab
 from ofa_ds.tasks import preview
 from ofa_ds.tasks.context import Context

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from ofa_ds.cli import main
+from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.recast import ANSWER_OF, BAD, FORMS, GOOD, HEADLINE_WORDS, UNSEEN, write_recast
 from ofa_ds.data.scenes import write_scenes
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.shards_build import build_shards
 from ofa_ds.tasks.task import DOWNSTREAM
 from ofa_ds.tasks.task_shards import build_task_shards
 from ofa_ds.terms import DOWNSTREAM_TASKS

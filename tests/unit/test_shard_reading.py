@@ -19,10 +19,10 @@ from test_shards import negatives, plain, sources
 
 from ofa_ds.bench import data as bench
 from ofa_ds.data import shard_file
+from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.manifest import MANIFEST, read_manifest
 from ofa_ds.data.negative_files import Lines, positions_file
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.shards_verify import verify_shards
 from ofa_ds.terms import PRETRAINING_FAMILIES
 

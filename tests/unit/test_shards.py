@@ -19,11 +19,11 @@ from test_tsv import IMAGE, SQUARE, caption, detection, grounding, image, qa
 
 from ofa_ds.cli import main
 from ofa_ds.data import shard_writer, tsv
+from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.columns import SCHEMAS
 from ofa_ds.data.manifest import read_manifest
 from ofa_ds.data.shard_file import ShardFiles
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.shards_verify import verify_shards
 from ofa_ds.terms import PRETRAINING_FAMILIES
 
@@ -257,23 +257,22 @@ def flip(content: bytearray) -> None:
 
 
 def test_one_flipped_bit_is_found(small: tuple, tmp_path: Path) -> None:
-    out = damage(small, tmp_path, "detection-00001.arrow", flip)
+    out = damage(small, tmp_path, "detection-00000-001.arrow", flip)
     (problem,) = verify_shards(out, workers=1)
-    assert "detection-00001.arrow: record batch 0 (rows 0 ... 3) has checksum" in problem
-    with pytest.raises(RuntimeError, match=r"detection-00001.arrow: record batch 0 .*again"):
+    assert "detection-00000-001.arrow: record batch 0 (rows 0 ... 3) has checksum" in problem
+    with pytest.raises(RuntimeError, match=r"detection-00000-001.arrow: record batch 0 .*again"):
         Shards(out, verify=True).row("detection", 5)
     assert Shards(out, verify=True).row("detection", 0)["id"] == "0"
 
 
 def test_every_problem_is_listed(small: tuple, tmp_path: Path) -> None:
-    out = damage(small, tmp_path, "detection-00001.arrow", flip)
+    out = damage(small, tmp_path, "detection-00000-001.arrow", flip)
     (out / "image-00000.arrow").write_bytes((out / "image-00000.arrow").read_bytes()[:-1])
-    (out / "text-00002.arrow").unlink()
+    (out / "text-00000-002.arrow").unlink()
     (out / "negative_sample" / "object.txt").write_text("changed\n")
     problems = verify_shards(out, workers=2)
-    assert [
-        name for name in ("text-00002", "image-00000", "detection-00001", "object.txt") if name in " ".join(problems)
-    ]
+    for name in ("text-00000-002", "image-00000", "detection-00000-001", "object.txt"):
+        assert any(name in problem for problem in problems), name
     assert len(problems) == 4
     with pytest.raises(RuntimeError, match="want .* bytes"):
         Shards(out).row("image", 0)

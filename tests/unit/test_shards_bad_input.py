@@ -11,9 +11,9 @@ import pytest
 from test_shards import files, negatives, sources, write
 from test_tsv import BAD, caption, detection, image, picture
 
+from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.manifest import Manifest
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.shards_verify import verify_shards
 
 

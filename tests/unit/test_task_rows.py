@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_tsv import picture
 
+from ofa_ds.data.building.build import build_shards
+from ofa_ds.data.building.tsv_source import width_of
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.shards_verify import verify_shards
-from ofa_ds.data.task_rows import READERS, TaskLines, parse, width_of
+from ofa_ds.data.task_rows import READERS, TaskLines, parse
 from ofa_ds.tasks.task_shards import build_task_shards
 
 IMAGE = base64.b64encode(picture())
@@ -234,7 +235,7 @@ def test_a_line_that_looks_like_a_mistake_is_a_warning_and_with_strict_an_error(
 
 def test_the_width_of_a_file_is_that_of_its_first_line(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_bytes(b"a\tb\tc\nd\n")
-    assert width_of(tmp_path / "a.tsv") == 3
+    assert width_of(str(tmp_path / "a.tsv")) == 3
 
 
 def test_every_kind_of_column_is_read_before_what_needs_it() -> None:

@@ -6,7 +6,6 @@ import base64
 import io
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,59 +205,3 @@ def test_damaged_pictures_are_never_more_than_a_value_error(cut: int, flips: lis
         assert str(error).startswith("image: ")
     else:
         assert width * height <= MAX_PIXELS
-
-
-@given(
-    lines=st.lists(
-        st.binary(max_size=30).map(lambda b: b.replace(b"\n", b" ").replace(b"\r", b" ")), min_size=1, max_size=40
-    ),
-    each=st.integers(1, 12),
-    ended=st.booleans(),
-)
-def test_spans_cover_every_line_once(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], each: int, ended: bool
-) -> None:
-    if not ended and not lines[-1]:
-        lines[-1] = b"x"
-    path = tmp_path_factory.mktemp("spans") / "a.tsv"
-    path.write_bytes(b"\n".join(lines) + b"\n" * ended)
-    spans = tsv.spans(path, each)
-    assert [numbered for span in spans for numbered in tsv.lines(path, span)] == list(enumerate(lines, 1))
-    assert all(span.num_lines == each for span in spans[:-1]) and 1 <= spans[-1].num_lines <= each
-
-
-def test_spans_are_right_across_read_blocks(tmp_path: Path) -> None:
-    path = tmp_path / "a.tsv"
-    path.write_bytes(b"".join(b"%d\t%s\n" % (k, b"x" * (k * 7919 % 300_000)) for k in range(120)))
-    numbered = [pair for span in tsv.spans(path, 7) for pair in tsv.lines(path, span)]
-    assert [(number, int(line.split(b"\t")[0])) for number, line in numbered] == [(k + 1, k) for k in range(120)]
-
-
-def test_separators_of_other_standards_do_not_end_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "a.tsv"
-    path.write_bytes("1\ta\u2028b\x0bc\x85d\n2\te\n".encode())
-    assert [span.num_lines for span in tsv.spans(path, 10)] == [2]
-
-
-def test_an_empty_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.tsv").touch()
-    with pytest.raises(ValueError, match="a.tsv: the file is empty"):
-        tsv.spans(tmp_path / "a.tsv", 10)
-
-
-def test_a_crlf_file_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:
-    (tmp_path / "a.tsv").write_bytes(b"1\ta\r\n2\tb\r\n")
-    with pytest.raises(ValueError, match=r"a.tsv:1: line: ends in CRLF.* sed -i"):
-        tsv.spans(tmp_path / "a.tsv", 10)
-
-
-def test_a_line_beyond_the_limit_is_named_before_it_is_read_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tsv, "MAX_LINE_BYTES", 100)
-    (tmp_path / "a.tsv").write_bytes(b"1\t%s\n2\t%s\n" % (b"x" * 97, b"x" * 98))
-    (span,) = tsv.spans(tmp_path / "a.tsv", 10)
-    found = tsv.lines(tmp_path / "a.tsv", span)
-    assert next(found)[0] == 1
-    with pytest.raises(ValueError, match="a.tsv:2: the line is longer than 100 bytes"):
-        next(found)

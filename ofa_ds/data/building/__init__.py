@@ -1,0 +1,1 @@
+"""Building shards: sources are cut into pieces, each is built by itself, all are put together."""
