@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -54,9 +56,27 @@ def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], workers: in
         yield from map(function, jobs)
         return
     # Not forked: the caller may have threads, and Arrow's do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as executor:
+    context = multiprocessing.get_context("spawn")
+    before = {child.pid for child in multiprocessing.active_children()}
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(os.getpid(),)) as executor:
         try:
             yield from executor.map(function, jobs)
         except BrokenProcessPool as error:
             message = f"one of {workers} worker processes died, perhaps out of memory; use fewer --workers"
             raise RuntimeError(message) from error
+        except BaseException:  # a stop, or a failure: nobody waits for what the others are at
+            executor.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                if child.pid not in before:
+                    child.kill()
+            raise
+
+
+def _start_worker(parent: int) -> None:
+    """Ctrl-C is the parent's business; a parent that is killed takes its workers with it, before another starts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0 or os.getppid() != parent:
+        os._exit(1)
+
+
+_PR_SET_PDEATHSIG = 1

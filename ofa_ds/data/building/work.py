@@ -33,21 +33,27 @@ def work_directory(out: str, given: Path | None) -> Iterator[Path]:
     work.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        _lock(descriptor, work, out)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{out}: another process builds it, in {work}; wait until it has ended") from error
-        except OSError:
-            pass  # a file system without locks, as some that are shared
-        if not work.is_dir() or os.stat(work).st_ino != os.fstat(descriptor).st_ino:
-            raise ValueError(f"{out}: appeared meanwhile: another process has built it")
-        (work / JOURNAL).mkdir(exist_ok=True)
-        yield work
+            (work / JOURNAL).mkdir(exist_ok=True)
+            yield work
+        finally:
+            done = any((work / JOURNAL).glob("*.done")) and (file_systems.is_remote(out) or any(work.glob("*.arrow")))
+            if work.is_dir() and not done:
+                shutil.rmtree(work, ignore_errors=True)
     finally:
         os.close(descriptor)
-        done = any((work / JOURNAL).glob("*.done")) and (file_systems.is_remote(out) or any(work.glob("*.arrow")))
-        if work.is_dir() and not done:
-            shutil.rmtree(work, ignore_errors=True)
+
+
+def _lock(descriptor: int, work: Path, out: str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{out}: another process builds it, in {work}; wait until it has ended") from error
+    except OSError:
+        pass  # a file system without locks, as some that are shared
+    if not work.is_dir() or os.stat(work).st_ino != os.fstat(descriptor).st_ino:
+        raise ValueError(f"{out}: appeared meanwhile: another process has built it")
 
 
 def clear(folder: Path, keep: Collection[str]) -> None:
