@@ -17,6 +17,7 @@ from weakref import ref
 
 import numpy as np
 
+from ofa_ds.data.announcing import announce_batch, announce_row
 from ofa_ds.data.batch_index import BatchIndex, entry_reader, entry_type
 from ofa_ds.data.columns import KEPT, SCHEMAS
 from ofa_ds.data.manifest import MANIFEST, ConvertedManifest, Manifest, Shard
@@ -137,6 +138,17 @@ class ShardFile:
         if file.data.size() != file.size:
             raise file.wrong_size()
         return file.data, file.ints, start
+
+    def announce(self, i: int) -> Callable[[], None] | None:
+        """Have the system read what row `i` needs, without waiting. -> what to call for the rest of it, best later.
+
+        The rest is its picture: where that is has to be read first. Raises as `row` does.
+        """
+        entry = self._entry_of(batch := self.batch_of(i))
+        data, ints, base = self.batch_bytes(batch, entry[1])
+        if announce_batch(data, base, entry, self.family):
+            return partial(announce_row, data, ints, base, entry, self.family, i)
+        return None
 
     def _map(self) -> MappedFile:
         self._file = file = MappedFile(self.path, self.shard.num_bytes, MANIFEST)

@@ -12,11 +12,13 @@ from __future__ import annotations
 import itertools
 import traceback
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ofa_ds.data.announcing import Faults
 from ofa_ds.data.answer_list import read_answer_list
 from ofa_ds.data.manifest import TYPED, read_manifest
 from ofa_ds.data.negative_files import Negatives, read_negatives
@@ -55,6 +57,7 @@ class Shards:
         typed = [family for family in TYPED if family in families]
         self.types = {kind: count for family in typed for kind, count in families[family].types.items()}
         """Rows of each type, of the families that have types."""
+        self._faults = Faults()
         pool = MapPool()
         self._files = {family: ShardFiles(self.path, self.manifest, family, pool) for family in self.families}
 
@@ -71,6 +74,24 @@ class Shards:
             raise self._outside(family, i)
         k = bisect_right(files.row_ends, i)
         return (files.open[k] or files[k]).row(i - (files.row_ends[k - 1] if k else 0), self.verify)
+
+    def announce(self, rows: Iterable[tuple[str, int]]) -> None:
+        """(family, row) that will be read soon: what they need comes from the disk all at once, not row by row.
+
+        Takes some 10 microseconds a row, and next to nothing where all is in memory. Nothing is raised: what is wrong
+        with a row is said when it is read.
+        """
+        if not self._faults.are_due():
+            return
+        pending = []
+        for family, i in rows:
+            with suppress(OSError, RuntimeError, ValueError, IndexError):
+                file, j = self._place(family, i)
+                pending.append(file.announce(j))
+        for rest in pending:
+            if rest is not None:
+                with suppress(OSError, ValueError, IndexError):
+                    rest()
 
     def fields(self, family: str, i: int, columns: Collection[str]) -> dict[str, Any]:
         """Some Arrow columns of row `i`, as they are stored; nothing else of it is read. Raises as `row` does."""
