@@ -6,9 +6,6 @@ rows go by in epochs of its own, each a permutation of all of them.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -96,69 +93,3 @@ _ODD = 0x9E3779B97F4A7C15
 def permutation(n: int, seed: int, epoch: int, family: int = 0) -> Permutation:
     """The order of epoch `epoch` of a family of n rows."""
     return Permutation(n, seed, epoch, family)
-
-
-def pattern(weights: tuple[int, ...]) -> np.ndarray:
-    """Families in turn, int8 [sum(weights)]: over any prefix of its repetition |drawn - due| < 1 for each.
-
-    Tijdeman's solution of the chairman assignment problem (Discrete Mathematics 32, 1980): of the families that may be
-    drawn without running ahead, the one that would first fall behind.
-    """
-    total = sum(weights)
-    shares = [Fraction(weight, total) for weight in weights]
-    slack = Fraction(1, max(2 * len(weights) - 2, 1))
-    drawn = [0] * len(weights)
-    order = np.empty(total, np.int8)
-    for place in range(total):
-        debts = [share * (place + 1) - count for share, count in zip(shares, drawn, strict=True)]
-        ready = [k for k, debt in enumerate(debts) if debt >= slack]
-        order[place] = chosen = min(ready, key=lambda k: (1 - slack - debts[k]) / shares[k])
-        drawn[chosen] += 1
-    return order
-
-
-class Mixture:
-    """The endless stream of rows of all families. Picklable; depends on its arguments alone.
-
-    counts: rows of each family that is there. weights: rows drawn of each, relative to each other. Families of
-    weight 0, and families that are not in counts, are left out.
-    """
-
-    def __init__(self, counts: Mapping[str, int], weights: Mapping[str, int], seed: int) -> None:
-        """Raises ValueError where nothing is left to draw."""
-        self.families = tuple(family for family in weights if weights[family] > 0 and counts.get(family, 0) > 0)
-        if not self.families:
-            raise ValueError(
-                f"data.mix {dict(weights)} draws nothing from shards that have {dict(counts)} rows; "
-                "give a family that is there a positive weight"
-            )
-        self.counts = {family: counts[family] for family in self.families}
-        self.seed = seed
-        self._number = {family: tuple(weights).index(family) for family in self.families}
-        divisor = math.gcd(*(weights[family] for family in self.families))
-        self._weights = tuple(weights[family] // divisor for family in self.families)
-        self._pattern = pattern(self._weights)
-        drawn = self._pattern[:, None] == np.arange(len(self.families))
-        self._before = (np.cumsum(drawn, 0) - drawn)[np.arange(len(self._pattern)), self._pattern]
-
-    def rows(self, start: int, stop: int) -> list[tuple[str, int, int]]:
-        """(family, epoch, row of the family) at stream positions start ... stop - 1."""
-        number_K, epoch_K, row_K = self.draw(start, stop)
-        names = [self.families[number] for number in number_K]
-        return list(zip(names, epoch_K.tolist(), row_K.tolist(), strict=True))
-
-    def draw(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `rows`, in blocks: index into `families` int8 [K], epoch int64 [K], row int64 [K]."""
-        if not 0 <= start <= stop:
-            raise ValueError(f"want stream positions 0 <= start <= stop, got {start} and {stop}")
-        turn_K, place_K = np.divmod(np.arange(start, stop), len(self._pattern))
-        number_K = self._pattern[place_K]
-        count_K = turn_K * np.array(self._weights)[number_K] + self._before[place_K]
-        epoch_K, row_K = np.divmod(count_K, np.array([self.counts[family] for family in self.families])[number_K])
-        for number, family in enumerate(self.families):
-            mine = number_K == number
-            for epoch in np.unique(epoch_K[mine]):
-                at = mine & (epoch_K == epoch)
-                order = permutation(self.counts[family], self.seed, int(epoch), self._number[family])
-                row_K[at] = order.at(row_K[at])
-        return number_K, epoch_K, row_K

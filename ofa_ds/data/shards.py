@@ -119,9 +119,13 @@ class Shards:
         if not isinstance(error, (ValueError, RuntimeError, OSError)) or not what:
             frame = traceback.extract_tb(error.__traceback__)[-1]  # a worker's traceback does not reach the trainer
             what = f"{type(error).__name__} {error} at {Path(frame.filename).name}:{frame.lineno}"
-        name = "" if row is None else f", id {row['id']!r}"
-        place = f"{self.path}: {family} row {i} ({self.where(family, i)}{name})"
+        place = self.named(family, i, row)
         return (ValueError if isinstance(error, ValueError) else RuntimeError)(f"{place}: {what}")
+
+    def named(self, family: str, i: int, row: Mapping[str, Any] | None = None) -> str:
+        """Row `i` of a family as messages name it: directory, family, number, file, row in it, id where it was read."""
+        name = "" if row is None else f", id {row['id']!r}"
+        return f"{self.path}: {family} row {i} ({self.where(family, i)}{name})"
 
     def _place(self, family: str, i: int) -> tuple[ShardFile, int]:
         files = self._files.get(family)

@@ -72,6 +72,15 @@ def row_generator(seed: int, family: str, epoch: int, row: int) -> np.random.Gen
     return np.random.default_rng((seed, FAMILIES.index(family), epoch, row))
 
 
+def substitute_generator(seed: int, family: str, epoch: int, row: int) -> np.random.Generator:
+    """For what stands in for a damaged row in one epoch; it draws which row that is, too."""
+    return np.random.default_rng((seed, FAMILIES.index(family), epoch, row, _SUBSTITUTE))
+
+
+_SUBSTITUTE = 1
+"""Makes another generator of the same numbers."""
+
+
 def frame(
     row: Row, ctx: Context, source_text: str, target_text: str,
     *, source: Sequence[int] | None = None, target: Sequence[int] | None = None, code: bool = False, **fields: Any,

@@ -11,18 +11,18 @@ import sys
 import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from ofa_ds.batch import Batch
 from ofa_ds.config import BatchConfig, DataConfig
-from ofa_ds.data.order import Mixture
+from ofa_ds.data.mixture import Mixture
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.model.config import ModelConfig
 from ofa_ds.tasks.task import context_of
-from ofa_ds.train.micro_batches import MicroBatches
+from ofa_ds.train.micro_batches import MicroBatches, Notes, Substituted
 from ofa_ds.train.pinned_copies import PinnedCopies
 from ofa_ds.train.ring import PREFETCH, Parcel, Ring
 from ofa_ds.train.ring_worker import Key, Prepare
@@ -59,6 +59,8 @@ class Loader:
     """Time that the consumer has spent waiting, from the start on."""
     num_cut: int = field(default=0, init=False)
     """Examples whose text was longer than the model's positions, from the start on."""
+    substituted: list[Substituted] = field(default_factory=list, init=False)
+    """Damaged rows of the batches that were handed over, and what stands in for them; whoever reads it empties it."""
     num_restarts: int = field(default=0, init=False)
     """Workers that were started in place of one that had ended."""
 
@@ -91,7 +93,7 @@ class Loader:
                 self.wait_seconds += time.perf_counter() - began
                 self.num_restarts = source.num_restarts
                 for parcel in parcels:
-                    self._count_cut(parcel.notes)
+                    self._take_notes(parcel.notes)
                 del parcels
                 yield batches
         finally:
@@ -99,8 +101,10 @@ class Loader:
             if self.num_cut > 1 and self.rank == 0:
                 print(f"{self.shards.path}: cut {self.num_cut} examples in all, on the first rank", file=sys.stderr)
 
-    def _count_cut(self, cut: list[str]) -> None:
-        """The first is told at once, by one rank."""
+    def _take_notes(self, notes: Notes) -> None:
+        """The first text that is cut is told at once, by one rank."""
+        cut = notes.cut
+        self.substituted += notes.substituted
         if cut and not self.num_cut and self.rank == 0:
             print(
                 f"{self.shards.path}: {cut[0]} is cut to the model's {self.model.max_positions} positions; further "
@@ -149,7 +153,7 @@ class MadeHere(NamedTuple):
     """A batch that travels nowhere."""
 
     made: Batch
-    notes: Any
+    notes: Notes
 
     def batch(self) -> Batch:
         return self.made

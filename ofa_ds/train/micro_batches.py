@@ -7,13 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from ofa_ds.batch import Batch, pack
 from ofa_ds.config import BatchConfig
-from ofa_ds.data.order import Mixture
+from ofa_ds.data.damage import DamagedRecord, damage
+from ofa_ds.data.example import Example
+from ofa_ds.data.mixture import Mixture
 from ofa_ds.data.shards import Shards
-from ofa_ds.tasks.context import Context, row_generator
+from ofa_ds.tasks.context import Context, row_generator, substitute_generator
 from ofa_ds.tasks.task import examples, sides_of
+
+MAX_TRIES = 64
+"""Rows that are drawn in place of a damaged one, until one is whole."""
+
+
+class Substituted(NamedTuple):
+    """A damaged row, and the one that was learnt from in its place."""
+
+    family: str
+    row: int
+    substitute: int
+    problem: str
+    """One line that names file, row in it, id, and what is wrong."""
+
+
+class Notes(NamedTuple):
+    """What is to be told of a micro-batch; equal for whoever prepares it."""
+
+    cut: tuple[str, ...] = ()
+    """Examples that were cut to the model's positions."""
+    substituted: tuple[Substituted, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,29 +56,56 @@ class MicroBatches:
     """Pack those of the examples too."""
 
     def build(self, step: int, number: int) -> Batch:
-        """Micro-batch `number` of optimizer step `step`.
+        """Micro-batch number `number` of optimizer step `step`.
 
         Raises ValueError or RuntimeError that names the row that is at fault: family, number, file, row in it, id.
         """
         return self.prepare(step, number)[0]
 
-    def prepare(self, step: int, number: int) -> tuple[Batch, list[str]]:
-        """The same, and which examples were cut to the model's positions."""
-        config = self.ctx.config
-        found = []
+    def prepare(self, step: int, number: int) -> tuple[Batch, Notes]:
+        """The same, and what is to be told of it."""
+        found: list[Example] = []
+        substituted: list[Substituted] = []
         start = step * self.batch.global_rows + number * self.batch.micro_rows
         for family, epoch, index in self.mixture.rows(start, start + self.batch.micro_rows):
-            row = None
+            rng = row_generator(self.seed, family, epoch, index)
             try:
-                rng = row_generator(self.seed, family, epoch, index)
-                row = self.shards.row(family, index)
-                found += examples(family, row, rng, self.ctx)
-            except Exception as error:
-                raise self.shards.at_row(family, index, row, error) from error
-        sizes = [(side, side) for side in sides_of(config)]
-        cut = [f"{example.task} of row {example.row_id}" for example in found if example.cut]
+                found += self._examples(family, index, rng)
+            except DamagedRecord as error:
+                examples, note = self._instead(family, epoch, index, str(error))
+                found += examples
+                substituted.append(note)
+        sizes = [(side, side) for side in sides_of(self.ctx.config)]
+        cut = tuple(f"{example.task} of row {example.row_id}" for example in found if example.cut)
         batch = pack(found, sizes, self.ctx.patch_size, self.image_bucket_size, references=self.references)
-        return batch, cut
+        return batch, Notes(cut, tuple(substituted))
+
+    def _examples(self, family: str, index: int, rng: np.random.Generator) -> list[Example]:
+        """Raises DamagedRecord where the row itself is at fault, else as `build` does."""
+        row = None
+        try:
+            row = self.shards.row(family, index)
+            return examples(family, row, rng, self.ctx)
+        except Exception as error:
+            if reason := damage(row, error):
+                raise DamagedRecord(f"{self.shards.named(family, index, row)}: {reason}") from error
+            raise self.shards.at_row(family, index, row, error) from error
+
+    def _instead(self, family: str, epoch: int, index: int, problem: str) -> tuple[list[Example], Substituted]:
+        """Examples of another row of the same set, drawn by a generator that the damaged row alone has."""
+        _, rows = self.mixture.part_of(family, index)
+        rng = substitute_generator(self.seed, family, epoch, index)
+        for _ in range(MAX_TRIES):
+            other = int(rng.integers(rows.start, rows.stop))
+            try:
+                found = self._examples(family, other, rng)
+            except DamagedRecord:
+                continue
+            return found, Substituted(family, index, other, problem)
+        raise RuntimeError(
+            f"{problem}; {MAX_TRIES} rows drawn in its place are damaged as well; verify the shards (ofa-ds shards "
+            "verify), and copy or build them again"
+        )
 
     def rows(self, step: int, numbers: Collection[int] | None = None) -> list[tuple[str, int]]:
         """(family, row of the family) of these micro-batches of a step; None: of all of them."""

@@ -1,19 +1,13 @@
-"""Order and mixture: bijections, exact counts over any prefix, and no dependence on how a step is cut."""
+"""The order of rows: a bijection each epoch, of any size, with nothing to tell it from chance."""
 
 from __future__ import annotations
-
-import pickle
-from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ofa_ds.data.order import BLOCK, Mixture, Permutation, pattern, permutation
-
-COUNTS = {"vision_language": 1709, "text": 3655, "image": 332, "detection": 246}
-WEIGHTS = {"vision_language": 8, "text": 2, "image": 1, "detection": 1}
+from ofa_ds.data.order import BLOCK, Permutation, permutation
 
 
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**63), epoch=st.integers(0, 2**40))
@@ -77,80 +71,3 @@ def test_numbers_that_cannot_be_are_refused(n: int, seed: int, epoch: int) -> No
 def test_an_index_outside_is_refused(i: int) -> None:
     with pytest.raises(IndexError, match=r"range\(5\)"):
         permutation(5, 0, 0)[i]
-
-
-@given(weights=st.lists(st.integers(1, 40), min_size=1, max_size=4))
-def test_no_family_runs_ahead_or_behind_by_a_row(weights: list[int]) -> None:
-    order = pattern(tuple(weights))
-    drawn = np.cumsum(order[:, None] == np.arange(len(weights)), 0)
-    due = np.arange(1, len(order) + 1)[:, None] * np.array(weights) / sum(weights)
-    assert np.abs(drawn - due).max() <= 1
-    assert drawn[-1].tolist() == weights
-
-
-def test_default_micro_batch_is_eight_two_one_one() -> None:
-    mixture = Mixture(COUNTS, WEIGHTS, seed=1)
-    for start in range(0, 1200, 12):
-        families = Counter(family for family, _, _ in mixture.rows(start, start + 12))
-        assert families == {"vision_language": 8, "text": 2, "image": 1, "detection": 1}
-
-
-@given(data=st.data())
-@settings(max_examples=25)
-def test_the_stream_does_not_depend_on_how_it_is_cut(data: st.DataObject) -> None:
-    mixture = Mixture({"vision_language": 7, "text": 3, "image": 5}, {"vision_language": 3, "text": 2, "image": 1}, 9)
-    start = data.draw(st.integers(0, 10**9))
-    cuts = sorted(data.draw(st.lists(st.integers(start, start + 60), max_size=6)))
-    whole = mixture.rows(start, start + 60)
-    edges = [start, *cuts, start + 60]
-    assert [row for a, b in zip(edges, edges[1:], strict=False) for row in mixture.rows(a, b)] == whole
-
-
-def test_any_world_size_and_micro_batch_sees_the_rows_of_the_step() -> None:
-    mixture = Mixture(COUNTS, WEIGHTS, seed=3)
-    step, global_rows = 17, 72
-    whole = mixture.rows(step * global_rows, (step + 1) * global_rows)
-    for world, micro in ((1, 72), (2, 12), (3, 24), (6, 12), (1, 1)):
-        starts = range(step * global_rows, (step + 1) * global_rows, micro)
-        by_rank = [[mixture.rows(s, s + micro) for s in starts[rank::world]] for rank in range(world)]
-        again = [by_rank[j % world][j // world] for j in range(len(starts))]
-        assert [row for rows in again for row in rows] == whole
-
-
-def test_each_family_goes_through_its_rows_by_epochs_of_its_own() -> None:
-    mixture = Mixture({"vision_language": 6, "text": 5}, {"vision_language": 3, "text": 1}, 2)
-    seen: dict[str, list[tuple[int, int]]] = {"vision_language": [], "text": []}
-    for family, epoch, row in mixture.rows(0, 80):
-        seen[family].append((epoch, row))
-    for family, count in (("vision_language", 6), ("text", 5)):
-        for k, (epoch, _) in enumerate(seen[family]):
-            assert epoch == k // count
-        for start in range(0, len(seen[family]) - count + 1, count):
-            assert sorted(row for _, row in seen[family][start : start + count]) == list(range(count))
-
-
-def test_absent_and_unweighted_families_are_left_out() -> None:
-    assert Mixture({"text": 4}, WEIGHTS, 0).families == ("text",)
-    assert {family for family, _, _ in Mixture({"text": 4}, WEIGHTS, 0).rows(0, 9)} == {"text"}
-    assert Mixture(COUNTS, {**WEIGHTS, "image": 0}, 0).families == ("vision_language", "text", "detection")
-
-
-def test_a_family_keeps_its_order_whatever_else_is_mixed_in() -> None:
-    alone = Mixture({"image": 50}, WEIGHTS, 4).rows(0, 50)
-    mixed = [row for row in Mixture(COUNTS | {"image": 50}, WEIGHTS, 4).rows(0, 600) if row[0] == "image"]
-    assert alone == mixed
-
-
-def test_nothing_to_draw_is_an_error_with_both_sides() -> None:
-    with pytest.raises(ValueError, match="data.mix .*'text': 0.* draws nothing .*'text': 9"):
-        Mixture({"text": 9}, {"vision_language": 8, "text": 0}, 0)
-
-
-def test_stream_positions_must_not_be_negative() -> None:
-    with pytest.raises(ValueError, match="0 <= start <= stop"):
-        Mixture(COUNTS, WEIGHTS, 0).rows(-1, 3)
-
-
-def test_it_travels_to_worker_processes() -> None:
-    mixture = Mixture(COUNTS, WEIGHTS, 8)
-    assert pickle.loads(pickle.dumps(mixture)).rows(100, 200) == mixture.rows(100, 200)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ofa_ds.cli import main as ofa_ds
 from ofa_ds.config import load_recipe, shipped_recipes
-from ofa_ds.data.order import Mixture
+from ofa_ds.data.mixture import Mixture
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab, train_vocab
 from ofa_ds.engine.config import load_deepspeed_config, shipped_configs
