@@ -18,19 +18,17 @@ if TYPE_CHECKING:
 def measured_lengths(recipe: Recipe, number: int) -> Lengths:
     """Of the first `number` micro-batches that the run would see. Raises ValueError where the data is not here."""
     with heavy_imports():
-        from ofa_ds.data.shards import Shards
+        from ofa_ds.data.sets import open_data
         from ofa_ds.data.vocab import load_vocab
         from ofa_ds.model.config import model_config
         from ofa_ds.train.loader import Loader
     from ofa_ds.plan.lengths import lengths_of
     from ofa_ds.terms import PRETRAINING_FAMILIES
 
-    for key in ("shards", "vocab"):
-        if not getattr(recipe.data, key):
-            raise ValueError(f"data.{key}: --measure wants a directory, got none; add data.{key}=DIR")
+    recipe.data.check_given("--measure wants")
     vocab = load_vocab(recipe.data.vocab)
     loader = Loader(
-        shards=Shards(recipe.data.shards, task=recipe.data.task.name), vocab=vocab, config=recipe.data,
+        shards=open_data(recipe.data), vocab=vocab, config=recipe.data,
         batch=recipe.batch, model=model_config(recipe, vocab.size), seed=recipe.train.seed,
     )  # fmt: skip
     works: list[Work] = []
@@ -41,7 +39,7 @@ def measured_lengths(recipe: Recipe, number: int) -> Lengths:
         works.append(work_of_batch(loader.micro_batches.build(step, micro)))
         rows.update(family for family, _ in loader.micro_batches.rows(step, [micro]))
     own = {family: rows[family] for family in PRETRAINING_FAMILIES if rows[family]}
-    return lengths_of(works, own, f"measured on {number} micro-batches of {recipe.data.shards}")
+    return lengths_of(works, own, f"measured on {number} micro-batches of {loader.shards.path}")
 
 
 def work_of_batch(batch: Batch) -> Work:

@@ -19,9 +19,7 @@ def check_run(recipe: Recipe, num_ranks: int) -> None:
     """
     recipe.batch.accumulation_steps(num_ranks)
     check_second_copy(load_deepspeed_config(recipe.deepspeed), num_ranks)
-    for key in ("shards", "vocab"):
-        if not getattr(recipe.data, key):
-            raise ValueError(f"data.{key}: want a directory, got none; add data.{key}=DIR")
+    recipe.data.check_given()
     check_sense(recipe)
 
 
@@ -75,7 +73,7 @@ def _check_pictures(data: DataConfig, model: ModelConfig) -> None:
                 f"(image_bucket_size); use at most {rows * patch}"
             )
     codes = data.code_image_size // 8
-    if data.mix.image and not model.use_ofasys and codes > rows:
+    if "image" in data.ever_drawn() and not model.use_ofasys and codes > rows:
         raise ValueError(
             f"data.code_image_size {data.code_image_size} has {codes} codes a side, the model's table has {rows} "
             f"(image_bucket_size); use at most {rows * 8}, or data.mix.image=0"

@@ -11,6 +11,7 @@ from ofa_ds.config.schema import (
     BatchConfig,
     CriterionConfig,
     DataConfig,
+    DataSet,
     MixConfig,
     ModelOptions,
     OptimConfig,
@@ -20,7 +21,7 @@ from ofa_ds.config.schema import (
 )
 
 __all__ = [
-    "BatchConfig", "CriterionConfig", "DataConfig", "KernelConfig", "MixConfig", "ModelOptions", "OptimConfig",
-    "Recipe", "TaskOptions", "TrainConfig", "changed_recipe", "find_recipe", "load_recipe", "recipe_from_dict",
-    "recipe_to_dict", "recipe_to_toml", "shipped_recipes",
+    "BatchConfig", "CriterionConfig", "DataConfig", "DataSet", "KernelConfig", "MixConfig", "ModelOptions",
+    "OptimConfig", "Recipe", "TaskOptions", "TrainConfig", "changed_recipe", "find_recipe", "load_recipe",
+    "recipe_from_dict", "recipe_to_dict", "recipe_to_toml", "shipped_recipes",
 ]  # fmt: skip

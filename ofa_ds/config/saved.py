@@ -99,7 +99,11 @@ def _sections(recipe: Mapping[str, Any]) -> str:
 
 
 def _toml(value: Any) -> str:
-    """JSON, but for two things: TOML has no surrogate pairs, and escapes DEL too."""
+    """JSON, but for three things: TOML has no surrogate pairs, escapes DEL too, and writes {key = value}."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {_toml(each)}' for key, each in value.items())}}}"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator, with_config
 from pydantic.dataclasses import dataclass
+from typing_extensions import Required, TypedDict
 
 from ofa_ds.config.architecture import (
     PRESETS,
@@ -77,6 +79,30 @@ class MixConfig:
         return {family: getattr(self, family) for family in PRETRAINING_FAMILIES}
 
 
+_Weight = Annotated[Count, Field(ge=0)]
+
+
+@with_config(STRICT)
+class MixChange(TypedDict, total=False):
+    """Weights of data.mix from step number `step` on; a family that is not named keeps the weight that it had."""
+
+    step: Required[Annotated[Count, Field(ge=2)]]
+    vision_language: _Weight
+    text: _Weight
+    image: _Weight
+    detection: _Weight
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataSet:
+    """One of several directories of shards that a run draws from."""
+
+    shards: GivenText = dataclasses.field(compare=False)
+    """Where it lies; what it holds is judged by its fingerprint."""
+    weight: Count = Field(1, ge=0)
+    """Rows drawn of it, in each family that it has, relative to the other sets that have the family."""
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TaskOptions:
     """What a model is fine-tuned on, and how it is asked (docs/finetuning.md)."""
@@ -104,6 +130,10 @@ class TaskOptions:
 class DataConfig:
     shards: Text = ""
     """Directory made by `ofa-ds shards build`."""
+    sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], DataSet] = Field(default_factory=dict)
+    """Several of them in place of data.shards, by name: they share each family's rows by their weights."""
+    max_corrupt: Rate = 0.001
+    """Share of the rows seen that may be corrupt, and are replaced by others, before the run stops. 0: none may."""
     vocab: Text = ""
     """Directory of a vocabulary: `ofa-ds vocab train`'s, or OFA's own files."""
     image_size: Pixels = Field(384, ge=16)
@@ -125,17 +155,58 @@ class DataConfig:
     extra_confidence: Real = Field(2.0, gt=0)
     """Loss weight of text, image and detection examples (docs/ofa.md, Tasks: text infilling)."""
     mix: MixConfig = MixConfig()
+    mix_changes: tuple[MixChange, ...] = ()
+    """Other weights from a step on, such as [{step = 5000, text = 4}], in the order of their steps."""
     task: TaskOptions = TaskOptions()
     heldout: Text = ""
     """Shards that `train.evaluate_every` judges."""
     workers: Count = Field(2, ge=0, le=1024)
     """Processes per rank that prepare batches; 0 prepares them in the training process. Never changes a bit."""
 
+    @model_validator(mode="after")
+    def _says_each_thing_once(self) -> DataConfig:
+        if self.shards and self.sets:
+            raise problem_within("sets", 'data.shards names one too; put it among them, and set data.shards=""')
+        if self.mix_changes and self.task.name:
+            raise problem_within("mix_changes", f"are of pretraining; task.name is {self.task.name}")
+        steps = [change["step"] for change in self.mix_changes]
+        if any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+            raise problem_within("mix_changes", f"want their steps in order, each once, got {steps}")
+        for step, mix in zip(steps, self._mixes()[1:], strict=True):
+            if not any(mix.values()):
+                raise problem_within("mix_changes", f"from step {step} on all weights are zero")
+        return self
+
+    def _mixes(self) -> list[dict[str, int]]:
+        """Weights of pretraining's families at first, and after each change."""
+        found = [self.mix.weights()]
+        for change in self.mix_changes:
+            found.append(found[-1] | {name: weight for name, weight in change.items() if name != "step"})
+        return found
+
     def weights(self) -> dict[str, int]:
-        """Rows drawn from each family, relative to each other, in the order of FAMILIES."""
-        downstream = bool(self.task.name)
-        mix = {family: 0 if downstream else weight for family, weight in self.mix.weights().items()}
-        return {family: mix.get(family, int(downstream)) for family in FAMILIES}
+        """Rows drawn from each family, relative to each other, in the order of FAMILIES; at first."""
+        return self._of_families(self.mix.weights())
+
+    def changes(self, global_rows: int) -> list[tuple[int, dict[str, int]]]:
+        """(first row of the stream, weights from there on) of each change."""
+        starts = [(change["step"] - 1) * global_rows for change in self.mix_changes]
+        return list(zip(starts, map(self._of_families, self._mixes()[1:]), strict=True))
+
+    def ever_drawn(self) -> frozenset[str]:
+        """Families that have a weight at some time."""
+        return frozenset(family for mix in self._mixes() for family, weight in mix.items() if weight)
+
+    def _of_families(self, mix: Mapping[str, int]) -> dict[str, int]:
+        if self.task.name:
+            return {family: int(family not in mix) for family in FAMILIES}
+        return {family: mix.get(family, 0) for family in FAMILIES}
+
+    def check_given(self, wants: str = "want") -> None:
+        """Raises ValueError where there is nothing to read."""
+        for key in ("shards", "vocab"):
+            if not (getattr(self, key) or (key == "shards" and self.sets)):
+                raise ValueError(f"data.{key}: {wants} a directory, got none; add data.{key}=DIR")
 
     def check_sizes(self) -> None:
         """Raises ValueError where the sizes of pictures say against each other."""

@@ -14,6 +14,20 @@ from ofa_ds.config.architecture import OWNED_BY_RECIPE, ModelChange
 from ofa_ds.config.values import label, nearest, shown
 
 
+class _AnyName(dict[str, Any]):
+    """Sections of one type under names that the user gives."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self._kind = kind
+
+    def __missing__(self, name: str) -> Any:
+        return self._kind
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
 @cache
 def keys_of(kind: Any) -> dict[str, Any] | None:
     """Type of each key of a section; None where `kind` is of a single value. A choice of sections has all keys."""
@@ -22,6 +36,8 @@ def keys_of(kind: Any) -> dict[str, Any] | None:
     if get_origin(kind) in (Union, types.UnionType):
         known = [keys_of(each) for each in get_args(kind)]
         return {name: each for keys in known for name, each in keys.items()} if all(known) else None
+    if get_origin(kind) is dict:
+        return _AnyName(get_args(kind)[1])
     if is_dataclass(kind):
         hints = get_type_hints(kind, include_extras=True)
         return {field.name: hints[field.name] for field in fields(kind)}

@@ -20,6 +20,7 @@ import numpy as np
 from ofa_ds.data.announcing import announce_batch, announce_row
 from ofa_ds.data.batch_index import BatchIndex, entry_reader, entry_type
 from ofa_ds.data.columns import KEPT, SCHEMAS
+from ofa_ds.data.corrupt import CorruptRecord
 from ofa_ds.data.manifest import MANIFEST, ConvertedManifest, Manifest, Shard
 from ofa_ds.data.old_index import OldIndex
 from ofa_ds.data.open_file import MappedFile, OpenFile
@@ -108,7 +109,7 @@ class ShardFile:
             return read(data, ints, base, entry, i)
         except (IndexError, ValueError, struct.error) as error:
             what = "its text is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-            raise RuntimeError(f"{self.path}: row {i}: damaged: {what}; copy or build it again") from error
+            raise CorruptRecord(f"{self.path}: row {i}: damaged: {what}; copy or build it again") from error
 
     def batch_of(self, i: int) -> int:
         """Number of the record batch that row `i` is in. Raises as `row` does."""
@@ -178,7 +179,7 @@ class ShardFile:
 
     def _check(self, batch: int) -> None:
         if problem := self.checksum_problem(batch):
-            raise RuntimeError(f"{problem}; copy or build the shards again")
+            raise CorruptRecord(f"{problem}; copy or build the shards again")
         self._checked.add(batch)
 
     def checksum_problem(self, batch: int) -> str | None:

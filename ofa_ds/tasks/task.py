@@ -222,8 +222,8 @@ def asked_for(config: DataConfig) -> tuple[str, ...]:
     """The tasks that a recipe trains: those of the families that its mix draws from."""
     if config.task.name:
         return (config.task.name,)
-    weights = config.mix.weights()
-    return tuple(name for name, task in TABLE.items() if weights[task.family] > 0)
+    families = config.ever_drawn()
+    return tuple(name for name, task in TABLE.items() if task.family in families)
 
 
 def ask(ctx: Context, name: str, picture: np.ndarray | None, text: str) -> Example:

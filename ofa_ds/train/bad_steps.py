@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ofa_ds.data.corrupt import CorruptRecord
 from ofa_ds.engine.engine import Engine
 from ofa_ds.train.micro_batches import MicroBatches
 
@@ -66,7 +67,10 @@ class BadSteps:
             )
 
     def _id(self, family: str, index: int) -> str:
-        return str(self._source.shards.row(family, index)["id"])
+        try:
+            return str(self._source.shards.row(family, index)["id"])
+        except CorruptRecord:
+            return "corrupt"
 
     def error(self, step: int, good: Path | None) -> RuntimeError:
         """Why the run stops after step `step`. good: the last checkpoint from before the bad steps."""

@@ -17,7 +17,7 @@ import torch
 
 from ofa_ds.batch import Batch
 from ofa_ds.config import BatchConfig, DataConfig
-from ofa_ds.data.mixture import Mixture
+from ofa_ds.data.sets import mixture_of
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.model.config import ModelConfig
@@ -70,7 +70,7 @@ class Loader:
             self.shards, self.vocab, self.config, patch_size=self.model.patch_size,
             max_positions=self.model.max_positions, readable=False,
         )  # fmt: skip
-        mixture = Mixture(self.shards.families, self.config.weights(), self.seed)
+        mixture = mixture_of(self.shards, self.config, global_rows=self.batch.global_rows, seed=self.seed)
         self.micro_batches = MicroBatches(
             shards=self.shards, ctx=ctx, mixture=mixture, batch=self.batch, seed=self.seed,
             image_bucket_size=self.model.image_bucket_size, references=self.references,

@@ -5,16 +5,17 @@ Ranks, workers and restarts cannot change it; whoever calls it gets the same bit
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ofa_ds.batch import Batch, pack
 from ofa_ds.config import BatchConfig
-from ofa_ds.data.damage import DamagedRecord, damage
+from ofa_ds.data.corrupt import CorruptRecord
 from ofa_ds.data.example import Example
+from ofa_ds.data.image import decode
 from ofa_ds.data.mixture import Mixture
 from ofa_ds.data.shards import Shards
 from ofa_ds.tasks.context import Context, row_generator, substitute_generator
@@ -71,7 +72,7 @@ class MicroBatches:
             rng = row_generator(self.seed, family, epoch, index)
             try:
                 found += self._examples(family, index, rng)
-            except DamagedRecord as error:
+            except CorruptRecord as error:
                 examples, note = self._instead(family, epoch, index, str(error))
                 found += examples
                 substituted.append(note)
@@ -81,14 +82,14 @@ class MicroBatches:
         return batch, Notes(cut, tuple(substituted))
 
     def _examples(self, family: str, index: int, rng: np.random.Generator) -> list[Example]:
-        """Raises DamagedRecord where the row itself is at fault, else as `build` does."""
+        """Raises CorruptRecord where the row itself is at fault, else as `build` does."""
         row = None
         try:
             row = self.shards.row(family, index)
             return examples(family, row, rng, self.ctx)
         except Exception as error:
-            if reason := damage(row, error):
-                raise DamagedRecord(f"{self.shards.named(family, index, row)}: {reason}") from error
+            if reason := _damage(row, error):
+                raise CorruptRecord(f"{self.shards.named(family, index, row)}: {reason}") from error
             raise self.shards.at_row(family, index, row, error) from error
 
     def _instead(self, family: str, epoch: int, index: int, problem: str) -> tuple[list[Example], Substituted]:
@@ -99,7 +100,7 @@ class MicroBatches:
             other = int(rng.integers(rows.start, rows.stop))
             try:
                 found = self._examples(family, other, rng)
-            except DamagedRecord:
+            except CorruptRecord:
                 continue
             return found, Substituted(family, index, other, problem)
         raise RuntimeError(
@@ -113,3 +114,18 @@ class MicroBatches:
         wanted = range(self.batch.global_rows // size) if numbers is None else sorted(numbers)
         rows = [row for k in wanted for row in self.mixture.rows(start + k * size, start + (k + 1) * size)]
         return [(family, index) for family, _, index in rows]
+
+
+def _damage(row: Mapping[str, Any] | None, error: Exception) -> str:
+    """Why a row that `error` came of is damaged by itself; empty where the fault is not the record's.
+
+    row: as `Shards.row` gives it, None where it could not be read.
+    """
+    if row is None:
+        return str(error) if isinstance(error, CorruptRecord) else ""
+    if row.get("image"):  # of a downstream row without a picture it is empty
+        try:
+            decode(row["image"])
+        except ValueError as problem:
+            return str(problem)
+    return ""

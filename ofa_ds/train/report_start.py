@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ofa_ds.config import Recipe, recipe_to_dict, recipe_to_toml
 from ofa_ds.data import kept_vocabulary
+from ofa_ds.data.sets import sets_of
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.engine.config import derive_config, load_deepspeed_config
@@ -137,6 +138,11 @@ def _data(recipe: Recipe, data: Data) -> dict[str, Any]:
     return {
         "version": VERSION,
         "shards": shards(recipe.data.shards, data.shards),
+        "sets": {
+            name: shards(recipe.data.sets[name].shards, each) | {"weight": recipe.data.sets[name].weight}
+            for name, each in sets_of(data.shards).items()
+            if name
+        },
         "heldout": None if data.held_out is None else shards(recipe.data.heldout, data.held_out),
         "vocab": {"path": recipe.data.vocab, "fingerprint": data.vocab.fingerprint, "size": data.vocab.size},
     }

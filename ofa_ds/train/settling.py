@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from ofa_ds.config import Recipe
+from ofa_ds.data.sets import sets_of
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.tasks.task import DOWNSTREAM, DOWNSTREAM_FAMILY
@@ -19,7 +20,8 @@ def settled(recipe: Recipe, shards: Shards) -> Recipe:
     """
     name, train, optim = recipe.data.task.name, recipe.train, recipe.optim
     if name:
-        _check_training_rows(recipe, shards)
+        for each in sets_of(shards).values():
+            _check_training_rows(recipe, each)
     num_steps, warmup = train.num_steps, optim.warmup_steps
     if train.num_epochs:
         rows = shards.families[DOWNSTREAM_FAMILY]

@@ -20,7 +20,7 @@ from ofa_ds.checkpoint.run_lease import RunLease, run_lease
 from ofa_ds.checkpoint.runs import newest_good
 from ofa_ds.checkpoint.saver import Saver
 from ofa_ds.config import Recipe, recipe_to_dict
-from ofa_ds.data.shards import Shards
+from ofa_ds.data.sets import open_data, sets_of
 from ofa_ds.data.vocab import load_vocab
 from ofa_ds.engine.config import load_deepspeed_config
 from ofa_ds.engine.engine import Engine, build
@@ -34,6 +34,8 @@ from ofa_ds.tasks.task import asked_for
 from ofa_ds.terms import STOPPED
 from ofa_ds.train.bad_steps import BadSteps
 from ofa_ds.train.checks import Checks
+from ofa_ds.train.corrupt_rows import CorruptRows
+from ofa_ds.train.epochs import Epochs
 from ofa_ds.train.judging import Best, HeldOut
 from ofa_ds.train.loader import Loader
 from ofa_ds.train.metrics import Window, memory_usage
@@ -81,7 +83,7 @@ def run(recipe: Recipe, pulse: beat.Pulse) -> int:
 
 def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse, memory: OutOfMemory) -> int:
     with together(ranks):
-        shards = Shards(recipe.data.shards, task=recipe.data.task.name)
+        shards = open_data(recipe.data)
         vocab = load_vocab(recipe.data.vocab)
         recipe, config = settled(recipe, shards), model_config(recipe, vocab.size)
         check_ids(recipe, vocab)
@@ -101,7 +103,7 @@ def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse, memor
         _say(ranks, "no rows are judged meanwhile, and no checkpoint is the best: data.heldout=DIR names some")
     pulse.beat("start", 0)
     identity = {"data": shards.fingerprint, "vocab": vocab.fingerprint}
-    begun = resume(engine, recipe, config, identity, lease)
+    begun = resume(engine, recipe, config, identity, lease, shards)
     pulse.beat("start", begun.step)
     loader = Loader(
         shards=shards, vocab=vocab, config=recipe.data, batch=recipe.batch, seed=recipe.train.seed, rank=ranks.rank,
@@ -118,6 +120,8 @@ def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse, memor
     with StopSignal().listening() as stop:
         saver = Saver(engine, recipe, {"recipe": recipe_to_dict(recipe), "identity": identity}, lease=lease)
         bad = BadSteps(engine, loader.micro_batches, limit=recipe.train.max_bad_steps, run_dir=Path(recipe.run_dir))
+        corrupt = CorruptRows(engine, loader, Path(recipe.run_dir), max_share=recipe.data.max_corrupt)
+        epochs = Epochs(loader.micro_batches.mixture, list(sets_of(shards)), recipe.batch.global_rows)
         sigma = recipe.train.max_spike_sigma
         before = LossWindow(sigma, begun.losses) if sigma else None
         agree = config.batch_norm != "batch"
@@ -130,7 +134,7 @@ def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse, memor
         profiling = Profiling(recipe.train, ranks, recipe.run_dir, pulse, first_step=begun.step)
         parts = _Parts(
             recipe, engine, loader, objective, judge, Best(begun.best), window, before, bad, checks, slow, saver,
-            writer, stop, switches, pulse, profiling, memory,
+            writer, stop, switches, pulse, profiling, memory, corrupt, epochs,
         )  # fmt: skip
         return _train(parts, begun.step)
 
@@ -159,6 +163,8 @@ class _Parts(NamedTuple):
     pulse: beat.Pulse
     profiling: Profiling
     memory: OutOfMemory
+    corrupt: CorruptRows
+    epochs: Epochs
 
 
 class _Voted(NamedTuple):
@@ -170,6 +176,8 @@ class _Voted(NamedTuple):
     """The files of the save before are not all written; unknown after a step that was passed over."""
     is_lost: bool = False
     """The lease of the run's directory."""
+    corrupt: bool = False
+    """Rows of this step were corrupt, and replaced."""
 
 
 def _say(ranks: Ranks, text: str) -> None:
@@ -226,7 +234,10 @@ def _train(parts: _Parts, first_step: int) -> int:
 def _take(parts: _Parts, step: int, micro_batches: list[Batch]) -> _Voted:
     """Optimizer step number `step`, from 1 on."""
     engine, saver, bad, switches = parts.engine, parts.saver, parts.bad, parts.switches
-    mine = _Voted(parts.stop.asked or switches.stop, switches.save, saver.is_writing, saver.lease.is_lost)
+    mine = _Voted(
+        parts.stop.asked or switches.stop, switches.save, saver.is_writing, saver.lease.is_lost,
+        parts.corrupt.is_unsettled,
+    )  # fmt: skip
     if parts.checks.is_due(step):
         parts.checks.check(step, micro_batches[0])
     with parts.memory.explained(f"in step {step}", micro_batches, step):
@@ -234,6 +245,8 @@ def _take(parts: _Parts, step: int, micro_batches: list[Batch]) -> _Voted:
     voted = _Voted(*result.voted)
     if voted.is_lost:
         saver.lease.check_together(engine.gather)  # before anything more is written there
+    if voted.corrupt:
+        parts.corrupt.settle(step)
     bad.judge(step, result.losses, result.spike)
     if engine.ranks.rank == 0:
         for line in parts.slow.add(step, result.paces):
@@ -328,8 +341,12 @@ def _log(parts: _Parts, step: int) -> None:
     if parts.slow.slowest is not None:
         rank, excess = parts.slow.slowest
         values |= {"slowest_rank": float(rank), "slowest_rank_excess": excess}
+    values["corrupt_rows"] = float(parts.corrupt.taken())
     if writer is not None:
         with window.reporting():
+            values |= parts.epochs.at(step)
+            for line in parts.epochs.begun(max(step - parts.recipe.train.log_every, 0), step):
+                print(line, file=sys.stderr, flush=True)
             writer.write(step, values)
 
 

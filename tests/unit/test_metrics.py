@@ -191,7 +191,7 @@ def test_norm_and_sums_are_read_once_a_log_line(monkeypatch: pytest.MonkeyPatch)
         recipe=SimpleNamespace(train=SimpleNamespace(log_every=4, num_steps=9, sample_every=0, histograms_every=0)),
         engine=Engine(),
         window=Window(Engine.device), loader=SimpleNamespace(wait_seconds=0.0), slow=SimpleNamespace(slowest=None),
-        writer=None,
+        corrupt=SimpleNamespace(taken=lambda: 0), writer=None,
     )  # fmt: skip
     monkeypatch.setattr(Tensor, "item", lambda x: reads.append("item"))
     for step in range(1, 10):

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from ofa_ds.config import MixConfig, Recipe, load_recipe, recipe_to_dict
+from ofa_ds.config import DataSet, MixConfig, Recipe, load_recipe, recipe_to_dict
 from ofa_ds.config.meaning import FREE, MEANING, differences
 from ofa_ds.train.resuming import changed, refuse_other_run
 
 IDENTITY = {"data": "d1", "vocab": "v1"}
 OTHER: dict[str, Any] = {
-    "train.seed": 7, "batch.global_rows": 48, "data.mix": MixConfig(text=5), "data.image_size": 128,
+    "train.seed": 7, "batch.global_rows": 48, "data.mix": MixConfig(text=5),
+    "data.mix_changes": ({"step": 2, "text": 5},),
+    "data.sets": {"a": DataSet(shards="a", weight=3)}, "data.image_size": 128,
     "data.infill_image_size": 128, "data.code_image_size": 64, "data.max_image_size": 128, "data.sample_patches": 9,
     "data.augment": "ofa", "data.max_source_words": 9, "data.max_target_words": 9, "data.max_text_tokens": 9,
     "data.extra_confidence": 3.0, "optim.label_smoothing": 0.1, "model.preset": "tiny",
@@ -69,13 +71,13 @@ def test_every_key_that_may_not_change_has_another_value_in_this_test():
 
 @pytest.mark.parametrize("key", MEANING)
 def test_a_setting_of_order_or_meaning_is_refused_with_both_values_unless_accepted(key):
-    before = load_recipe("pretrain-nano")
+    before = load_recipe("pretrain-nano", ["data.shards="])
     now = replaced(before, key, OTHER[key])
     past = Past(recipe_to_dict(before))
     with pytest.raises(ValueError) as caught:
         refuse_other_run(past, now, IDENTITY)
     message = str(caught.value)
-    assert "\n" not in message and f'train.accept_changed=\'["{key}"]\'' in message and f"{key} " in message
+    assert "\n" not in message and f"train.accept_changed='[\"{key}\"]'" in message and f"{key} " in message
     for pair in differences(before, now, (key,)).values():
         assert all(str(getattr(value, "text", value)).strip("'").lower() in message.lower() for value in pair)
     accepting = replaced(now, "train.accept_changed", (key,))
@@ -119,3 +121,39 @@ def test_an_imported_model_has_no_settings_of_a_run():
     past.identity = {"vocab": "v1"}
     refuse_other_run(past, load_recipe("pretrain-nano"), IDENTITY)
     refuse_other_run(Past(None), load_recipe("pretrain-nano"), IDENTITY)
+
+
+class Rows:
+    """What is asked of shards for what a mixture draws."""
+
+    families = {"vision_language": 900, "text": 900, "image": 90, "detection": 90}
+
+
+def test_a_mixture_that_changes_only_after_the_checkpoint_is_no_other_run_and_is_told():
+    before = load_recipe("pretrain-nano", ["data.shards="])
+    past = Past(recipe_to_dict(before))
+    later = replaced(before, "data.mix_changes", ({"step": 9, "text": 5},))
+    refuse_other_run(past, later, IDENTITY, Rows())
+    assert "data.mix_changes () (now ({'step': 9, 'text': 5},))" in changed(past, later)
+    refuse_other_run(Past(recipe_to_dict(later)), before, IDENTITY, Rows())  # taken back before it came
+
+
+def test_a_mixture_that_would_have_changed_before_the_checkpoint_is_refused_with_the_step_that_would_do():
+    before = load_recipe("pretrain-nano", ["data.shards="])
+    past = Past(recipe_to_dict(before))
+    earlier = replaced(before, "data.mix_changes", ({"step": 3, "text": 5},))
+    with pytest.raises(ValueError, match=r"a change from step (\d+) on would leave what is done as it is$") as caught:
+        refuse_other_run(past, earlier, IDENTITY, Rows())
+    step = int(str(caught.value).split("a change from step ")[1].split()[0])
+    assert past.step < step <= past.step + 3
+    refuse_other_run(past, replaced(before, "data.mix_changes", ({"step": step, "text": 5},)), IDENTITY, Rows())
+
+
+def test_sets_may_lie_elsewhere_and_not_weigh_other_than_before():
+    before = load_recipe("pretrain-nano", ["data.shards=", "data.sets.a.shards=here/a", "data.sets.b.shards=here/b"])
+    past = Past(recipe_to_dict(before))
+    moved = load_recipe("pretrain-nano", ["data.shards=", "data.sets.a.shards=/there/a", "data.sets.b.shards=b"])
+    refuse_other_run(past, moved, IDENTITY, Rows())
+    heavier = replaced(before, "data.sets", {**before.data.sets, "b": DataSet(shards="here/b", weight=2)})
+    with pytest.raises(ValueError, match="was trained with other settings: data.sets"):
+        refuse_other_run(past, heavier, IDENTITY, Rows())
