@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ofa_ds.batch import Batch
 from ofa_ds.train.packed_buffer import Layout, from_buffer
-from ofa_ds.train.ring_worker import Failed, Key, Made, Order, Prepare, place, work
+from ofa_ds.train.ring_worker import Announce, Failed, Key, Made, Order, Prepare, place, work
 from ofa_ds.train.slots import Slots
 
 PREFETCH = 2
@@ -61,17 +61,19 @@ class Ring:
     """`ring.take()` -> the next batch, in the order of the keys. Its slot is used again after `ring.release()`."""
 
     def __init__(
-        self, prepare: Prepare, keys: Iterator[Key], *, workers: int, held: int, preload: str = __name__,
-        name: str = "data worker",
+        self, prepare: Prepare, keys: Iterator[Key], *, workers: int, held: int, announce: Announce | None = None,
+        preload: str = __name__, name: str = "data worker",
     ) -> None:  # fmt: skip
         """held: batches that are taken between two releases. preload: module that the fork server imports.
+
+        announce: called by a worker for each batch it is to make, before it makes those ordered earlier.
 
         While the consumer is busy, as many batches are made as it takes at once. Raises RuntimeError, one line: no
         memory for slots.
         """
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([preload])
-        self._prepare, self._keys, self._name = prepare, enumerate(keys), name
+        self._work, self._keys, self._name = (prepare, announce), enumerate(keys), name
         self._ahead = max(PREFETCH * workers, min(held, MAX_ORDERS * workers))
         self._slots = Slots(held + self._ahead)
         self._free = list(range(self._slots.count))
@@ -173,7 +175,7 @@ class Ring:
         ours, theirs = self._context.Pipe()
         try:
             worker.process = self._context.Process(
-                target=work, args=(theirs, self._slots, self._prepare), name=self._name, daemon=True
+                target=work, args=(theirs, self._slots, *self._work), name=self._name, daemon=True
             )
             worker.process.start()
         except OSError as error:

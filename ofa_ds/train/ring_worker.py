@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
@@ -26,6 +27,10 @@ Key = tuple[int, int]
 Prepare = Callable[..., tuple[Batch, Any]]
 """`prepare(step, number)` -> the batch and notes about it, a function of these alone. ValueErrors and RuntimeErrors are
 the consumer's, one line each."""
+
+
+Announce = Callable[[int, int], None]
+"""`announce(step, number)`: this batch will be wanted soon; what it needs may be fetched meanwhile. Raises nothing."""
 
 
 class Order(NamedTuple):
@@ -53,12 +58,17 @@ class Failed(NamedTuple):
     error: ValueError | RuntimeError
 
 
-def work(connection: Connection, slots: Slots, prepare: Prepare) -> None:
+def work(connection: Connection, slots: Slots, prepare: Prepare, announce: Announce | None) -> None:
     """Until the connection closes."""
     _be_a_worker()
+    orders: deque[Order] = deque()
     try:
         while True:
-            connection.send(_answer(connection.recv(), slots, prepare))
+            while not orders or connection.poll():
+                orders.append(connection.recv())
+                if announce is not None:
+                    announce(*orders[-1].key)
+            connection.send(_answer(orders.popleft(), slots, prepare))
     except (EOFError, ConnectionError):
         return  # the trainer has closed it, or is gone
 

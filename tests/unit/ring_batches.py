@@ -53,6 +53,17 @@ class Making:
         )  # fmt: skip
         return pack([example], [(side, side)], PATCH, 1024), [f"{step}/{number}"]
 
+    def announce(self, step: int, number: int) -> None:
+        """Leaves a mark."""
+        if not (self.folder / f"made {step} {number}").exists():
+            (self.folder / f"announced {step} {number}").touch()
+
+    def made(self, step: int, number: int) -> tuple[Batch, list[str]]:
+        """The same, and a mark of it."""
+        assert (self.folder / f"announced {step} {number}").exists()
+        (self.folder / f"made {step} {number}").touch()
+        return self(step, number)
+
 
 def strike(fault: str) -> None:
     if fault == "killed":
