@@ -113,6 +113,7 @@ class Ring:
         order, answer = self._answers.pop(self._next)
         self._next += 1
         self._lent.append(order.slot)
+        self._assign()  # the consumer may now be busy for long
         if isinstance(answer, Failed):
             raise answer.error
         return Parcel(self._slots.view(order.slot, answer.size), answer.layout, answer.notes)

@@ -70,6 +70,19 @@ def test_what_was_taken_stays_until_it_is_released_however_far_workers_are(monke
             source.release()
 
 
+def test_a_whole_step_is_made_while_the_one_before_is_computed(tmp_path):
+    making = Making(folder=tmp_path)
+    with closing(Ring(making.made, keys(), workers=1, held=PER_STEP, announce=making.announce)) as source:
+        for step in range(3):
+            for _ in range(PER_STEP):
+                source.take()
+            until = time.monotonic() + 10
+            while len(list(tmp_path.glob("made *"))) < (step + 2) * PER_STEP:
+                assert time.monotonic() < until, "the next step would wait"
+                time.sleep(0.01)
+            source.release()
+
+
 def test_slots_grow_with_the_batches_and_are_used_again():
     making = Making(sides=(8, 256, 16, 512, 8))
     with ring(making) as source:
