@@ -1,10 +1,14 @@
 """A run that is killed goes on as if it had not been: same records, same bytes. Real ranks and signals."""
 
 import json
+import random
 import signal
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import scenes_shards
 from two_ranks import TIMEOUT_S, TIMES, finish, kill, records, send, start, tensors, wait_for
@@ -66,6 +70,47 @@ def test_sigterm_saves_at_the_next_step_and_the_same_command_goes_on_to_the_same
     process.communicate(timeout=TIMEOUT_S)
     assert list(tmp_path.glob("step_0000000[2-7]")), "SIGTERM left no checkpoint"
     finish(begin(data, tmp_path))
+    assert tensors(tmp_path / "step_00000008") == tensors(whole / "step_00000008")
+
+
+def fork_servers_and_workers(process: subprocess.Popen) -> tuple[list[psutil.Process], list[psutil.Process]]:
+    """Of all ranks. Workers are the fork servers' children, by the same name."""
+    servers, workers = [], []
+    with suppress(psutil.NoSuchProcess):
+        for each in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if "multiprocessing.forkserver" in " ".join(each.cmdline()):
+                    own = "multiprocessing.forkserver" in " ".join(each.parent().cmdline())
+                    (workers if own else servers).append(each)
+    return servers, workers
+
+
+def test_workers_that_are_killed_in_the_middle_of_it_change_no_byte(data, whole, tmp_path):
+    process, chance, killed = begin(data, tmp_path, "data.workers=2"), random.Random(3), 0
+    while process.poll() is None and killed < 6:  # more in a row could strike one batch too often
+        time.sleep(chance.random() * 0.3)
+        _, workers = fork_servers_and_workers(process)
+        if len(workers) == 4:
+            with suppress(psutil.NoSuchProcess):
+                chance.choice(workers).kill()
+                killed += 1
+    output = finish(process)
+    assert killed >= 2 and "was ended by SIGKILL" in output and "makes the same batch" in output
+    assert records(tmp_path) == records(whole)
+    assert tensors(tmp_path / "step_00000008") == tensors(whole / "step_00000008")
+
+
+def test_a_sigterm_to_ranks_workers_and_fork_servers_saves_and_leaves_no_process(data, whole, tmp_path):
+    process = begin(data, tmp_path, "data.workers=1", "train.save_every=1000")
+    while "step 2/8" not in (process.stdout.readline() or "step 2/8"):
+        pass
+    servers, workers = fork_servers_and_workers(process)
+    assert len(servers) == len(workers) == 2
+    send(process, signal.SIGTERM)
+    process.communicate(timeout=TIMEOUT_S)
+    assert list(tmp_path.glob("step_0000000[2-7]")), "SIGTERM left no checkpoint"
+    assert not psutil.wait_procs([*servers, *workers], timeout=10)[1]
+    finish(begin(data, tmp_path, "data.workers=1"))
     assert tensors(tmp_path / "step_00000008") == tensors(whole / "step_00000008")
 
 
