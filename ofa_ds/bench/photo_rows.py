@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.shards_build import build_shards
 from ofa_ds.data.vocab import Vocab, load_vocab, train_vocab
 
 SIZE = (480, 360)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,14 @@ class DataSets(Shards):
     def fields(self, family: str, i: int, columns: Collection[str]) -> dict[str, Any]:
         _, shards, j = self._set_of(family, i)
         return shards.fields(family, j, columns)
+
+    def announce(self, rows: Iterable[tuple[str, int]]) -> None:
+        own: dict[str, list[tuple[str, int]]] = {}
+        for family, i in rows:
+            name, _, j = self._set_of(family, i)
+            own.setdefault(name, []).append((family, j))
+        for name, of_set in own.items():
+            self.sets[name].announce(of_set)
 
     def where(self, family: str, i: int) -> str:
         name, shards, j = self._set_of(family, i)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -127,8 +128,15 @@ class Loader:
         name = "data worker" if self.world_size == 1 else f"data worker of rank {self.rank}"
         on_gpu = torch.cuda.is_available()
         held = 1 if on_gpu else accumulation
-        ring = Ring(self.micro_batches.prepare, keys, workers=workers, held=held, preload=__name__, name=name)
+        ring = Ring(
+            self.micro_batches.prepare, keys, workers=workers, held=held, name=name, preload=__name__,
+            announce=partial(_announce, self.micro_batches),
+        )  # fmt: skip
         return PinnedCopies(ring, ahead=max(accumulation, PREFETCH)) if on_gpu else ring
+
+
+def _announce(micro_batches: MicroBatches, step: int, number: int) -> None:
+    micro_batches.shards.announce(micro_batches.rows(step, [number]))
 
 
 class InProcess:

@@ -30,7 +30,7 @@ the consumer's, one line each."""
 
 
 Announce = Callable[[int, int], None]
-"""`announce(step, number)`: this batch will be wanted soon; what it needs may be fetched meanwhile. Raises nothing."""
+"""`announce(step, number)`: this batch will be wanted soon; what it needs may be fetched meanwhile."""
 
 
 class Order(NamedTuple):
@@ -66,11 +66,22 @@ def work(connection: Connection, slots: Slots, prepare: Prepare, announce: Annou
         while True:
             while not orders or connection.poll():
                 orders.append(connection.recv())
-                if announce is not None:
-                    announce(*orders[-1].key)
+                announce = _announced(announce, orders[-1].key)
             connection.send(_answer(orders.popleft(), slots, prepare))
     except (EOFError, ConnectionError):
         return  # the trainer has closed it, or is gone
+
+
+def _announced(announce: Announce | None, key: Key) -> Announce | None:
+    """Returns whom to tell the next one: nobody where that fails, which is told once and costs speed alone."""
+    if announce is None:
+        return None
+    try:
+        announce(*key)
+    except Exception as error:
+        print(f"{place(key)}: no reading ahead: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return None
+    return announce
 
 
 def _answer(order: Order, slots: Slots, prepare: Prepare) -> Made | Failed:

@@ -12,7 +12,7 @@ from tiny_sources import write_sources
 from ofa_ds.bench import loader as bench
 from ofa_ds.cli.main import main as ofa_ds
 from ofa_ds.config import load_recipe
-from ofa_ds.data.shards_build import build_shards
+from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.vocab import train_vocab
 from ofa_ds.plan.calibration import Calibration, load_calibration
 from ofa_ds.plan.feed import ASSUMED, Feed, feed_of, key
