@@ -66,13 +66,13 @@ def work(connection: Connection, slots: Slots, prepare: Prepare, announce: Annou
         while True:
             while not orders or connection.poll():
                 orders.append(connection.recv())
-                announce = _announced(announce, orders[-1].key)
+                announce = announced(announce, orders[-1].key)
             connection.send(_answer(orders.popleft(), slots, prepare))
     except (EOFError, ConnectionError):
         return  # the trainer has closed it, or is gone
 
 
-def _announced(announce: Announce | None, key: Key) -> Announce | None:
+def announced(announce: Announce | None, key: Key) -> Announce | None:
     """Returns whom to tell the next one: nobody where that fails, which is told once and costs speed alone."""
     if announce is None:
         return None

@@ -80,6 +80,13 @@ def test_sets_are_one_after_the_other_in_each_family_and_any_row_is_read_from_it
     assert again.fingerprint == data.fingerprint and again.row("text", 9) == data.row("text", 9)
 
 
+def test_rows_that_will_be_read_soon_are_asked_for_in_their_own_sets(folder, monkeypatch):
+    shards, asked = open_data(config(folder, all=1, texts=1)), []
+    monkeypatch.setattr(Shards, "announce", lambda own, rows: asked.append((own.path.name, rows)))
+    shards.announce([("text", 0), ("text", 17), ("detection", 2), ("text", 6)])
+    assert asked == [("all", [("text", 0), ("detection", 2), ("text", 6)]), ("texts", [("text", 10)])]
+
+
 def test_the_fingerprint_is_of_the_sets_in_their_order_and_of_one_set_its_own(folder):
     prints = [open_data(config(folder, **{name: 1 for name in names})).fingerprint
               for names in (["all"], ["texts"], ["all", "texts"], ["texts", "all"])]  # fmt: skip

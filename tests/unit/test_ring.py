@@ -22,6 +22,7 @@ from ring_batches import Making
 from ofa_ds.train.packed_buffer import packing
 from ofa_ds.train.pinned_copies import PinnedCopies
 from ofa_ds.train.ring import MAX_DEATHS, Parcel, Ring
+from ofa_ds.train.ring_worker import announced
 from ofa_ds.train.slots import Slots
 
 PER_STEP = 4
@@ -125,8 +126,19 @@ def test_batches_are_announced_before_those_in_front_of_them_are_made(tmp_path):
         for _ in range(4):
             source.release()
             source.take()
-    made, announced = (len(list(tmp_path.glob(f"{what} *"))) for what in ("made", "announced"))
-    assert made >= 5 and announced >= made, "each of them, before it was made"
+    made, known = (len(list(tmp_path.glob(f"{what} *"))) for what in ("made", "announced"))
+    assert made >= 5 and known >= made, "each of them, before it was made"
+
+
+def test_an_announcement_that_fails_costs_no_batch_and_is_told_once(capsys):
+    making = Making()  # has no folder for its marks
+    with closing(Ring(making, keys(3), workers=1, held=1, announce=making.announce)) as source:
+        for key in keys(3):
+            assert_is(source.take(), making, key)
+            source.release()
+    assert announced(making.announce, (0, 0)) is None and announced(None, (0, 1)) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("step 1, micro-batch 0: no reading ahead: TypeError")
 
 
 @pytest.mark.parametrize("fault, told", [("killed", "SIGKILL"), ("bus error", "SIGBUS"), ("crash", "SIGSEGV")])
