@@ -21,6 +21,11 @@ def main() -> None:
     rows.add_argument("--repeats", type=int, default=7, help="of each way (default 7)")
     feeding = benches.add_parser("loader", help="batches on their way to training, beside torch's DataLoader")
     feeding.add_argument("--repeats", type=int, default=3, help="of each measurement (default 3)")
+    scale = benches.add_parser("scale", help="opening and reading a billion rows, their order, their shuffle")
+    scale.add_argument("--shards", type=int, default=10_000, help="of 100,000 rows each (default 10,000)")
+    scale.add_argument("--workers", type=int, default=4, help="that open them at once (default 4)")
+    scale.add_argument("--repeats", type=int, default=5, help="of each order (default 5)")
+    scale.add_argument("--folder", type=Path, help="where 1 GB may be written for a while (default: a temporary one)")
     rewards = benches.add_parser("cider", help="the reward of SCST for 320 captions, beside the library's scorer")
     rewards.add_argument("--repeats", type=int, default=7, help="of each way (default 7)")
     critical = benches.add_parser("scst", help="the parts of an SCST micro-batch of tiny on one thread")
@@ -36,7 +41,7 @@ def main() -> None:
     build.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     many = benches.add_parser("many-ranks", help="what the host does around a collective of a layer")
     many.add_argument("--repeats", type=int, default=5, help="of each way (default 5)")
-    for bench in (step, saves, rows, feeding, rewards, critical, answers, build, many):
+    for bench in (step, saves, rows, scale, feeding, rewards, critical, answers, build, many):
         bench.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.what == "step":
@@ -66,6 +71,12 @@ def main() -> None:
         if options.repeats < 1:
             parser.error("--repeats: want at least 1")
         result = bench_loader(options.repeats)
+    elif options.what == "scale":
+        from ofa_ds.bench.scale import bench_scale, table
+
+        if min(options.shards, options.workers, options.repeats) < 1:
+            parser.error("--shards, --workers and --repeats: want at least 1")
+        result = bench_scale(options.shards, options.workers, options.repeats, options.folder)
     elif options.what == "scst":
         from ofa_ds.bench.scst import bench_scst, table
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shards import negatives, plain, sources
 
+from ofa_ds.bench import scale
 from ofa_ds.data import shard_file, shard_writer
 from ofa_ds.data.announcing import CALLS_AFTER_A_FAULT, Faults
 from ofa_ds.data.batch_index import entry_type, index_file
@@ -236,6 +239,29 @@ def test_what_is_in_memory_is_no_longer_announced(monkeypatch: pytest.MonkeyPatc
 def test_no_more_files_are_mapped_than_the_process_may_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda which: (256, 256))
     assert 4 <= shard_file.MapPool()._most < 112
+
+
+def test_ten_thousand_shards_open_at_once_and_cost_nothing_before_they_are_read(tmp_path: Path) -> None:
+    folder = scale.make(tmp_path / "many", 10_000, rows=300)
+    tracemalloc.start()
+    began = time.perf_counter()
+    shards = Shards(folder)
+    seconds, peak = time.perf_counter() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert shards.families == {"vision_language": 3_000_000}
+    assert seconds < 20 and peak < 40 << 20, "a tenth of it and half of it where nothing else runs"
+    files = shards._files["vision_language"]
+    assert files.open == [None] * 10_000
+    for i in (0, 299, 300, 1_234_567, 2_999_999):
+        assert shards.row("vision_language", i)["id"] == str(i % 300)
+    assert sum(file is not None for file in files.open) == 4
+    with pytest.raises(IndexError, match="row 3000000 is outside .*, which has 3000000"):
+        shards.row("vision_language", 3_000_000)
+
+
+def test_processes_that_open_the_same_shards_share_their_index(tmp_path: Path) -> None:
+    found = scale.opened(scale.make(tmp_path / "shared", 100, rows=300), workers=2)
+    assert len(found) == 2 and all(each.private_MiB < 8 and each.row_us > 0 for each in found)
 
 
 def test_a_checksum_of_the_index_in_the_manifest_is_needed(copied: Path) -> None:
