@@ -67,14 +67,6 @@ class DataSets(Shards):
         _, shards, j = self._set_of(family, i)
         return shards.row(family, j)
 
-    def announce(self, rows: Iterable[tuple[str, int]]) -> None:
-        of_each: dict[str, list[tuple[str, int]]] = {name: [] for name in self.sets}
-        for family, i in rows:
-            name, _, j = self._set_of(family, i)
-            of_each[name].append((family, j))
-        for name, mine in of_each.items():
-            self.sets[name].announce(mine)
-
     def fields(self, family: str, i: int, columns: Collection[str]) -> dict[str, Any]:
         _, shards, j = self._set_of(family, i)
         return shards.fields(family, j, columns)

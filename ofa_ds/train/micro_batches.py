@@ -68,9 +68,7 @@ class MicroBatches:
         found: list[Example] = []
         substituted: list[Substituted] = []
         start = step * self.batch.global_rows + number * self.batch.micro_rows
-        rows = self.mixture.rows(start, start + self.batch.micro_rows)
-        self.shards.announce((family, index) for family, _, index in rows)
-        for family, epoch, index in rows:
+        for family, epoch, index in self.mixture.rows(start, start + self.batch.micro_rows):
             rng = row_generator(self.seed, family, epoch, index)
             try:
                 found += self._examples(family, index, rng)

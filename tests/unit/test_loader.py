@@ -20,7 +20,6 @@ from tiny_sources import write_sources
 from ofa_ds.batch import Batch
 from ofa_ds.config import BatchConfig, DataConfig
 from ofa_ds.data.building.build import build_shards
-from ofa_ds.data.sets import DataSets
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab, train_vocab
 from ofa_ds.model.config import preset
@@ -211,7 +210,6 @@ import json, multiprocessing, signal, sys, time
 from ofa_ds.config import BatchConfig, DataConfig
 from ofa_ds.model.config import preset
 from ofa_ds.train.loader import Loader
-from ofa_ds.data.sets import DataSets
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
 
@@ -279,25 +277,3 @@ def test_the_rows_of_steps_that_are_left_out_are_read_by_nobody(make, monkeypatc
     for one, other in zip(found, (steps[0], steps[3]), strict=True):
         for left, right in zip(one, other, strict=True):
             assert_same(left, right)
-
-
-def test_all_rows_of_a_micro_batch_are_asked_for_before_the_first_is_read(make, monkeypatch):
-    loader, seen = make(), []
-    announce, row = Shards.announce, Shards.row
-    monkeypatch.setattr(
-        Shards,
-        "announce",
-        lambda self, rows: (seen.append(("all", sorted(found := list(rows)))), announce(self, found)),
-    )
-    monkeypatch.setattr(Shards, "row", lambda self, *place: (seen.append(("one", place)), row(self, *place))[1])
-    loader.micro_batches.build(0, 0)
-    assert [what for what, _ in seen].count("all") == 1 and seen[0][0] == "all"
-    assert seen[0][1] == sorted(place for what, place in seen if what == "one")
-
-
-def test_rows_of_several_sets_are_asked_for_in_their_own_directories(make, monkeypatch, shards):
-    asked = []
-    monkeypatch.setattr(Shards, "announce", lambda self, rows: asked.append((self, list(rows))))
-    both = DataSets({"a": shards, "b": shards})
-    both.announce([("text", 0), ("text", shards.families["text"] + 1), ("image", 1)])
-    assert asked == [(shards, [("text", 0), ("image", 1)]), (shards, [("text", 1)])]
