@@ -43,7 +43,10 @@ setup(
     ],
     extras_require={
         "dev": [
+            "flask>=3",  # moto's server
+            "flask-cors>=5",
             "hypothesis>=6.100",
+            "moto[s3]>=5",  # an S3 service on this machine
             "mpi4py>=4",
             "opencv-python-headless>=4.9",  # the original's image operations, to compare with
             "psutil>=5.9",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 # Kernels run in Triton's interpreter, which looks when they are defined: before any test module is imported.
@@ -118,3 +120,23 @@ def golden_root(request: pytest.FixtureRequest) -> Path:
 def golden_manifests(request: pytest.FixtureRequest) -> Path:
     """The folder of the manifests."""
     return golden_folders(request.config)[1]
+
+
+@pytest.fixture(scope="session")
+def s3_address() -> Iterator[str]:
+    """Of an S3 service on this machine, one for all tests of a process."""
+    from s3_server import s3_server
+
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(s3_address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Location of a new bucket there, with the environment that reaches it and a cache of its own."""
+    from s3_server import make_bucket, settings
+
+    for name, value in settings(s3_address).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OFA_DS_CACHE", str(tmp_path / "cache"))
+    return make_bucket(s3_address, f"b{secrets.token_hex(6)}")

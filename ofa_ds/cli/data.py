@@ -69,7 +69,7 @@ def add_shards(commands: Commands) -> None:
         shards, "recast", _shards_recast, "Write pretraining rows in the form of a downstream task, as TSV files.",
         example="ofa-ds shards recast data/shards --task vqa --out data/vqa --rows 64",
     )  # fmt: skip
-    recast.add_argument("dir", type=Path, metavar="DIR", help="shards of pretraining")
+    recast.add_argument("dir", type=str, metavar="DIR", help="shards of pretraining")
     recast.add_argument(
         "--task", choices=DOWNSTREAM_TASKS, required=True, metavar="TASK", help=f"one of {', '.join(DOWNSTREAM_TASKS)}"
     )
@@ -86,13 +86,13 @@ def add_shards(commands: Commands) -> None:
         shards, "frequencies", _shards_frequencies, "Count the n-grams of captions, by which CIDEr-D weighs words.",
         example="ofa-ds shards frequencies data/coco/train --out data/coco/frequencies.json",
     )  # fmt: skip
-    frequencies.add_argument("dir", type=Path, metavar="DIR", help="shards of captions to train on")
+    frequencies.add_argument("dir", type=str, metavar="DIR", help="shards of captions to train on")
     frequencies.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file to make")
     show = command(
         shards, "show", _shards_show, "Show what the model sees: picture with boxes, source text, target text.",
         example="ofa-ds shards show data/scenes/train --recipe pretrain-nano --task vqa --row 3 --png vqa.png",
     )  # fmt: skip
-    show.add_argument("dir", type=Path, metavar="DIR", help="shards")
+    show.add_argument("dir", type=str, metavar="DIR", help="shards")
     show.add_argument(
         "--task",
         choices=TASKS,
@@ -188,7 +188,7 @@ def add_vocab(commands: Commands) -> None:
         vocab, "train", _vocab_train, "Train a byte-level BPE on the text of shards.",
         example="ofa-ds vocab train --shards data/shards --size 30000 --out data/vocab",
     )  # fmt: skip
-    train.add_argument("--shards", type=Path, required=True, metavar="DIR", help="whose text to learn from")
+    train.add_argument("--shards", type=str, required=True, metavar="DIR", help="whose text to learn from")
     train.add_argument(
         "--size", type=positive, default=30_000, metavar="N", help="text entries, the 256 bytes included"
     )

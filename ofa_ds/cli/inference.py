@@ -28,7 +28,7 @@ def add_evaluate(commands: Commands) -> None:
         commands, "evaluate", _evaluate, about, example="ofa-ds evaluate runs/nano --shards data/scenes/heldout"
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory (its newest one)")
-    parser.add_argument("--shards", type=Path, required=True, metavar="DIR", help="held-out shards")
+    parser.add_argument("--shards", type=str, required=True, metavar="DIR", help="held-out shards")
     parser.add_argument(
         "--task",
         choices=TASKS,
@@ -136,7 +136,7 @@ def add_predict(commands: Commands) -> None:
     parser.add_argument(
         "--task", choices=DOWNSTREAM_TASKS, required=True, metavar="TASK", help=f"one of {', '.join(DOWNSTREAM_TASKS)}"
     )
-    parser.add_argument("--shards", type=Path, required=True, metavar="DIR", help="rows of the task, answered or not")
+    parser.add_argument("--shards", type=str, required=True, metavar="DIR", help="rows of the task, answered or not")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE",
         help="the result: JSON, GLUE's TSV, or lines; what is not complete yet stands in FILE.partial",

@@ -197,8 +197,13 @@ class ShardFile:
 class ShardFiles(Sequence[ShardFile]):
     """Those of a family. Nothing is opened, nor an object made, before it is asked for."""
 
-    def __init__(self, folder: Path, manifest: Manifest, family: str, pool: MapPool | None = None) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, family: str, pool: MapPool | None = None,
+        make: MakeFile | None = None,
+    ) -> None:  # fmt: skip
+        """make: makes each, where they are not files of this machine."""
         self._folder, self._family, self._pool = folder, family, pool or MapPool()
+        self._make_file = make or partial(_local, self._pool)
         self._shards = manifest.families[family].shards
         self._index: BatchIndex | OldIndex = BatchIndex(folder, family, self._shards)
         if isinstance(manifest, ConvertedManifest):
@@ -215,5 +220,13 @@ class ShardFiles(Sequence[ShardFile]):
 
     def _make(self, number: int) -> ShardFile:
         shard, entries = self._shards[number], partial(self._index.entries, number)
-        self.open[number] = file = ShardFile(self._folder / shard.file, self._family, shard, entries, self._pool)
+        self.open[number] = file = self._make_file(self._folder / shard.file, self._family, shard, entries)
         return file
+
+
+MakeFile = Callable[[Path, str, Shard, Callable[[], memoryview]], ShardFile]
+"""From path, family, shard, and what gives its entries in the index."""
+
+
+def _local(pool: MapPool, path: Path, family: str, shard: Shard, entries: Callable[[], memoryview]) -> ShardFile:
+    return ShardFile(path, family, shard, entries, pool)

@@ -22,7 +22,9 @@ from ofa_ds.data.announcing import Faults
 from ofa_ds.data.answer_list import read_answer_list
 from ofa_ds.data.manifest import TYPED, read_manifest
 from ofa_ds.data.negative_files import Negatives, read_negatives
+from ofa_ds.data.remote.folder import RemoteFolder
 from ofa_ds.data.shard_file import MapPool, ShardFile, ShardFiles
+from ofa_ds.storage.file_systems import is_remote, local_path
 from ofa_ds.terms import FAMILIES
 
 
@@ -45,12 +47,17 @@ class Shards:
     """
 
     def __init__(self, path: Path | str, *, verify: bool = False, task: str = "") -> None:
-        """verify: compare each record batch with its checksum when first touched (about 1 ms for 10 MB). task: the
-        downstream task whose rows are wanted; it is named where no shards are there.
+        """path: a directory, here or remote; what is read of a remote one is kept in a cache on this machine, checked
+        when it comes (`data.remote.folder`). verify: compare each record batch with its checksum when first touched
+        (about 1 ms for 10 MB). task: the downstream task whose rows are wanted; it is named where no shards are there.
         """
-        self.path = Path(path)
+        self.location = str(path)
+        """As it was given, a path or such as s3://bucket/name."""
+        self._remote = RemoteFolder(self.location, task) if is_remote(path) else None
+        self.path = self._remote.mirror if self._remote else local_path(path)
+        """Directory of this machine; of remote shards the one that has their small files."""
         self.verify = verify
-        self.manifest = read_manifest(self.path, task)
+        self.manifest = self._remote.manifest if self._remote else read_manifest(self.path, task)
         self.fingerprint = self.manifest.fingerprint
         families = self.manifest.families
         self.families = {family: families[family].rows for family in FAMILIES if family in families}
@@ -59,10 +66,11 @@ class Shards:
         """Rows of each type, of the families that have types."""
         self._faults = Faults()
         pool = MapPool()
-        self._files = {family: ShardFiles(self.path, self.manifest, family, pool) for family in self.families}
+        make = self._remote.make_file if self._remote else None
+        self._files = {family: ShardFiles(self.path, self.manifest, family, pool, make) for family in self.families}
 
     def __reduce__(self) -> tuple:
-        return _open, (self.path, self.verify)
+        return _open, (self.location, self.verify)
 
     def row(self, family: str, i: int) -> dict[str, Any]:
         """Row `i` of a family. Raises IndexError outside the family, ValueError for a family that is not here.
@@ -79,9 +87,9 @@ class Shards:
         """(family, row) that will be read soon: what they need comes from the disk all at once, not row by row.
 
         Takes some 10 microseconds a row, and next to nothing where all is in memory. Nothing is raised: what is wrong
-        with a row is said when it is read.
+        with a row is said when it is read. Of remote shards, record batches are fetched meanwhile.
         """
-        if not self._faults.are_due():
+        if self._remote is None and not self._faults.are_due():
             return
         pending = []
         for family, i in rows:
@@ -125,7 +133,7 @@ class Shards:
     def named(self, family: str, i: int, row: Mapping[str, Any] | None = None) -> str:
         """Row `i` of a family as messages name it: directory, family, number, file, row in it, id where it was read."""
         name = "" if row is None else f", id {row['id']!r}"
-        return f"{self.path}: {family} row {i} ({self.where(family, i)}{name})"
+        return f"{self.location}: {family} row {i} ({self.where(family, i)}{name})"
 
     def _place(self, family: str, i: int) -> tuple[ShardFile, int]:
         files = self._files.get(family)
@@ -136,8 +144,8 @@ class Shards:
 
     def _outside(self, family: str, i: int) -> ValueError | IndexError:
         if family not in self.families:
-            return ValueError(f"{self.path} has no {family} rows, only {', '.join(self.families)}")
-        return IndexError(f"{family} row {i} is outside {self.path}, which has {self.families[family]}")
+            return ValueError(f"{self.location} has no {family} rows, only {', '.join(self.families)}")
+        return IndexError(f"{family} row {i} is outside {self.location}, which has {self.families[family]}")
 
     def rows_of_types(
         self, family: str, types: Collection[str], *, start: int = 0, max_rows: int | None = None
@@ -171,5 +179,5 @@ class Shards:
         return read_negatives(self.path)
 
 
-def _open(path: Path, verify: bool) -> Shards:
+def _open(path: str, verify: bool) -> Shards:
     return Shards(path, verify=verify)

@@ -145,7 +145,7 @@ def _opened(location: str) -> Any:
 
 
 def _of_range(part: Part, raw: Any) -> Iterator[tuple[int, bytes]]:
-    file = raw if isinstance(raw, io.BufferedIOBase) else io.BufferedReader(raw, _BUFFER_BYTES)
+    file = io.BufferedReader(raw, _BUFFER_BYTES) if isinstance(raw, pa.NativeFile) else raw
     position = part.start
     if part.start:  # a line that began before belongs to the part before
         file.seek(part.start - 1)
