@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,20 @@ def buffer_places(read: Read, family: str, start: int, end: int) -> tuple[int, l
         kept = [buffers[k] for k in KEPT[column.type]]
         places += [part.address - buffer.address + message_start - start if part and part.size else 0 for part in kept]
     return record.num_rows, places
+
+
+def layout_problem(read: Read, family: str, entry: Sequence[int]) -> str | None:
+    """Where a batch is not what its entry in the index says (`batch_index.entry_reader`). Raises as `read` does."""
+    first, start, stop, end, *places = entry
+    try:
+        rows, found = buffer_places(read, family, start, end)
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # of the machine: the library's own OSErrors, for damage, have none
+            raise
+        return f"Arrow cannot read it ({error})"
+    if rows != stop - first:
+        return f"it has {rows} rows, its index says {stop - first}"
+    return None if found == places else "its buffers are not where its index says"
 
 
 def _check_schema(read: Read, family: str) -> int:

@@ -18,6 +18,7 @@ from weakref import ref
 import numpy as np
 
 from ofa_ds.data.announcing import announce_batch, announce_row
+from ofa_ds.data.arrow_layout import layout_problem
 from ofa_ds.data.batch_index import BatchIndex, entry_reader, entry_type
 from ofa_ds.data.columns import KEPT, SCHEMAS
 from ofa_ds.data.corrupt import CorruptRecord
@@ -183,15 +184,23 @@ class ShardFile:
         self._checked.add(batch)
 
     def checksum_problem(self, batch: int) -> str | None:
-        """What is wrong with the bytes of a batch, the header with the first; one past the last is the footer."""
+        """What is wrong with the bytes of a batch, the header with the first; one past the last is the footer.
+
+        A batch whose buffers Arrow finds elsewhere than the index is wrong too.
+        """
         if batch < self.num_batches:
             where, want, rows = self.bytes_of(batch), int(self.entries["xxh3"][batch]), self.rows_of(batch)
             what = f"record batch {batch} (rows {rows.start} ... {rows.stop - 1})"
         else:
             where = range(self.bytes_of(batch - 1).stop, self.shard.num_bytes)
             want, what = int(self.shard.footer_xxh3, 16), "the footer"
-        got = OpenFile(self.path, self.shard.num_bytes, MANIFEST).xxh3_64(where.start, where.stop)
-        return None if got == want else f"{self.path}: {what} has checksum {got:016x}, want {want:016x}"
+        file = OpenFile(self.path, self.shard.num_bytes, MANIFEST)
+        if (got := file.xxh3_64(where.start, where.stop)) != want:
+            return f"{self.path}: {what} has checksum {got:016x}, want {want:016x}"
+        if batch < self.num_batches:
+            found = layout_problem(file.read, self.family, self._entry_of(batch))
+            return found and f"{self.path}: {what}: {found}"
+        return None
 
 
 class ShardFiles(Sequence[ShardFile]):
