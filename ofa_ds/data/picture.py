@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 Buffer = bytes | bytearray | memoryview
@@ -60,8 +61,35 @@ def check_image(image: Buffer) -> tuple[int, int]:
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise _Refused(f"{width} x {height}: one side is more than {MAX_ASPECT} times the other; crop the picture")
         _need_known_white(picture)
-        picture.load()
+        if picture.format != "JPEG" or _jpeg_rgb(image) is None:
+            picture.load()
         return picture.size  # only now: Pillow turns a TIFF while it loads it
+
+
+def _jpeg_rgb(image: Buffer) -> np.ndarray | None:
+    """A JPEG as uint8 [H, W, 3]; None for a kind that only Pillow converts. Its size was looked at before.
+
+    Raises _Refused for damage: where data are missing or are no codes, decoders go on, and paint grey or noise.
+    """
+    try:
+        return simplejpeg.decode_jpeg(image, colorspace="RGB")
+    except ValueError as error:
+        if str(error).startswith(_DAMAGE):
+            what = "truncated" if "remature end" in str(error) else "damaged"
+            raise _Refused(f"undecodable, {what}: {error}") from error
+        return None
+
+
+def jpeg_rgb(image: Buffer) -> np.ndarray | None:
+    """The same; raises ValueError "image: reason"."""
+    try:
+        return _jpeg_rgb(image)
+    except _Refused as error:
+        raise ValueError(f"image: {error}") from error
+
+
+_DAMAGE = ("Corrupt JPEG data", "Premature end", "Invalid", "Bogus")
+"""How libjpeg's words for damage begin."""
 
 
 def decode_rgb(image: Buffer) -> np.ndarray:
@@ -70,6 +98,8 @@ def decode_rgb(image: Buffer) -> np.ndarray:
         _need_known_white(picture)
         bits = _wide_bits(picture)
         if bits is None:
+            if picture.format == "JPEG":
+                _jpeg_rgb(image)  # Pillow decodes what is damaged
             if picture.mode == "La":  # Pillow leads no other way from premultiplied grey to RGB
                 picture = picture.convert("LA")
             return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))

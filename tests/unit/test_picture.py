@@ -170,3 +170,48 @@ def test_what_the_build_takes_the_training_decodes(data: bytes, draw: st.DataObj
         assert str(error).startswith("image: ") and "\n" not in str(error)
     else:
         assert pictures.decode(damaged).shape == (height, width, 3)
+
+
+def noise(kind: str, **options) -> bytes:
+    """A picture whose every part needs its own bytes."""
+    pixels = np.random.default_rng(3).integers(0, 256, (90, 120, 3), np.uint8)
+    Image.fromarray(pixels).save(out := io.BytesIO(), kind, **options)
+    return out.getvalue()
+
+
+KINDS = {
+    "JPEG": noise("JPEG"), "progressive": noise("JPEG", progressive=True), "PNG": noise("PNG"),
+    "WEBP": noise("WEBP"), "GIF": noise("GIF"), "BMP": noise("BMP"), "TIFF": noise("TIFF"),
+    "packed TIFF": noise("TIFF", compression="tiff_deflate"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(share=st.floats(0, 0.999), ended=st.booleans())
+def test_a_picture_that_is_cut_is_refused_or_whole_and_never_partly_grey(kind: str, share: float, ended: bool) -> None:
+    data = KINDS[kind]
+    # A progressive file that ends after one of its scans is a whole, coarser picture.
+    cut = data[: int(share * len(data))] + b"\xff\xd9" * (ended and kind == "JPEG")
+    for read in (check_image, decode_rgb, pictures.decode):
+        try:
+            read(cut)
+        except ValueError as error:
+            assert str(error).startswith("image: ") and "\n" not in str(error)
+        else:
+            np.testing.assert_array_equal(decode_rgb(cut), decode_rgb(data), err_msg=read.__name__)
+
+
+@pytest.mark.parametrize("kind, place", [("JPEG", 0.4), ("JPEG", 0.7), ("JPEG", 0.95), ("progressive", 0.4)])
+def test_a_jpeg_with_a_hole_is_refused_at_build_and_in_training(kind: str, place: float) -> None:
+    data, at = KINDS[kind], int(place * len(KINDS[kind]))
+    holed = data[:at] + bytes(800) + data[at + 800 :]
+    Image.open(io.BytesIO(holed)).load()  # which Pillow takes
+    for read in (check_image, decode_rgb, pictures.decode):
+        with pytest.raises(ValueError, match="image: undecodable, (damaged|truncated): "):
+            read(holed)
+
+
+def test_bytes_after_the_end_of_a_jpeg_do_no_harm() -> None:
+    data = KINDS["JPEG"]
+    np.testing.assert_array_equal(pictures.decode(data + b"more"), pictures.decode(data))
+    assert check_image(data + b"more") == (120, 90)
