@@ -49,6 +49,7 @@ FEED_MICRO_BATCHES = 6
 SIDES = {"vision_language": (256, 480), "text": (0,), "image": (), "detection": (256, 480)}
 """Of pictures; none: their own, as those with image codes are never resized."""
 WAIT_STEPS = 6
+WAIT_PRESET = "tiny"
 
 Result = dict[str, Any]
 
@@ -94,13 +95,16 @@ def _by_data_loader(workers: int) -> Iterator[Callable[[], Batch]]:
         Made(), sampler=_keys(), batch_size=None, num_workers=workers, prefetch_factor=PREFETCH,
         multiprocessing_context=context, worker_init_fn=_one_thread,
     )  # fmt: skip
-    source = iter(loader)
+    held = [iter(loader)]
 
     def take() -> Batch:
-        buffer, layout, _ = next(source)
+        buffer, layout, _ = next(held[0])
         return from_buffer(buffer, layout)
 
-    yield take  # with this frame the iterator goes, which ends its workers
+    try:
+        yield take
+    finally:
+        held.clear()  # with the iterator its workers end
 
 
 def _one_thread(_: int) -> None:
@@ -132,9 +136,9 @@ def hand_over(repeats: int) -> Result:
     return result
 
 
-def loader_of(shards: Shards, vocab: Vocab, data: DataConfig, micro_rows: int) -> Loader:
+def loader_of(shards: Shards, vocab: Vocab, data: DataConfig, micro_rows: int, model: str = "tiny") -> Loader:
     batch = BatchConfig(global_rows=micro_rows, micro_rows=micro_rows)
-    return Loader(shards=shards, vocab=vocab, config=data, batch=batch, model=preset("tiny"), seed=1)
+    return Loader(shards=shards, vocab=vocab, config=data, batch=batch, model=preset(model), seed=1)
 
 
 def feed(shards: Shards, vocab: Vocab, repeats: int) -> dict[str, list[tuple[int, float]]]:
@@ -174,10 +178,10 @@ def wait(shards: Shards, vocab: Vocab) -> Result:
     torch.set_num_threads(1)
     keep_freed_memory()
     torch.manual_seed(0)
-    model, result = OFA(preset("tiny", vocab_size=vocab.size)).train(), {}
+    model, result = OFA(preset(WAIT_PRESET, vocab_size=vocab.size)).train(), {}
     for workers in (0, 1):
         data = DataConfig(image_size=256, infill_image_size=256, workers=workers)
-        loader = loader_of(shards, vocab, data, 12)
+        loader = loader_of(shards, vocab, data, 12, WAIT_PRESET)
         with closing(loader.steps()) as steps:
             for i, (batch,) in enumerate(itertools.islice(steps, WAIT_STEPS + 1)):
                 progress(f"steps of tiny, {workers} workers, {i} of {WAIT_STEPS}")

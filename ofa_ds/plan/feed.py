@@ -13,10 +13,10 @@ from ofa_ds.plan.calibration import Calibration
 from ofa_ds.terms import PRETRAINING_FAMILIES
 
 ASSUMED = {
-    "vision_language": (2.4e-3, 2.8e-8),
-    "text": (1.7e-3, 0.0),
-    "image": (0.0, 2.5e-8),
-    "detection": (4.2e-3, 1.5e-8),
+    "vision_language": (2.0e-3, 1.2e-8),
+    "text": (0.9e-3, 0.0),
+    "image": (0.0, 1.4e-8),
+    "detection": (3.1e-3, 0.6e-8),
 }
 """Seconds a row and seconds a pixel, of one core: `python -m ofa_ds.bench loader` on photographs of 480 x 360 (Intel
 Xeon with AVX-512, 2026-11-29). Reading is from the page cache."""

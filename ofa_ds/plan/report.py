@@ -172,7 +172,7 @@ def _feeding(planned: Forecast, step: StepTime) -> Iterator[str]:
     busy, source = feed.cores(step.total_s - step.data_s), "measured" if feed.is_measured else "assumed"
     text = f"data: {_rate(per_step / feed.core_s)} examples/s of a core ({source}), a rank keeps {busy:.2g} cores busy"
     if not step.data_s:
-        yield f"{text}, data.workers={feed.workers} could feed {feed.workers / busy:.2g} times as much"
+        yield f"{text}, data.workers={feed.workers} could feed {_rate(feed.workers / busy)} times as much"
     else:
         yield f"{text}; with data.workers={feed.workers} it waits for them, {math.ceil(busy)} would do"
 

@@ -252,10 +252,9 @@ def test_limits_of_the_process_are_one_line_with_the_way_out(limit, told):
 
 
 def test_slots_have_no_name_and_are_gone_with_their_process():
-    before = set(os.listdir("/dev/shm"))
     slots = Slots(3)
     slots.reserve(2, 1 << 20)[:] = 7
-    assert os.fstat(slots._file).st_nlink == 0 and set(os.listdir("/dev/shm")) == before
+    assert os.fstat(slots._file).st_nlink == 0, "no directory knows it"
     view = slots.view(2, 1 << 20)
     slots.close()
     slots.close()
