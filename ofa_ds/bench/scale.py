@@ -32,7 +32,7 @@ FAMILY = "vision_language"
 ROWS_A_SHARD = 100_000
 READ = 2_000
 """Rows that a worker reads, each in another place."""
-PHOTOGRAPHS, SIDE = 8_000, 384
+PHOTOGRAPHS, DECODED, SIDE = 8_000, 800, 384
 PERMUTED = 1 << 24
 
 
@@ -193,7 +193,7 @@ def orders(folder: Path, repeats: int) -> dict[str, tuple[float, float]]:
 
     read(shuffled)
     found: dict[str, tuple[float, float]] = {}
-    for name, way, few in (("rows", read, count), ("rows, decoded and resized", prepare, 800)):
+    for name, way, few in (("rows", read, count), ("rows, decoded and resized", prepare, min(count, DECODED))):
         taken: tuple[list[float], list[float]] = ([], [])
         for _ in range(repeats):
             for times, rows in zip(taken, (list(range(few)), shuffled[:few]), strict=True):
@@ -202,11 +202,13 @@ def orders(folder: Path, repeats: int) -> dict[str, tuple[float, float]]:
     return found
 
 
-def bench_scale(shards: int, workers: int, repeats: int, folder: Path | None = None) -> dict[str, Any]:
-    """folder: where half a gigabyte may be written for a while."""
+def bench_scale(
+    shards: int, workers: int, repeats: int, folder: Path | None = None, *, rows: int = ROWS_A_SHARD
+) -> dict[str, Any]:
+    """rows: of each shard. folder: where a gigabyte may be written for a while."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        small, large = make(Path(place) / "small", 10), make(Path(place) / "large", shards)
-        result: dict[str, Any] = {"shards": shards, "rows": shards * ROWS_A_SHARD, "workers": workers}
+        small, large = make(Path(place) / "small", 10, rows), make(Path(place) / "large", shards, rows)
+        result: dict[str, Any] = {"shards": shards, "rows": shards * rows, "workers": workers}
         result["small"] = [vars(each) for each in opened(small, 1)]
         result["large"] = [vars(each) for each in opened(large, workers)]
         result["permutation"] = permutation()

@@ -26,6 +26,7 @@ from ofa_ds.data.batch_index import entry_type, index_file
 from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.columns import from_columns
 from ofa_ds.data.manifest import MANIFEST, read_manifest
+from ofa_ds.data.order import BLOCK, Permutation
 from ofa_ds.data.shard_file import ShardFiles
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_verify import verify_shards
@@ -272,6 +273,24 @@ def test_ten_thousand_shards_open_at_once_and_cost_nothing_before_they_are_read(
 def test_processes_that_open_the_same_shards_share_their_index(tmp_path: Path) -> None:
     found = scale.opened(scale.make(tmp_path / "shared", 100, rows=300), workers=2)
     assert len(found) == 2 and all(each.private_MiB < 8 and each.row_us > 0 for each in found)
+
+
+def test_the_bench_of_scale_says_what_a_billion_rows_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "PHOTOGRAPHS", 20)
+    monkeypatch.setattr(scale, "PERMUTED", 1 << 18)
+    result = scale.bench_scale(20, 2, 1, rows=300)
+    assert len(result["large"]) == 2 and set(result["orders"]) == {"rows", "rows, decoded and resized"}
+    text = scale.table(result)
+    assert re.search(r"permutation of 10\^9: \d+ M rows/s in [\d.]+ MiB", text) and len(text.splitlines()) == 9
+
+
+def test_a_permutation_of_a_billion_keeps_no_array() -> None:
+    order = Permutation(1_000_000_000, seed=1, epoch=0)
+    tracemalloc.start()
+    order.at(np.arange(BLOCK))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 1 << 20 < peak < 16 << 20
 
 
 def test_a_checksum_of_the_index_in_the_manifest_is_needed(copied: Path) -> None:
