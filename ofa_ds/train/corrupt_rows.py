@@ -86,11 +86,14 @@ class CorruptRows:
 
 
 def _written(path: Path) -> dict[tuple[str, int], str]:
-    """Of earlier attempts; a line that a killed one left in part is none."""
+    """Of earlier attempts; a line that a killed one left in part is none. What cannot be read is told."""
     found = {}
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
+        return {}
+    except OSError as error:
+        print(f"{path}: cannot be read: {error}; training goes on", file=sys.stderr, flush=True)
         return {}
     for line in lines:
         try:
