@@ -22,7 +22,7 @@ from ofa_ds.model.config import ModelConfig
 from ofa_ds.train.starting import start_from
 
 _MIX = {"data.mix_changes"}
-_FEW_STEPS = 100
+_FEW_STEPS = 8
 """Within which a change can wait for the round of turns to end."""
 LOSSES = "losses"
 """Of the last steps, among the facts of a checkpoint."""
