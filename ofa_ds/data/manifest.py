@@ -17,6 +17,7 @@ from ofa_ds.terms import FAMILIES
 
 MANIFEST = "manifest.json"
 NEGATIVES = "negative_sample"
+MAX_MANIFEST_BYTES = 1 << 30
 FORMAT = {"format": "ofa-ds shards", "version": 2}
 """What a manifest begins with. Version 1, which had lists of batches here and no index files, is still read."""
 
@@ -182,6 +183,8 @@ def read_manifest(folder: Path, task: str = "") -> Manifest:
     """
     path = folder / MANIFEST
     try:
+        if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
+            raise ValueError(f"{size} bytes are more than the {MAX_MANIFEST_BYTES} that one of a million files takes")
         data = path.read_bytes()
         head = json.loads(data)
     except (FileNotFoundError, NotADirectoryError) as error:

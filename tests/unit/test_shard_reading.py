@@ -181,6 +181,12 @@ def test_a_wrong_manifest_is_one_line_with_file_and_key(
     assert verify_shards(copied, workers=1) == [str(raised.value)]
 
 
+def test_a_manifest_without_end_is_refused_before_it_is_read(copied: Path) -> None:
+    os.truncate(copied / MANIFEST, 1 << 40)
+    with pytest.raises(ValueError, match=rf"{MANIFEST}: not JSON \({1 << 40} bytes are more than the"):
+        Shards(copied)
+
+
 def test_verify_compares_the_types_that_the_manifest_counts_with_the_rows(copied: Path) -> None:
     content = json.loads((copied / MANIFEST).read_text())
     part = content["families"]["vision_language"]
