@@ -25,7 +25,7 @@ from ofa_ds.model.config import ModelConfig
 from ofa_ds.tasks.task import context_of
 from ofa_ds.train.micro_batches import MicroBatches, Notes, Substituted
 from ofa_ds.train.pinned_copies import PinnedCopies
-from ofa_ds.train.ring import PREFETCH, Parcel, Ring
+from ofa_ds.train.ring import MAX_ORDERS, PREFETCH, Parcel, Ring
 from ofa_ds.train.ring_worker import Key, Prepare
 
 
@@ -132,7 +132,7 @@ class Loader:
             self.micro_batches.prepare, keys, workers=workers, held=held, name=name, preload=__name__,
             announce=partial(_announce, self.micro_batches),
         )  # fmt: skip
-        return PinnedCopies(ring, ahead=max(accumulation, PREFETCH)) if on_gpu else ring
+        return PinnedCopies(ring, ahead=min(max(accumulation, PREFETCH), MAX_ORDERS)) if on_gpu else ring
 
 
 def _announce(micro_batches: MicroBatches, step: int, number: int) -> None:

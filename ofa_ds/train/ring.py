@@ -134,14 +134,13 @@ class Ring:
             return
         self._closed = True
         atexit.unregister(self.close)
-        for worker in self._workers:
-            if worker.connection is not None:
-                worker.connection.close()
+        live = [worker for worker in self._workers if worker.connection is not None]
+        for worker in live:
+            worker.connection.close()
         until = time.monotonic() + GRACE_S
-        for worker in self._workers:
-            if worker.process is not None:
-                worker.process.join(max(until - time.monotonic(), 0.0))
-                _reap(worker.process)
+        for worker in live:
+            worker.process.join(max(until - time.monotonic(), 0.0))
+            _reap(worker.process)
         self._slots.close()
 
     def _assign(self) -> None:
@@ -173,6 +172,7 @@ class Ring:
 
     def _start(self, worker: _Worker) -> None:
         """With all its orders."""
+        self.num_restarts += worker.process is not None
         ours, theirs = self._context.Pipe()
         try:
             worker.process = self._context.Process(
@@ -194,18 +194,23 @@ class Ring:
         worker.process.join(GRACE_S)
         how, process = _how(worker.process.exitcode), worker.process.pid
         _reap(worker.process)
+        who = f"{self._name} (process {process}) {how}"
         if not worker.orders:
-            return  # it is started when there is something to do
+            _tell(f"{who} while it had nothing to do: another one is started when there is something")
+            return
         order = worker.orders[0]
         self._deaths[order.number] += 1
-        where = f"{self._name} (process {process}) {how} at {place(order.key)}"
         if self._deaths[order.number] >= MAX_DEATHS:
             worker.orders.popleft()
-            self._answers[order.number] = order, Failed(order.number, RuntimeError(_gave_up(where)))
+            error = RuntimeError(_gave_up(f"{who} at {place(order.key)}"))
+            self._answers[order.number] = order, Failed(order.number, error)
         else:
-            print(f"{where}: another one is started, which makes the same batch", file=sys.stderr, flush=True)
-        self.num_restarts += 1
+            _tell(f"{who} at {place(order.key)}: another one is started, which makes the same batch")
         self._start(worker)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _send(connection: Connection, order: Order) -> None:

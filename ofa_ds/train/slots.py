@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import tempfile
+from contextlib import suppress
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from ofa_ds.storage.sizes import size_text
 STRIDE = 1 << 36
 """Bytes of the file from slot to slot: room to grow. Only what was reserved takes memory."""
 SHARED_MEMORY = Path("/dev/shm")
+OTHER_FILES = 512
+"""That a training process has open beside."""
 
 
 class Slots:
@@ -29,6 +33,7 @@ class Slots:
     def __init__(self, count: int, descriptor: int | None = None) -> None:
         """Raises RuntimeError, one line, where the system gives no such memory."""
         self.count = count
+        _allow_files(count)
         self._windows: dict[int, Tensor] = {}
         self._reserved: dict[int, int] = {}
         try:
@@ -85,9 +90,21 @@ def _passed(count: int, descriptor: Any) -> Slots:
     return Slots(count, descriptor.detach())
 
 
+def _allow_files(count: int) -> None:
+    """Each mapping has a descriptor of its own: as many as a step has batches, and as many ahead."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # `view` tells it where that is not enough
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+            )
+
+
 def _unnamed_file() -> int:
     """Descriptor. Not limited by the size of /dev/shm, which containers make small, where the system is not older."""
     if hasattr(os, "memfd_create"):  # a Python that was built for an old C library lacks it
-        return os.memfd_create("ofa-ds-batches", os.MFD_CLOEXEC)
+        with suppress(OSError):  # a sandbox may forbid it
+            return os.memfd_create("ofa-ds-batches", os.MFD_CLOEXEC)
     with tempfile.TemporaryFile(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None) as file:
         return os.dup(file.fileno())
