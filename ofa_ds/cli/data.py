@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ofa_ds.cli.parser import Commands, UsageError, command, drawing, group, natural, positive, recipe_of, text
 from ofa_ds.cli.shards_build import add_build
+from ofa_ds.cli.shards_import import add_import
 from ofa_ds.terms import DOWNSTREAM_TASKS, TASKS
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def add_shards(commands: Commands) -> None:
     about = "Arrow shards: build them from OFA's TSV files, verify them, look at what the model will see."
     shards = group(commands, "shards", about)
     add_build(shards)
+    add_import(shards)
     answers = command(
         shards, "answers", _shards_answers, "Check a list of answers and write it as JSON; nothing of a pickle is run.",
         example="ofa-ds shards answers trainval_ans2label.pkl --out data/answers.json",

@@ -6,9 +6,13 @@ import argparse
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ofa_ds.cli.parser import Commands, UsageError, command, positive
 from ofa_ds.terms import DOWNSTREAM_TASKS, PRETRAINING_FAMILIES
+
+if TYPE_CHECKING:
+    from ofa_ds.data.manifest import Manifest
 
 WARNINGS_SHOWN = 5
 """On the console; all are in the directory."""
@@ -84,7 +88,6 @@ def columns(given: str) -> dict[str, int]:
 
 def _shards_build(options: argparse.Namespace) -> None:
     from ofa_ds.data.building.build import build_shards
-    from ofa_ds.storage.file_systems import is_remote, local_path
 
     families = {name: getattr(options, name) for name in PRETRAINING_FAMILIES}
     how = {
@@ -104,9 +107,16 @@ def _shards_build(options: argparse.Namespace) -> None:
         if options.tsv or options.answers or options.columns or options.no_references or options.held_out:
             raise UsageError("files without an option, --answers, --columns, --no-references, --held-out: want --task")
         manifest = build_shards(options.out, negatives=options.negatives, **families, **how)
+    print_manifest(options.out, manifest)
+
+
+def print_manifest(out: str, manifest: Manifest) -> None:
+    """What was built into `out`, a line a family; the first warnings before it."""
+    from ofa_ds.storage.file_systems import is_remote, local_path
+
     count = sum(part.warnings for part in manifest.families.values())
-    if not is_remote(options.out):
-        _print_warnings(local_path(options.out) / "warnings", count)
+    if not is_remote(out):
+        _print_warnings(local_path(out) / "warnings", count)
     for family, part in manifest.families.items():
         counts = {
             "bad lines in quarantine": part.quarantined, "without an answer": part.unanswered,
@@ -114,7 +124,7 @@ def _shards_build(options: argparse.Namespace) -> None:
         }  # fmt: skip
         more = "".join(f", {count} {what}" for what, count in counts.items() if count)
         print(f"{family:16} {part.rows:>10} rows{more}{f', warnings: {part.warnings}' if part.warnings else ''}")
-    print(f"shards in {options.out}")
+    print(f"shards in {out}")
 
 
 def _print_warnings(folder: Path, count: int) -> None:

@@ -29,7 +29,7 @@ from ofa_ds.data.building.piece_builder import (
     encoded,
 )  # fmt: skip
 from ofa_ds.data.building.source import Piece
-from ofa_ds.data.building.work import JOURNAL, PLAN, clear, place, was_placed, work_directory
+from ofa_ds.data.building.work import ITEMS, JOURNAL, PLAN, clear, place, was_placed, work_directory
 from ofa_ds.data.doubts import without_negative_answer, without_negative_caption
 from ofa_ds.data.manifest import MANIFEST, Family, Manifest, Source, fingerprint, read_manifest
 from ofa_ds.data.negative_files import derive_negatives, read_negatives, write_negatives
@@ -239,7 +239,7 @@ def _stopped(jobs: Sequence[Job], found: Mapping[int, Built], k: int, error: Bad
 def _drop_what_is_not_done(work: Path, jobs: Sequence[Job], built: Sequence[Built]) -> None:
     arrow = {written.shard.file for done in built for written in done.shards}
     clear(work, {*arrow, JOURNAL, answer_list.FILE})
-    stems = {job.stem for job in jobs}
+    stems = {job.stem for job in jobs} | {ITEMS}
     clear(work / JOURNAL, {path.name for path in (work / JOURNAL).iterdir() if path.name.split(".")[0] in stems})
 
 

@@ -16,6 +16,9 @@ BUILDING = ".building_"
 JOURNAL = ".journal"
 """Directory in it of what is only for building: notes, and which pieces are done."""
 
+ITEMS = "items"
+"""How the names of files in the journal begin that pieces read from."""
+
 PLAN = "plan"
 """File in the journal: which pieces there are, as one checksum."""
 

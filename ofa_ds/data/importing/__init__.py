@@ -1,0 +1,1 @@
+"""What other programs wrote, as rows of shards: each format gives items, all items become rows in one place."""
