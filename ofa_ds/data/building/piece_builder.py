@@ -188,7 +188,8 @@ def _checked(job: Job, part: int, record: Record, notes: _Notes, counts: PartCou
     except ValueError as error:
         if job.rules.on_error == "stop" or isinstance(error, SourceError):
             raise BadRecord(part, record.number, str(error), record.place) from error
-        notes.add(BAD_LINES, record.raw)
+        if record.raw:
+            notes.add(BAD_LINES, record.raw)
         notes.say(BAD_REASONS, record, str(error))
         counts.quarantined += 1
         return None
