@@ -42,6 +42,12 @@ setup(
         "xxhash>=3.4",
     ],
     extras_require={
+        "bench": [  # formats that `python -m ofa_ds.bench data` compares with
+            "datasets>=4",
+            "litdata>=0.2.50",
+            "mosaicml-streaming>=0.12",
+            "webdataset>=1",
+        ],
         "dev": [
             "flask>=3",  # moto's server
             "flask-cors>=5",

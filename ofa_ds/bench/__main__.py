@@ -16,7 +16,12 @@ def main() -> None:
     saves = benches.add_parser("checkpoint", help="save, reshard and export beside DeepSpeed's and torch's own ways")
     saves.add_argument("--folder", type=Path, help="where 25 GB may be written for a while (default: a temporary one)")
     saves.add_argument("--preset", default="base", help="size of the model (default base, cut to 173 M parameters)")
-    rows = benches.add_parser("data", help="one row of shards at random, beside Arrow's own row access")
+    formats = benches.add_parser("data", help="the same rows written and read by our shards and by other formats")
+    formats.add_argument("--records", type=int, default=20_000, help="drawn, or of the file at most (default 20000)")
+    formats.add_argument("--tsv", type=Path, help="a file of vision-language rows in place of drawn ones")
+    formats.add_argument("--repeats", type=int, default=3, help="of each way (default 3)")
+    formats.add_argument("--folder", type=Path, help="where 6 GB may be written for a while (default: a temporary one)")
+    rows = benches.add_parser("rows", help="one row of shards at random, beside Arrow's own row access")
     rows.add_argument("--shards", type=Path, help="a directory of shards (default: small scenes, drawn for it)")
     rows.add_argument("--repeats", type=int, default=7, help="of each way (default 7)")
     feeding = benches.add_parser("loader", help="batches on their way to training, beside torch's DataLoader")
@@ -41,7 +46,7 @@ def main() -> None:
     build.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     many = benches.add_parser("many-ranks", help="what the host does around a collective of a layer")
     many.add_argument("--repeats", type=int, default=5, help="of each way (default 5)")
-    for bench in (step, saves, rows, scale, feeding, rewards, critical, answers, build, many):
+    for bench in (step, saves, formats, rows, scale, feeding, rewards, critical, answers, build, many):
         bench.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.what == "step":
@@ -57,12 +62,21 @@ def main() -> None:
             parser.error("--repeats, --questions and --chunks: want at least 1")
         result = bench_generate(options.repeats, options.questions, options.chunks, options.only)
     elif options.what == "data":
-        from ofa_ds.bench.data import bench_data, table
+        from ofa_ds.bench.data_formats import bench_formats, table
+
+        if min(options.records, options.repeats) < 1:
+            parser.error("--records and --repeats: want at least 1")
+        try:
+            result = bench_formats(options.records, options.repeats, options.tsv, options.folder)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+    elif options.what == "rows":
+        from ofa_ds.bench.rows import bench_rows, table
 
         if options.repeats < 1:
             parser.error("--repeats: want at least 1")
         try:
-            result = bench_data(options.shards, options.repeats)
+            result = bench_rows(options.shards, options.repeats)
         except ValueError as error:
             parser.error(f"--shards: {error}")
     elif options.what == "loader":

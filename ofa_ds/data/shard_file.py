@@ -1,6 +1,6 @@
 """Rows of one Arrow file, read column by column from where its index says that the buffers are.
 
-Why not by the library's own row access: see `python -m ofa_ds.bench data` and its figures in `ofa_ds/docs/reading.md`.
+Why not by the library's own row access: see `python -m ofa_ds.bench rows` and its figures in `ofa_ds/docs/reading.md`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shards import negatives, plain, sources
 
-from ofa_ds.bench import data as bench
+from ofa_ds.bench import rows as bench
 from ofa_ds.data import shard_file
 from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.manifest import MANIFEST, read_manifest
@@ -236,7 +236,7 @@ def test_a_manifest_of_before_the_warnings_is_read(copied: Path) -> None:
 def test_the_bench_of_reading_names_every_way(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "ROWS", 20)
     monkeypatch.setattr(bench, "SIDE", 32)
-    result = bench.bench_data(good, repeats=1)
+    result = bench.bench_rows(good, repeats=1)
     assert set(result) == set(PRETRAINING_FAMILIES)
     assert all(value > 0 for times in result.values() for value in times.values())
     assert "ours" in bench.table(result) and len(bench.table(result).splitlines()) == 6

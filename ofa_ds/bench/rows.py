@@ -65,7 +65,7 @@ class Mapped:
         return from_columns(self.family, batch.slice(j, 1).to_pylist()[0])
 
 
-def bench_data(folder: Path | None, repeats: int) -> dict[str, dict[str, float]]:
+def bench_rows(folder: Path | None, repeats: int) -> dict[str, dict[str, float]]:
     """Family -> way -> microseconds a row, median of `repeats` in turn. folder: shards; without it scenes are drawn."""
     with contextlib.ExitStack() as stack:
         if folder is None:
