@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ofa_ds.cli.parser import Commands, UsageError, command, drawing, group, natural, positive, recipe_of, text
 from ofa_ds.cli.shards_build import add_build
 from ofa_ds.cli.shards_import import add_import
+from ofa_ds.cli.shards_tools import add_tools
 from ofa_ds.terms import DOWNSTREAM_TASKS, TASKS
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def add_shards(commands: Commands) -> None:
     shards = group(commands, "shards", about)
     add_build(shards)
     add_import(shards)
+    add_tools(shards)
     answers = command(
         shards, "answers", _shards_answers, "Check a list of answers and write it as JSON; nothing of a pickle is run.",
         example="ofa-ds shards answers trainval_ans2label.pkl --out data/answers.json",
@@ -79,11 +81,6 @@ def add_shards(commands: Commands) -> None:
     recast.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
     recast.add_argument("--rows", type=positive, metavar="N", help="rows at most; all where not given")
     recast.add_argument("--seed", type=natural, default=1, metavar="N", help="of what is drawn")
-    verify = command(
-        shards, "verify", _shards_verify, "Check every checksum and decode every picture.",
-        example="ofa-ds shards verify data/shards",
-    )  # fmt: skip
-    verify.add_argument("dir", type=Path, metavar="DIR", help="shards")
     frequencies = command(
         shards, "frequencies", _shards_frequencies, "Count the n-grams of captions, by which CIDEr-D weighs words.",
         example="ofa-ds shards frequencies data/coco/train --out data/coco/frequencies.json",
@@ -127,16 +124,6 @@ def _shards_recast(options: argparse.Namespace) -> None:
 
     path, count = write_recast(options.dir, options.out, options.task, rows=options.rows, seed=options.seed)
     print(f"recast: {count} rows of {options.task} in {path}")
-
-
-def _shards_verify(options: argparse.Namespace) -> int:
-    from ofa_ds.data.shards_verify import verify_shards
-
-    problems = verify_shards(options.dir)
-    for problem in problems:
-        print(problem)
-    print(f"{options.dir}: {f'problems: {len(problems)}' if problems else 'every checksum and picture is right'}")
-    return 1 if problems else 0
 
 
 def _shards_frequencies(options: argparse.Namespace) -> None:

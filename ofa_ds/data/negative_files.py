@@ -109,17 +109,18 @@ def write_negatives(given: Path, folder: Path) -> dict[str, str]:
     from the right one), invalid UTF-8, and a type2ans.json that is not {type: [answers]} with a type "other".
     """
     captions, objects = _lines(given / CAPTIONS), _lines(given / OBJECTS)
-    return _write(folder, captions, objects, _answers(given / ANSWERS))
+    return write_texts(folder, captions, objects, _answers(given / ANSWERS))
 
 
 def derive_negatives(texts: NegativeTexts, folder: Path) -> dict[str, str]:
     """From the texts of vision-language rows."""
-    return _write(folder, texts.kinds["captions"], texts.kinds["objects"], texts.type2ans())
+    return write_texts(folder, texts.kinds["captions"], texts.kinds["objects"], texts.type2ans())
 
 
-def _write(
+def write_texts(
     folder: Path, captions: Iterable[str], objects: Iterable[str], type2ans: Mapping[str, list[str]]
 ) -> dict[str, str]:
+    """Texts that are known to be good, into a directory of shards. -> checksum of each file."""
     target = folder / NEGATIVES
     target.mkdir()
     for name, texts in ((CAPTIONS, captions), (OBJECTS, objects)):

@@ -2,55 +2,98 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from ofa_ds.data.answer_list import read_answer_list
-from ofa_ds.data.manifest import MANIFEST, NEGATIVES, TYPED, Manifest, Shard, fingerprint, read_manifest
+from ofa_ds.data.manifest import MANIFEST, NEGATIVES, TYPED, Manifest, fingerprint, read_manifest
 from ofa_ds.data.negative_files import checksums, read_negatives
-from ofa_ds.data.picture import check_image
 from ofa_ds.data.pool import run_jobs, serve_if_worker
-from ofa_ds.data.shard_file import ShardFile, ShardFiles
+from ofa_ds.data.shard_file import ShardFile
 from ofa_ds.data.shard_writer import chain, row_digest
 from ofa_ds.data.shards import Shards
+from ofa_ds.data.tools.chunks import Chunk, chunks_of
+from ofa_ds.data.tools.row_check import row_problems
 from ofa_ds.progress import Progress
 
-
-@dataclass(frozen=True)
-class Job:
-    folder: Path
-    family: str
-    shard: Shard
-    entries: bytes
-    """Of the shard in the index."""
+MAX_PROBLEMS_A_CHUNK = 1000
+"""That are listed, of rows; beyond that their count tells enough."""
 
 
-def verify_shards(path: Path | str, *, workers: int = 2) -> list[str]:
-    """Compare every checksum and decode every picture. -> what is wrong, one line each."""
+@dataclass
+class Found:
+    """What was seen in a chunk."""
+
+    problems: list[str] = field(default_factory=list)
+    digest: int = 0
+    """Of its rows."""
+    rows: int = 0
+    sides: dict[int, int] = field(default_factory=dict)
+    """Image family: number of codes -> the first row that has so many."""
+
+
+def verify_shards(path: Path | str, *, workers: int = 2, decode: bool = True) -> list[str]:
+    """Compare every checksum and count; with `decode` look at every row and decode its picture too.
+
+    -> what is wrong, one line each. The record batches of one file are divided among the workers as well.
+    """
     serve_if_worker()
     path = Path(path)
     try:
         manifest = read_manifest(path)
     except ValueError as error:
         return [str(error)]
+    problems = _chunk_problems(path, manifest, workers, decode)
+    problems += _manifest_problems(path, manifest)
+    return problems + ([] if problems else _type_problems(path))
+
+
+def need_checksums(path: Path, workers: int) -> None:
+    """Raises RuntimeError, with the first problem, where a checksum of shards is wrong. Reads all of them once."""
+    if problems := verify_shards(path, workers=workers, decode=False):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise RuntimeError(f"{problems[0]}{more}; see all with: ofa-ds shards verify {path} --no-decode")
+
+
+def _chunk_problems(path: Path, manifest: Manifest, workers: int, decode: bool) -> list[str]:
+    found = list(chunks_of(path, manifest))
+    problems = [str(error) for error in found if not isinstance(error, Chunk)]
+    chunks = [chunk for chunk in found if isinstance(chunk, Chunk)]
+    progress = Progress(sum(chunk.num_bytes for chunk in chunks) >> 20, "verifying shards", "MB")
+    results = []
     try:
-        jobs = _jobs(path, manifest)
-    except (OSError, RuntimeError) as error:
-        return [str(error)]
-    progress = Progress(sum(job.shard.rows for job in jobs), "verifying shards", "rows")
-    problems = []
-    try:
-        for job, found in zip(jobs, run_jobs(verify_one, jobs, workers), strict=True):
-            problems += found
-            progress.add(job.shard.rows)
+        for chunk, result in zip(chunks, run_jobs(partial(verify_chunk, decode=decode), chunks, workers), strict=True):
+            results.append(result)
+            problems += result.problems
+            progress.note = f"problems so far: {len(problems)}" if problems else ""
+            progress.add(chunk.num_bytes / (1 << 20))
     finally:
         progress.close()
-    return problems + _manifest_problems(path, manifest) + ([] if problems else _type_problems(path))
+    if decode and not problems:
+        problems += _digest_problems(path, manifest, chunks, results)
+    return list(dict.fromkeys(problems))  # a file that is not there is told once, not by each of its chunks
 
 
-def _jobs(path: Path, manifest: Manifest) -> list[Job]:
-    files = {family: ShardFiles(path, manifest, family) for family in manifest.families}
-    return [Job(path, family, file.shard, bytes(file.entries)) for family in files for file in files[family]]
+def _digest_problems(path: Path, manifest: Manifest, chunks: Sequence[Chunk], results: Sequence[Found]) -> list[str]:
+    """Of files as wholes, from what was seen in their chunks."""
+    problems = []
+    sides: dict[int, str] = {}
+    pairs = zip(chunks, results, strict=True)
+    for (family, number), mine in groupby(pairs, lambda pair: (pair[0].family, pair[0].number)):
+        shard, digest, rows = manifest.families[family].shards[number], 0, 0
+        for _, seen in mine:
+            digest, rows = chain(digest, seen.digest, seen.rows), rows + seen.rows
+            for side, row in seen.sides.items():
+                sides.setdefault(side, f"{path / shard.file}: row {row}")
+        if (digest, rows) != (shard.digest, shard.rows):
+            problems.append(f"{path / shard.file}: the rows are not those that {MANIFEST} describes")
+    if len(sides) > 1:
+        one, other = list(sides.values())[:2]
+        problems.append(f"{other}: image: is of another size than that of {one}; want all of one size")
+    return problems
 
 
 def _manifest_problems(path: Path, manifest: Manifest) -> list[str]:
@@ -99,37 +142,30 @@ def _negative_problems(path: Path, manifest: Manifest) -> list[str]:
     return []
 
 
-def verify_one(job: Job) -> list[str]:
-    """Runs in a worker: the problems of one file. Rows of a damaged batch are not looked at further."""
-    file = ShardFile(job.folder / job.shard.file, job.family, job.shard, lambda: memoryview(job.entries))
+def verify_chunk(chunk: Chunk, *, decode: bool) -> Found:
+    """Runs in a worker. Rows of a damaged batch are not looked at further."""
+    found = Found()
     try:
-        batches = range(file.num_batches)
-        problems = {batch: file.checksum_problem(batch) for batch in (*batches, len(batches))}
-    except (OSError, RuntimeError) as error:
-        return [str(error)]
-    found = [problem for problem in problems.values() if problem]
-    if problems[len(batches)]:
-        return found  # without the footer Arrow finds no batch
-    digest = 0
-    for batch in batches:
-        if problems[batch]:
-            continue
-        for i in file.rows_of(batch):
-            try:
-                row = file.row(i, verify=False)
-            except (OSError, RuntimeError) as error:
-                return [*found, str(error)]
-            digest = chain(digest, row_digest(row), 1)
-            if row.get("image"):  # of a downstream row without a picture it is empty
-                found += _image_problems(file, i, row["image"])
-    if not found and digest != job.shard.digest:
-        found.append(f"{file.path}: the rows are not those that {MANIFEST} describes")
+        file = chunk.file
+        with_footer = chunk.stop == file.num_batches
+        wrong = {batch: file.checksum_problem(batch) for batch in range(chunk.first, chunk.stop + with_footer)}
+        found.problems += [problem for problem in wrong.values() if problem]
+        if decode:
+            for batch in range(chunk.first, chunk.stop):
+                if not wrong[batch]:
+                    _verify_rows(chunk, file, file.rows_of(batch), found)
+    except (OSError, RuntimeError, ValueError) as error:
+        found.problems.append(str(error))
     return found
 
 
-def _image_problems(file: ShardFile, i: int, image: bytes) -> list[str]:
-    try:
-        check_image(image)
-    except ValueError as error:
-        return [f"{file.path}: row {i}: {error}"]
-    return []
+def _verify_rows(chunk: Chunk, file: ShardFile, rows: range, found: Found) -> None:
+    for i in rows:
+        row = file.row(i)
+        found.digest = chain(found.digest, row_digest(row), 1)
+        found.rows += 1
+        if "codes" in row:
+            found.sides.setdefault(len(row["codes"]), i)
+        for problem in row_problems(chunk.family, row):
+            if len(found.problems) < MAX_PROBLEMS_A_CHUNK:
+                found.problems.append(f"{file.path}: row {i}: {problem}")

@@ -188,7 +188,7 @@ def _checked(job: Job, part: int, record: Record, notes: _Notes, counts: PartCou
     except ValueError as error:
         if job.rules.on_error == "stop" or isinstance(error, SourceError):
             raise BadRecord(part, record.number, str(error), record.place) from error
-        if record.raw:
+        if record.raw is not None:
             notes.add(BAD_LINES, record.raw)
         notes.say(BAD_REASONS, record, str(error))
         counts.quarantined += 1

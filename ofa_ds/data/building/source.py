@@ -37,8 +37,8 @@ class Record(NamedTuple):
 
     number: int
     """From 1, counted from where the part begins."""
-    raw: bytes
-    """As it came, for the quarantine; empty where that would be too much."""
+    raw: bytes | None
+    """As it came, for the quarantine; None where that is no line."""
     num_bytes: int
     """At least what its row takes in an Arrow file."""
     read: Callable[[], Row]

@@ -58,7 +58,7 @@ class TablePiece:
                     number += 1
                     where = f"row {number}" if self.group < 0 else f"row group {self.group} row {number}"
                     size = sum(len(value) for value in _flat(row) if isinstance(value, str | bytes)) + 256
-                    yield Record(number, b"", size, functools.partial(self._read, where, row), where)
+                    yield Record(number, None, size, functools.partial(self._read, where, row), where)
         except (pa.ArrowException, OSError) as error:
             if getattr(error, "errno", None):
                 raise

@@ -53,7 +53,7 @@ class TarPiece:
     def records(self, part: int) -> Iterator[Record]:
         for number, (key, members) in enumerate(groups(self.file.location), 1):
             size = sum(map(len, members.values())) + 256
-            yield Record(number, b"", size, functools.partial(self._read, key, members), key)
+            yield Record(number, None, size, functools.partial(self._read, key, members), key)
 
     def _read(self, key: str, members: Mapping[str, bytes]) -> Row:
         found = {name: _field(name, ends, members) for name, ends in self.columns}

@@ -1,0 +1,1 @@
+"""What is done with shards that are there: their rows are counted, checked, merged, divided, shuffled."""
