@@ -16,7 +16,7 @@ def add_tools(shards: Commands) -> None:
         shards, "verify", _verify, "Check every checksum, row and picture; --no-decode checks checksums alone.",
         example="ofa-ds shards verify data/shards --workers 8",
     )  # fmt: skip
-    verify.add_argument("dir", type=Path, metavar="DIR", help="shards")
+    verify.add_argument("dir", type=here, metavar="DIR", help="shards")
     verify.add_argument(
         "--no-decode", action="store_true", help="checksums and counts alone, as fast as the disk is read"
     )
@@ -25,7 +25,7 @@ def add_tools(shards: Commands) -> None:
         shards, "stats", _stats, "Say what is in shards: rows, lengths, sizes, boxes, pictures that are there twice.",
         example="ofa-ds shards stats data/shards --vocab data/vocab --png stats.png",
     )  # fmt: skip
-    stats.add_argument("dir", type=Path, metavar="DIR", help="shards")
+    stats.add_argument("dir", type=here, metavar="DIR", help="shards")
     stats.add_argument("--vocab", type=Path, metavar="DIR", help="vocabulary, to see how well it covers the texts")
     stats.add_argument("--json", action="store_true", help="print JSON in place of a table")
     stats.add_argument("--png", type=drawing, metavar="FILE", help="draw the distributions here")
@@ -34,13 +34,13 @@ def add_tools(shards: Commands) -> None:
         shards, "merge", _merge, "Put several directories of shards together, one's rows after another's.",
         example="ofa-ds shards merge data/coco data/cc12m --out data/both",
     )  # fmt: skip
-    merge.add_argument("dirs", type=Path, nargs="+", metavar="DIR", help="shards, two or more")
+    merge.add_argument("dirs", type=here, nargs="+", metavar="DIR", help="shards, two or more")
     _out(merge)
     split = command(
         shards, "split", _split, "Divide the rows of shards at random into directories that share none.",
         example="ofa-ds shards split data/shards --part train=rest --part heldout=0.02 --by-image --out data/split",
     )  # fmt: skip
-    split.add_argument("dir", type=Path, metavar="DIR", help="shards")
+    split.add_argument("dir", type=here, metavar="DIR", help="shards")
     split.add_argument(
         "--part", action="append", required=True, type=_part, metavar="NAME=SHARE",
         help="directory in --out, and a fraction such as 0.02, a number of rows of each family, or rest; twice or more",
@@ -54,9 +54,16 @@ def add_tools(shards: Commands) -> None:
         shards, "shuffle", _shuffle, "Write the rows of shards in a random order.",
         example="ofa-ds shards shuffle data/shards --seed 7 --out data/shuffled",
     )  # fmt: skip
-    shuffle.add_argument("dir", type=Path, metavar="DIR", help="shards")
+    shuffle.add_argument("dir", type=here, metavar="DIR", help="shards")
     _seed(shuffle)
     _out(shuffle)
+
+
+def here(given: str) -> Path:
+    """A path of this machine, for argparse."""
+    if "://" in given:
+        raise argparse.ArgumentTypeError(f"want a directory of this machine, got {given}; copy it here first")
+    return Path(given)
 
 
 def _workers(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +71,7 @@ def _workers(parser: argparse.ArgumentParser) -> None:
 
 
 def _out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
+    parser.add_argument("--out", type=here, required=True, metavar="DIR", help="directory to make")
     if not parser.prog.endswith(" merge"):
         parser.add_argument(
             "--shard-bytes", type=num_bytes, default=_SHARD_BYTES, metavar="N", help="of one Arrow file, about"

@@ -259,3 +259,10 @@ def test_statistics_by_command_are_a_table_or_json_and_a_picture(
     assert picture.format == "PNG" and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 5
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"]["text"]["rows"] == 7
+
+
+@pytest.mark.parametrize("command", [["verify"], ["stats"], ["shuffle", "--out", "here"]])
+def test_what_works_on_this_machine_alone_says_so(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["shards", command[0], "s3://bucket/set", *command[1:]])
+    assert "want a directory of this machine, got s3://bucket/set" in capsys.readouterr().err
