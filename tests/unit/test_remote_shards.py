@@ -136,6 +136,50 @@ def test_a_failing_service_is_tried_again_and_told(remote: str, monkeypatch: pyt
         Shards(remote)
 
 
+def cached(tmp_path: Path, name: str) -> Path:
+    return next((tmp_path / "cache").rglob(name))
+
+
+def test_a_batch_that_was_cut_in_the_cache_is_fetched_again(remote: str, tmp_path: Path, capfd) -> None:
+    want = rows(Shards(remote))
+    os.truncate(path := cached(tmp_path, "text-00000.arrow.0"), 0)
+    assert rows(Shards(remote)) == want and path.stat().st_size
+    assert f"{path}: want" in (told := capfd.readouterr().err) and "damaged in the cache; fetched again" in told
+
+
+def test_verifying_readers_heal_a_batch_that_was_changed_in_the_cache(remote: str, tmp_path: Path, capfd) -> None:
+    right = Shards(remote).row("text", 0)
+    path = cached(tmp_path, "text-00000.arrow.0")
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    assert Shards(remote, verify=True).row("text", 0) == right and path.read_bytes() == whole
+    assert f"{path}: has checksum" in capfd.readouterr().err
+
+
+def test_indices_are_checked_when_they_come_and_fetched_again_when_cut(remote: str, tmp_path: Path) -> None:
+    want = rows(Shards(remote))
+    os.truncate(path := cached(tmp_path, "text.index"), 3)
+    left = path.with_name(f".{path.name}.1.1")
+    left.write_bytes(b"of a killed process")
+    os.utime(left, (0, 0))
+    assert rows(Shards(remote)) == want and not left.exists()
+    whole = path.read_bytes()
+    file_systems.write_bytes(f"{remote}/{path.name}", bytes(len(whole)))
+    path.unlink()
+    with pytest.raises(RuntimeError, match="set/text.index: .*upload the shards again"):
+        Shards(remote)
+    assert not path.exists()
+
+
+def test_batches_without_room_on_the_disk_take_bounded_memory(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(folder.CACHE_BYTES, "100")
+    monkeypatch.setattr(folder, "MAX_IN_MEMORY", 2000)
+    shards = Shards(remote)
+    rows(shards)
+    held = [len(each.data) for each in shards._remote._mapped.values()]
+    assert len(held) == 1 or sum(held) <= 2000
+
+
 def test_threads_that_want_one_batch_fetch_it_once(tmp_path: Path) -> None:
     cache, fetched = BatchCache(tmp_path, 1000), []
 

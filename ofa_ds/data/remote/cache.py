@@ -66,6 +66,10 @@ class BatchCache:
                 return data
         return path
 
+    def drop(self, name: str) -> None:
+        """Forget a batch that turned out to be damaged here, so that it is fetched again."""
+        (self.folder / name).unlink(missing_ok=True)  # the count is put right when room is made
+
     @contextmanager
     def _alone(self, path: Path) -> Iterator[Path]:
         """The unfinished file of a batch, of which this process has the lock."""
@@ -96,6 +100,7 @@ class BatchCache:
             view = memoryview(data)
             while view:
                 view = view[file.write(view) :]
+            os.fsync(file.fileno())  # or after a power cut the name may be there without the data
 
     def _reserve(self, num_bytes: int) -> None:
         """Count a new file, after others went where they are too many."""

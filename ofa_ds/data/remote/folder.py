@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import sys
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +17,7 @@ from pathlib import Path
 import xxhash
 
 from ofa_ds.data import answer_list
-from ofa_ds.data.batch_index import index_file
+from ofa_ds.data.batch_index import entry_type, index_file
 from ofa_ds.data.manifest import MANIFEST, NEGATIVES, ConvertedManifest, read_manifest
 from ofa_ds.data.open_file import MappedFile
 from ofa_ds.data.remote.cache import BatchCache
@@ -34,6 +36,12 @@ THREADS = 8
 
 MAPPED = 128
 """Record batches that a process holds mapped."""
+
+MAX_IN_MEMORY = 256 << 20
+"""Bytes of record batches that a process holds where the disk has no room for them."""
+
+_FORGOTTEN_S = 3600.0
+"""An unfinished small file that nobody wrote to for so long is one of a killed process."""
 
 
 def cache_directory() -> Path:
@@ -94,9 +102,22 @@ class RemoteFolder:
         if not isinstance(self.manifest, ConvertedManifest):
             for family in self.manifest.families:
                 path = index_file(self.mirror, family)
-                if not path.exists():
+                size = sum(shard.batches for shard in self.manifest.families[family].shards)
+                if not path.exists() or path.stat().st_size != size * entry_type(family).itemsize:
                     with _partial(path) as partial:
                         download(f"{self.location}/{path.name}", partial)
+                        self._check_index(partial, path.name, family)
+
+    def _check_index(self, path: Path, name: str, family: str) -> None:
+        """Raises RuntimeError where an index that was just fetched is not the manifest's."""
+        with path.open("rb") as file:
+            for shard in self.manifest.families[family].shards:
+                got = xxhash.xxh3_64_hexdigest(file.read(shard.batches * entry_type(family).itemsize))
+                if got != shard.index_xxh3:
+                    raise RuntimeError(
+                        f"{self.location}/{name}: what it says of {shard.file} has checksum {got}, want "
+                        f"{shard.index_xxh3}; upload the shards again"
+                    )
 
     def make_file(self, path: Path, family: str, shard: object, entries: Callable[[], memoryview]) -> RemoteShardFile:
         return RemoteShardFile(self, path, family, shard, entries)
@@ -127,13 +148,41 @@ class RemoteFolder:
                 break
             except FileNotFoundError:
                 continue
+            except RuntimeError as error:  # its size
+                self._drop(name, str(error))
         else:
             mapped = _InMemory(file.fetch(number))
         with self._lock:
             self._mapped[name] = mapped
             while len(self._mapped) > MAPPED:
                 self._mapped.popitem(last=False)
+            if isinstance(mapped, _InMemory):
+                self._bound_memory()
         return mapped
+
+    def _bound_memory(self) -> None:
+        held = [(name, len(each.data)) for name, each in self._mapped.items() if isinstance(each, _InMemory)]
+        total = sum(size for _, size in held)
+        for name, size in held[:-1]:
+            if total <= MAX_IN_MEMORY:
+                break
+            del self._mapped[name]
+            total -= size
+
+    def check(self, file: RemoteShardFile, number: int) -> None:
+        """Compare a record batch with its checksum as it is in the cache now; a damaged one is fetched again."""
+        name, want = f"{self._name}/{file.path.name}.{number}", int(file.entries["xxh3"][number])
+        for _ in range(2):
+            if (got := xxhash.xxh3_64_intdigest(self.batch(file, number).data)) == want:
+                return
+            self._drop(name, f"{self._cache.folder / name}: has checksum {got:016x}, want {want:016x}")
+        raise RuntimeError(f"{self._cache.folder / name}: damaged each time it is written; is the disk in order?")
+
+    def _drop(self, name: str, why: str) -> None:
+        print(f"{why.partition('; copy')[0]}: damaged in the cache; fetched again", file=sys.stderr, flush=True)
+        with self._lock:
+            self._mapped.pop(name, None)
+        self._cache.drop(name)
 
     def announce(self, file: RemoteShardFile, number: int) -> None:
         """Fetch a record batch that will be read soon, beside what goes on."""
@@ -196,7 +245,8 @@ class RemoteShardFile(ShardFile):
         self._folder.announce(self, self.batch_of(i))
 
     def _check(self, batch: int) -> None:
-        """Done when it was fetched."""
+        self._folder.check(self, batch)
+        self._checked.add(batch)
 
     def checksum_problem(self, batch: int) -> str | None:
         if batch == self.num_batches:
@@ -220,9 +270,15 @@ def _place(path: Path, data: bytes) -> None:
 def _partial(path: Path) -> Iterator[Path]:
     """A file beside it that takes its name: whole or not there, also where several processes make it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _FORGOTTEN_S:
+                left.unlink()
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
