@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from ofa_ds.cli import main
 from ofa_ds.data.building.build import How
 from ofa_ds.data.importing.importing import import_shards
 from ofa_ds.data.importing.item import Shrink
+from ofa_ds.data.importing.tars import groups
 from ofa_ds.data.picture import decode_rgb
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_verify import verify_shards
@@ -253,3 +256,141 @@ def test_the_command_line_imports_and_says_what_is_missing(tmp_path: Path, capsy
     assert main([*command, "--images", folder, "--max-side", "32"]) == 0
     assert "3 rows" in capsys.readouterr().out
     assert main(["shards", "verify", str(tmp_path / "out")]) == 0
+
+
+def saved(folder: Path, name: str, caption: str) -> None:
+    folder.mkdir(exist_ok=True)
+    table = pa.table({"image": [picture()], "caption": [caption]})
+    with pa.ipc.new_stream(folder / name, table.schema) as file:
+        file.write_table(table)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_map_caches_beside_a_saved_data_set_is_no_part_of_it(listed: bool, tmp_path: Path) -> None:
+    saved(tmp_path / "set", "data-00000-of-00001.arrow", "real")
+    saved(tmp_path / "set", "cache-c4e3a7afbdcc2b57.arrow", "stale")
+    if listed:
+        state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+        (tmp_path / "set/state.json").write_text(json.dumps(state))
+    rows = imported(tmp_path, "huggingface", [str(tmp_path / "set")])
+    assert [row["caption"] for row in rows] == ["real"]
+
+
+def test_a_state_that_leads_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "secret.arrow", "secret")
+    saved(tmp_path / "set", "data-00000-of-00001.arrow", "real")
+    (tmp_path / "set/state.json").write_text(json.dumps({"_data_files": [{"filename": "../secret.arrow"}]}))
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        import_shards(str(tmp_path / "out"), "huggingface", [str(tmp_path / "set")])
+
+
+def test_splits_are_not_mixed(tmp_path: Path) -> None:
+    (tmp_path / "hub").mkdir()
+    for split in ("train", "validation"):
+        for k in range(2):
+            table = pa.table({"image": [picture()], "caption": [f"{split} {k}"]})
+            pq.write_table(table, tmp_path / f"hub/{split}-{k:05}-of-00002.parquet")
+    with pytest.raises(ValueError, match=r"several splits \(train, validation\)"):
+        import_shards(str(tmp_path / "out"), "huggingface", [str(tmp_path / "hub")])
+    rows = imported(tmp_path, "huggingface", [str(tmp_path / "hub/train-*.parquet")])
+    assert [row["caption"] for row in rows] == ["train 0", "train 1"]
+
+
+def test_a_saved_dictionary_is_imported_split_by_split(tmp_path: Path) -> None:
+    (folder := tmp_path / "set").mkdir()
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for split in ("train", "test"):
+        saved(folder / split, "data-00000-of-00001.arrow", split)
+    with pytest.raises(ValueError, match=r"several splits \(test, train\)"):
+        import_shards(str(tmp_path / "out"), "huggingface", [str(folder)])
+    assert [row["caption"] for row in imported(tmp_path, "huggingface", [str(folder / "train")])] == ["train"]
+
+
+def test_folders_that_are_no_splits_are_read_together(tmp_path: Path) -> None:
+    for year in ("1", "2"):
+        (folder := tmp_path / f"set/year={year}").mkdir(parents=True)
+        pq.write_table(pa.table({"image": [picture()], "caption": [year]}), folder / "part-00000-of-00001.parquet")
+    assert [row["caption"] for row in imported(tmp_path, "parquet", [str(tmp_path / "set")])] == ["1", "2"]
+
+
+def bomb(path: Path, header: bytes, num_bytes: int) -> str:
+    """A gzip of a header and so many bytes of its content, small on the disk."""
+    with gzip.open(path, "wb", 1) as file:
+        file.write(header)
+        for _ in range(num_bytes >> 20):
+            file.write(b"a" * (1 << 20))
+        file.write(tarfile.TarInfo("x.jpg").tobuf() + bytes(10240))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_header_that_unpacks_without_end_is_not_read(kind: bytes, tmp_path: Path) -> None:
+    info = tarfile.TarInfo("header")
+    info.type, info.size = kind, 64 << 20
+    path = bomb(tmp_path / "x.tar.gz", info.tobuf(), info.size)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="headers of a member have more than 1048576 bytes") as error:
+            list(groups(path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 << 20 and len(str(error.value)) < 400
+
+
+def test_headers_that_follow_each_other_without_end_are_one_line(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("header")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2
+    (path := tmp_path / "x.tar").write_bytes((info.tobuf() + b"a".ljust(512, b"\0")) * 900 + bytes(10240))
+    with pytest.raises(ValueError, match="x.tar: (a member has headers without end|not a whole tar)"):
+        list(groups(str(path)))
+
+
+def test_members_of_a_record_are_bounded_together(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ofa_ds.data.importing.tars.MAX_MEMBER_BYTES", 1000)
+    path = tar(tmp_path / "x.tar", [("a.txt", bytes(900)), ("b.txt", bytes(900))])
+    assert [key for key, _ in groups(path)] == ["a", "b"]
+    path = tar(tmp_path / "y.tar", [("a.txt", bytes(900)), ("a.cls", bytes(900))])
+    with pytest.raises(ValueError, match="the record a has more than 1000 bytes"):
+        list(groups(path))
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (
+            {"annotations": [{"id": [1], "image_id": 0, "bbox": [1, 1, 5, 5]}]},
+            "annotations.0: id: want a whole number or",
+        ),
+        ({"annotations": [{"id": 1, "image_id": 0, "bbox": [k, 1, 5, 5]} for k in (1, 2)]}, "the id 1 is there twice"),
+    ],
+)
+def test_an_annotation_that_could_be_two_is_not_guessed(changed: dict, message: str, tmp_path: Path) -> None:
+    path, folder = coco(tmp_path, **changed)
+    (tmp_path / "refs.json").write_text(json.dumps([{"ann_id": 1, "sentences": [{"sent": "it", "sent_id": 1}]}]))
+    with pytest.raises(ValueError, match=message):
+        import_shards(str(tmp_path / "out"), "refcoco", [str(tmp_path / "refs.json"), path], images=folder)
+
+
+@pytest.mark.parametrize("category", [{}, [3], None])
+def test_a_category_that_is_no_id_is_one_line(category, tmp_path: Path) -> None:
+    annotations = [{"id": 1, "image_id": 0, "bbox": [1, 1, 5, 5], "category_id": category}]
+    path, folder = coco(tmp_path, annotations=annotations)
+    with pytest.raises(ValueError, match="annotations.0: category_id: want a whole number or a text"):
+        import_shards(str(tmp_path / "out"), "coco-instances", [path], images=folder)
+
+
+def test_a_question_that_is_there_twice_is_told(tmp_path: Path) -> None:
+    question = {"question_id": 1, "image_id": 7, "question": "how many?"}
+    (tmp_path / "q.json").write_text(json.dumps({"questions": [question, question]}))
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": [{"question_id": 1, "answers": [{"answer": "2"}]}]}))
+    files = [str(tmp_path / f"{name}.json") for name in "qa"]
+    with pytest.raises(ValueError, match="questions.1: the question_id 1 is there twice"):
+        import_shards(str(tmp_path / "out"), "vqa-v2", files, images=str(tmp_path))
+
+
+def test_a_pickle_of_refs_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    path, folder = coco(tmp_path)
+    (tmp_path / "refs(unc).p").write_bytes(b"\x80\x02]q\x00.")
+    with pytest.raises(ValueError, match="a pickle is not read: write it as JSON"):
+        import_shards(str(tmp_path / "out"), "refcoco", [str(tmp_path / "refs(unc).p"), path], images=folder)

@@ -22,6 +22,8 @@ MAX_JSON_BYTES = 1 << 31
 MAX_PICTURE_BYTES = 1 << 28
 
 Table = Mapping[str, Any]
+Identity = (int, str)
+"""What ids are; a list or a table as one would be no key."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def _json(location: str) -> Any:
     try:
         return json.loads(file_systems.read_bytes(location, MAX_JSON_BYTES))
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{location}: not JSON: {error}") from error
+        way = "; a pickle is not read: write it as JSON" if location.endswith((".p", ".pkl", ".pickle")) else ""
+        raise SourceError(f"{location}: not JSON: {error}{way}") from error
     except FileNotFoundError as error:
         raise SourceError(f"{location}: no such file") from error
 
@@ -132,11 +135,22 @@ def _images(table: Any, location: str) -> dict[Any, Table]:
     found: dict[Any, Table] = {}
     for number, image in enumerate(_list(table, "images", location)):
         where = f"images.{number}"
-        identity = _need(image, "id", (int, str), location, where)
+        identity = _need(image, "id", Identity, location, where)
         _safe(_need(image, "file_name", str, location, where), location, where)
         if identity in found:
             raise SourceError(f"{location}: {where}: the id {identity} is there twice")
         found[identity] = image
+    return found
+
+
+def _by_id(tables: Sequence[Table], key: str, location: str, name: str) -> dict[Any, tuple[Table, str]]:
+    """id -> (table, its place). Of two with one id, which is meant cannot be known."""
+    found: dict[Any, tuple[Table, str]] = {}
+    for number, each in enumerate(tables):
+        identity = _need(each, key, Identity, location, where := f"{name}.{number}")
+        if identity in found:
+            raise SourceError(f"{location}: {where}: the {key} {identity!r:.40} is there twice")
+        found[identity] = (each, where)
     return found
 
 
@@ -173,15 +187,20 @@ def coco_instances(tables: Sequence[Any], locations: Sequence[str]) -> Iterator[
     """A row for each picture that has an object, with all of them; crowds are left out."""
     for table, location in zip(tables, locations, strict=True):
         images = _images(table, location)
-        names = {each.get("id"): str(each.get("name", "")) for each in _list(table, "categories", location)}
+        names = {
+            identity: str(each.get("name", ""))
+            for identity, (each, _) in _by_id(
+                _list(table, "categories", location), "id", location, "categories"
+            ).items()
+        }
         objects: dict[Any, list[Any]] = defaultdict(list)
         for number, each in enumerate(_list(table, "annotations", location)):
             where = f"annotations.{number}"
             _image_of(each, images, location, where)
             if each.get("iscrowd"):
                 continue
-            if each.get("category_id") not in names:
-                raise SourceError(f"{location}: {where}: category_id {each.get('category_id')!r:.40} has no name")
+            if _need(each, "category_id", Identity, location, where) not in names:
+                raise SourceError(f"{location}: {where}: category_id {each['category_id']!r:.40} has no name")
             box = _box(each, location, where)
             objects[each["image_id"]].append([box, str(each["category_id"]), names[each["category_id"]]])
         for identity, image in images.items():
@@ -206,17 +225,14 @@ def vqa_v2(tables: Sequence[Any], locations: Sequence[str]) -> Iterator[dict[str
         raise SourceError(f"vqa-v2: want a file of questions and one of annotations, got {len(tables)}")
     order = (0, 1) if isinstance(tables[0], dict) and "questions" in tables[0] else (1, 0)
     (asked, told), (asked_at, told_at) = (tuple(each[k] for k in order) for each in (tables, locations))
-    answers: dict[Any, Table] = {}
-    for number, each in enumerate(_list(told, "annotations", told_at)):
-        answers[_need(each, "question_id", int, told_at, f"annotations.{number}")] = each
+    answers = _by_id(_list(told, "annotations", told_at), "question_id", told_at, "annotations")
+    questions = _by_id(_list(asked, "questions", asked_at), "question_id", asked_at, "questions")
     split = str(asked.get("data_subtype", "train2014"))
-    for number, each in enumerate(_list(asked, "questions", asked_at)):
-        where = f"questions.{number}"
-        identity = _need(each, "question_id", int, asked_at, where)
+    for identity, (each, where) in questions.items():
         if identity not in answers:
             raise SourceError(f"{asked_at}: {where}: question_id {identity} has no annotation in {told_at}")
         image = _need(each, "image_id", int, asked_at, where)
-        given = [str(one.get("answer", "")) for one in _list(answers[identity], "answers", told_at)]
+        given = [str(one.get("answer", "")) for one in _list(answers[identity][0], "answers", told_at)]
         counts = Counter(" ".join(text.split()) for text in given if text.strip())
         name = VQA_PICTURE.format(split=_safe(split, asked_at, "data_subtype"), id=image)
         question = " ".join(_need(each, "question", str, asked_at, where).split())
@@ -231,13 +247,11 @@ def refcoco(tables: Sequence[Any], locations: Sequence[str]) -> Iterator[dict[st
     order = (0, 1) if isinstance(tables[0], list) else (1, 0)
     (refs, instances), (refs_at, instances_at) = (tuple(each[k] for k in order) for each in (tables, locations))
     images = _images(instances, instances_at)
-    found: dict[Any, tuple[Table, str]] = {}
-    for number, each in enumerate(_list(instances, "annotations", instances_at)):
-        found[each.get("id")] = (each, f"annotations.{number}")
+    found = _by_id(_list(instances, "annotations", instances_at), "id", instances_at, "annotations")
     for number, ref in enumerate(_list({"refs": refs}, "refs", refs_at)):
         where = f"refs.{number}"
-        if ref.get("ann_id") not in found:
-            raise SourceError(f"{refs_at}: {where}: ann_id {ref.get('ann_id')!r:.40} is not in {instances_at}")
+        if _need(ref, "ann_id", Identity, refs_at, where) not in found:
+            raise SourceError(f"{refs_at}: {where}: ann_id {ref['ann_id']!r:.40} is not in {instances_at}")
         each, place = found[ref["ann_id"]]
         image = _image_of(each, images, instances_at, place)
         for sentence in _list(ref, "sentences", f"{refs_at}: {where}"):

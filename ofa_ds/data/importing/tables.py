@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -99,11 +102,40 @@ def _files_of(location: str) -> list[str]:
     path = file_systems.local_path(location)
     if file_systems.is_remote(location) or not path.is_dir():
         return [location]
-    found = sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.arrow"))
-    found = [each for each in found if not each.name.startswith((".", "_"))]
+    found = sorted(path.rglob("*.parquet")) or _saved(path) or sorted(path.rglob("*.arrow"))
+    found = [each for each in found if not each.name.startswith((".", "_", "cache-"))]
     if not found:
         raise SourceError(f"{location}: no .parquet and no .arrow files in it")
+    splits = sorted({_split_of(each, path) for each in found} - {""})
+    if len(splits) > 1:
+        raise SourceError(
+            f"{location}: holds several splits ({', '.join(splits):.100}); import each by itself: give the folder or "
+            "the files of one"
+        )
     return [str(each) for each in found]
+
+
+def _saved(path: Path) -> list[Path]:
+    """Files that `save_to_disk` lists: beside them, `map` leaves others, of rows that are no part of the data set."""
+    found = []
+    for state in sorted(path.rglob("state.json")):
+        try:
+            names = [each["filename"] for each in json.loads(state.read_bytes())["_data_files"]]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise SourceError(f"{state}: not what save_to_disk writes ({type(error).__name__})") from error
+        for name in names:
+            if not isinstance(name, str) or name in ("", ".", "..") or "/" in name:
+                raise SourceError(f"{state}: the file name {name!r:.80} leads out of its folder")
+            found.append(state.parent / name)
+    return found
+
+
+def _split_of(file: Path, folder: Path) -> str:
+    """By its folder in what a `DatasetDict` saved, by its name on the hub: train-00000-of-00009.parquet; else empty."""
+    if (folder / "dataset_dict.json").is_file():
+        return file.relative_to(folder).parts[0]
+    named = re.fullmatch(r"(.+)-[0-9]+-of-[0-9]+(-[0-9a-f]+)?[.](parquet|arrow)", file.name)
+    return named[1] if named else ""
 
 
 def _head(location: str) -> tuple[list[str], list[int]]:

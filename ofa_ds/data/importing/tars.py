@@ -28,6 +28,11 @@ COLUMNS = {
 MAX_MEMBER_BYTES = 1 << 28
 """Largest member that is read."""
 
+MAX_HEADER_BYTES = 1 << 20
+"""Most that may be read to reach a member: long names and other headers have sizes of their own, which may lie."""
+
+MAX_NAME_CHARACTERS = 4096
+
 _BUFFER_BYTES = 1 << 20
 
 
@@ -97,22 +102,48 @@ def groups(location: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         if end.lower() in members:
             raise SourceError(f"{location}: member {name}: the record {mine} has two of .{end}")
         members[end.lower()] = data
+        if sum(map(len, members.values())) > MAX_MEMBER_BYTES:
+            raise SourceError(f"{location}: member {name}: the record {mine} has more than {MAX_MEMBER_BYTES} bytes")
     if members:
         yield key, members
 
 
+class _Bounded:
+    """A stream that gives no more than it is allowed to: `tarfile` holds a header of any size in memory."""
+
+    def __init__(self, file: BinaryIO, location: str) -> None:
+        self._file, self._location = file, location
+        self.allow(0)
+
+    def allow(self, num_bytes: int) -> None:
+        """From here on; a header may follow."""
+        self._left = num_bytes + MAX_HEADER_BYTES
+
+    def read(self, num_bytes: int) -> bytes:
+        data = self._file.read(num_bytes)
+        self._left -= len(data)
+        if self._left < 0:
+            raise SourceError(f"{self._location}: headers of a member have more than {MAX_HEADER_BYTES} bytes")
+        return data
+
+
 def _members(location: str) -> Iterator[tuple[str, bytes]]:
     try:
-        with _opened(location) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+        with _opened(location) as raw, tarfile.open(fileobj=(file := _Bounded(raw, location)), mode="r|") as tar:
             for member in tar:
+                file.allow(0)
                 if member.isdir():
                     continue
                 _check(location, member)
+                file.allow(member.size)
                 content = tar.extractfile(member)
                 data = content.read() if content is not None else b""
                 if len(data) != member.size:
                     raise SourceError(f"{location}: member {member.name}: got {len(data)} of {member.size} bytes")
+                file.allow(0)
                 yield member.name, data
+    except RecursionError as error:
+        raise SourceError(f"{location}: a member has headers without end") from error
     except (tarfile.TarError, EOFError, pa.ArrowException) as error:
         raise SourceError(f"{location}: not a whole tar: {' '.join(str(error).split())}; copy it again") from error
     except OSError as error:
@@ -123,6 +154,8 @@ def _members(location: str) -> Iterator[tuple[str, bytes]]:
 
 def _check(location: str, member: tarfile.TarInfo) -> None:
     name = member.name
+    if len(name) > MAX_NAME_CHARACTERS:
+        raise SourceError(f"{location}: member {name!r:.100}: its name has {len(name)} characters")
     if not member.isreg() or member.issparse():
         raise SourceError(f"{location}: member {name!r:.100}: want plain files, got a link, a device or a sparse file")
     if posixpath.isabs(name) or ".." in name.split("/") or "\x00" in name:
