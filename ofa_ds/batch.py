@@ -130,8 +130,12 @@ class Batch(_Placed):
 
 
 def pack(
-    examples: Sequence[Example], image_sizes: Sequence[tuple[int, int]], patch_size: int, image_bucket_size: int,
-    *, references: bool = False,
+    examples: Sequence[Example],
+    image_sizes: Sequence[tuple[int, int]],
+    patch_size: int,
+    image_bucket_size: int,
+    *,
+    references: bool = False,
 ) -> Batch:
     """The examples of one micro-batch as one `Batch`.
 

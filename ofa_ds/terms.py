@@ -42,3 +42,18 @@ NUM_SPECIAL_IDS = 4
 
 FORMATS = ("deepspeed", "universal", "huggingface", "fairseq", "modelscope")
 """Other programs' checkpoints, in and out. What each is stands in `ofa_ds.convert.formats`."""
+
+SHARD_BYTES, ROWS_PER_SHARD = 512 << 20, 1_000_000
+"""Of one Arrow file of shards where nobody says otherwise: bytes, about; rows, at most."""
+
+IMPORTED = {
+    "caption": "vision_language", "qa": "vision_language", "visual_grounding": "vision_language",
+    "detection": "detection", "text": "text",
+}  # fmt: skip
+"""What rows of foreign data sets may be -> their family."""
+
+ANNOTATIONS = {"coco-captions": "caption", "coco-instances": "detection", "vqa-v2": "qa", "refcoco": "visual_grounding"}
+"""Foreign annotation files beside a folder of pictures -> what their rows are, one of IMPORTED."""
+
+IMPORT_FORMATS = ("webdataset", "parquet", "huggingface", *ANNOTATIONS)
+"""Foreign data sets that become shards. What each is stands in `ofa_ds.data.importing`."""

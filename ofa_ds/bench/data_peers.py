@@ -28,7 +28,7 @@ from ofa_ds.bench.data_records import FAMILY, LISTS, Columns, Records, flat, unf
 from ofa_ds.data.batch_index import write_index
 from ofa_ds.data.columns import SCHEMAS, from_columns
 from ofa_ds.data.manifest import Family, Manifest, Source, fingerprint
-from ofa_ds.data.shard_writer import ShardWriter, chain
+from ofa_ds.data.shard_writer import ShardWriter, chained
 from ofa_ds.data.shards import Shards
 
 SHARD_BYTES = 64 << 20
@@ -99,12 +99,10 @@ def _write_ours(records: Records, folder: Path) -> None:
         inside += 1
     written.append(writer.close())
     write_index(folder, FAMILY, [one.entries for one in written])
-    digest = 0
-    for one in written:
-        digest = chain(digest, one.shard.digest, one.shard.rows)
+    shards = tuple(one.shard for one in written)
     family = Family(
-        rows=len(records), types=kinds, quarantined=0, digest=digest, sources=(Source("made", len(records), 0),),
-        shards=tuple(one.shard for one in written),
+        rows=len(records), types=kinds, quarantined=0, digest=chained(shards),
+        sources=(Source("made", len(records), 0),), shards=shards,
     )  # fmt: skip
     Manifest(families={FAMILY: family}, negatives={}, fingerprint=fingerprint({FAMILY: family}, {})).write(folder)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ofa_ds.cli.parser import Commands, UsageError, command, positive
-from ofa_ds.terms import DOWNSTREAM_TASKS, PRETRAINING_FAMILIES
+from ofa_ds.terms import DOWNSTREAM_TASKS, PRETRAINING_FAMILIES, ROWS_PER_SHARD, SHARD_BYTES
 
 if TYPE_CHECKING:
     from ofa_ds.data.manifest import Manifest
@@ -48,19 +48,28 @@ def add_build(shards: Commands) -> None:
     build.add_argument(
         "--held-out", action="store_true", help="with --task: keep rows whose answer is not among --answers, to judge"
     )
+    add_shard_bytes(build)
     build.add_argument(
-        "--shard-bytes", type=num_bytes, default=512 << 20, metavar="N", help="of one Arrow file, about: 512M, 4G"
+        "--rows-per-shard", type=positive, default=ROWS_PER_SHARD, metavar="N", help="rows of one Arrow file, at most"
     )
-    build.add_argument(
-        "--rows-per-shard", type=positive, default=1_000_000, metavar="N", help="rows of one Arrow file, at most"
-    )
-    build.add_argument(
-        "--work", type=Path, metavar="DIR",
-        help="directory to build in; beside --out where not given, needed where that is remote",
-    )  # fmt: skip
-    build.add_argument("--workers", type=positive, default=2, metavar="N", help="processes that parse and check")
-    build.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help="what a bad line does")
+    add_how(build)
     build.add_argument("--strict", action="store_true", help="a line that looks like a mistake is a bad line")
+
+
+def add_shard_bytes(parser: argparse.ArgumentParser) -> None:
+    about = "of one Arrow file, about: 512M, 4G"
+    parser.add_argument("--shard-bytes", type=num_bytes, default=SHARD_BYTES, metavar="N", help=about)
+
+
+def add_how(parser: argparse.ArgumentParser) -> None:
+    """What all that builds is told alike."""
+    parser.add_argument("--work", type=Path, metavar="DIR", help="with a remote --out: where to build, on a local disk")
+    add_workers(parser)
+    parser.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help="what a bad record does")
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=positive, default=2, metavar="N", help="processes")
 
 
 def num_bytes(given: str) -> int:

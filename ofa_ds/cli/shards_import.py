@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ofa_ds.cli.parser import Commands, command, positive
-from ofa_ds.cli.shards_build import num_bytes, print_manifest
-
-FORMATS = ("webdataset", "parquet", "huggingface", "coco-captions", "coco-instances", "vqa-v2", "refcoco")
-KINDS = ("caption", "qa", "visual_grounding", "detection", "text")
+from ofa_ds.cli.shards_build import add_how, add_shard_bytes, print_manifest
+from ofa_ds.terms import IMPORT_FORMATS, IMPORTED
 
 
 def add_import(shards: Commands) -> None:
@@ -17,13 +14,13 @@ def add_import(shards: Commands) -> None:
         shards, "import", _import, "Turn a foreign data set into shards, every record checked as a TSV line is.",
         example="ofa-ds shards import coco-captions captions_train2017.json --images train2017 --out data/coco",
     )  # fmt: skip
-    parser.add_argument("format", choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
+    parser.add_argument("format", choices=IMPORT_FORMATS, metavar="FORMAT", help=f"one of {', '.join(IMPORT_FORMATS)}")
     parser.add_argument("source", nargs="+", metavar="SOURCE", help="tars, Parquet files or folders, annotation files")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to make, or s3://...")
     parser.add_argument("--images", default="", metavar="DIR", help="folder of the pictures of annotation files")
     parser.add_argument(
-        "--kind", default="", choices=("", *KINDS), metavar="KIND",
-        help=f"what the rows are: {', '.join(KINDS)}; caption where the format does not say",
+        "--kind", default="", choices=("", *IMPORTED), metavar="KIND",
+        help=f"what the rows are: {', '.join(IMPORTED)}; caption where the format does not say",
     )  # fmt: skip
     parser.add_argument(
         "--column", type=_column, action="append", default=[], metavar="FIELD=NAME",
@@ -36,12 +33,8 @@ def add_import(shards: Commands) -> None:
     parser.add_argument(
         "--quality", type=_quality, default=0, metavar="Q", help="write pictures again as JPEG, 1 to 95"
     )
-    parser.add_argument(
-        "--shard-bytes", type=num_bytes, default=512 << 20, metavar="N", help="of one Arrow file, about: 512M, 4G"
-    )
-    parser.add_argument("--work", type=Path, metavar="DIR", help="directory to build in; beside --out where not given")
-    parser.add_argument("--workers", type=positive, default=2, metavar="N", help="processes that read and check")
-    parser.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help="what a bad record does")
+    add_shard_bytes(parser)
+    add_how(parser)
 
 
 def _column(given: str) -> tuple[str, str]:

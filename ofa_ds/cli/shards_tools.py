@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ofa_ds.cli.parser import Commands, UsageError, command, drawing, natural, positive
-from ofa_ds.cli.shards_build import num_bytes
-
-_SHARD_BYTES = 512 << 20
+from ofa_ds.cli.parser import Commands, UsageError, command, drawing, natural
+from ofa_ds.cli.shards_build import add_shard_bytes, add_workers
 
 
 def add_tools(shards: Commands) -> None:
@@ -20,7 +18,7 @@ def add_tools(shards: Commands) -> None:
     verify.add_argument(
         "--no-decode", action="store_true", help="checksums and counts alone, as fast as the disk is read"
     )
-    _workers(verify)
+    add_workers(verify)
     stats = command(
         shards, "stats", _stats, "Say what is in shards: rows, lengths, sizes, boxes, pictures that are there twice.",
         example="ofa-ds shards stats data/shards --vocab data/vocab --png stats.png",
@@ -29,7 +27,7 @@ def add_tools(shards: Commands) -> None:
     stats.add_argument("--vocab", type=Path, metavar="DIR", help="vocabulary, to see how well it covers the texts")
     stats.add_argument("--json", action="store_true", help="print JSON in place of a table")
     stats.add_argument("--png", type=drawing, metavar="FILE", help="draw the distributions here")
-    _workers(stats)
+    add_workers(stats)
     merge = command(
         shards, "merge", _merge, "Put several directories of shards together, one's rows after another's.",
         example="ofa-ds shards merge data/coco data/cc12m --out data/both",
@@ -66,17 +64,11 @@ def here(given: str) -> Path:
     return Path(given)
 
 
-def _workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=positive, default=2, metavar="N", help="processes")
-
-
 def _out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=here, required=True, metavar="DIR", help="directory to make")
     if not parser.prog.endswith(" merge"):
-        parser.add_argument(
-            "--shard-bytes", type=num_bytes, default=_SHARD_BYTES, metavar="N", help="of one Arrow file, about"
-        )
-    _workers(parser)
+        add_shard_bytes(parser)
+    add_workers(parser)
 
 
 def _seed(parser: argparse.ArgumentParser) -> None:

@@ -61,9 +61,7 @@ class Policy:
 
     @property
     def limits(self) -> Limits:
-        return Limits(
-            hang_after_s=self.hang_after_s, start_within_s=self.start_within_s, silence_s=self.silence_s
-        )
+        return Limits(hang_after_s=self.hang_after_s, start_within_s=self.start_within_s, silence_s=self.silence_s)
 
 
 def run(job: Job, policy: Policy, runners: Runners, *, desk: Desk | None = None) -> int:

@@ -234,5 +234,3 @@ def own_addresses(towards: Sequence[str]) -> list[str]:
         for _, _, _, _, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
             found[address[0]] = None
     return list(found) or ["127.0.0.1"]
-
-

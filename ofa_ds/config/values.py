@@ -139,7 +139,7 @@ def first_problem(error: ValidationError, *, without: Iterable[str] = ()) -> str
 
 _WORDS = {
     "missing": "is missing",
-    "tuple_type": "want a list such as [0.9, 0.98] or [\"data\"]",
+    "tuple_type": 'want a list such as [0.9, 0.98] or ["data"]',
     "int_parsing_size": "want a smaller whole number",
     "finite_number": "want a finite number",
 }

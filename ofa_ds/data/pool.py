@@ -6,6 +6,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -75,7 +76,9 @@ def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], workers: in
 def _start_worker(parent: int) -> None:
     """Ctrl-C is the parent's business; a parent that is killed takes its workers with it, before another starts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0 or os.getppid() != parent:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
         os._exit(1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,14 @@ def row_digest(row: Mapping[str, Any]) -> int:
             rest.append((name, value))
     digest.update(repr(rest).encode("utf-8", "surrogatepass"))
     return digest.intdigest()
+
+
+def chained(shards: Iterable[Shard]) -> int:
+    """Digest of the rows of files, one after another."""
+    digest = 0
+    for shard in shards:
+        digest = chain(digest, shard.digest, shard.rows)
+    return digest
 
 
 def chain(before: int, digest: int, rows: int) -> int:

@@ -13,7 +13,7 @@ from ofa_ds.data.manifest import MANIFEST, NEGATIVES, TYPED, Manifest, fingerpri
 from ofa_ds.data.negative_files import checksums, read_negatives
 from ofa_ds.data.pool import run_jobs, serve_if_worker
 from ofa_ds.data.shard_file import ShardFile
-from ofa_ds.data.shard_writer import chain, row_digest
+from ofa_ds.data.shard_writer import chain, chained, row_digest
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.tools.chunks import Chunk, chunks_of
 from ofa_ds.data.tools.row_check import row_problems
@@ -99,10 +99,7 @@ def _digest_problems(path: Path, manifest: Manifest, chunks: Sequence[Chunk], re
 def _manifest_problems(path: Path, manifest: Manifest) -> list[str]:
     problems = []
     for family, part in manifest.families.items():
-        digest = 0
-        for shard in part.shards:
-            digest = chain(digest, shard.digest, shard.rows)
-        if digest != part.digest or part.rows != sum(shard.rows for shard in part.shards):
+        if chained(part.shards) != part.digest or part.rows != sum(shard.rows for shard in part.shards):
             problems.append(f"{path / MANIFEST}: what it says of {family} as a whole is not what it says of its files")
     if fingerprint(manifest.families, manifest.negatives, manifest.answers) != manifest.fingerprint:
         problems.append(f"{path / MANIFEST}: its fingerprint is not that of its rows")

@@ -101,9 +101,7 @@ def load_model(
     model.load_state_dict(weights)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = model.to(dtype_for(precision, device)).to(device)
-    return LoadedModel(
-        model=model.eval(), vocab=words, recipe=recipe, path=str(directory), step=manifest.step
-    )
+    return LoadedModel(model=model.eval(), vocab=words, recipe=recipe, path=str(directory), step=manifest.step)
 
 
 def dtype_for(precision: Precision, device: torch.device) -> torch.dtype:

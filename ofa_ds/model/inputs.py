@@ -33,5 +33,4 @@ class PackedInput(Protocol):
     encoder_of: Tensor
 
     @property
-    def places(self) -> Places:
-        ...
+    def places(self) -> Places: ...

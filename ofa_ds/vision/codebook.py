@@ -5,7 +5,6 @@ Legend: B pictures, E embed_dim, N n_embed, H, W places.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -45,7 +44,7 @@ class GumbelCodebook(nn.Module):
         return self.proj(h_BEHW).argmax(1)
 
     def forward(self, h_BEHW: Tensor, noise_BNHW: Tensor) -> Quantized:
-        """noise_BNHW: `gumbel_noise`. Hard codes, with the gradient of the softmax."""
+        """noise_BNHW: -log of exponential draws. Hard codes, with the gradient of the softmax."""
         logits_BNHW = self.proj(h_BEHW)
         soft_BNHW = ((logits_BNHW + noise_BNHW) / self.temperature).softmax(1)
         codes_BHW = soft_BNHW.argmax(1)
@@ -55,12 +54,6 @@ class GumbelCodebook(nn.Module):
         p_BNHW = logits_BNHW.softmax(1)
         kl = (p_BNHW * (p_BNHW * self.embed.num_embeddings + 1e-10).log()).sum(1).mean()
         return Quantized(vectors_BEHW, self.kl_weight * kl, codes_BHW)
-
-
-def gumbel_noise(like: Tensor, n_embed: int, generator: torch.Generator) -> Tensor:
-    """[B, N, H, W]: -log of exponential draws. like: [B, E, H, W] of the device and dtype wanted."""
-    shape = (like.shape[0], n_embed, *like.shape[2:])
-    return -torch.empty(shape, dtype=like.dtype, device=like.device).exponential_(generator=generator).log()
 
 
 class NearestCodebook(nn.Module):
@@ -92,9 +85,3 @@ class NearestCodebook(nn.Module):
         weights = (1.0, COMMITMENT) if self.legacy else (COMMITMENT, 1.0)
         loss = weights[0] * commitment + weights[1] * codebook
         return Quantized(h_BEHW + (e_BEHW - h_BEHW).detach(), loss, codes_BHW)
-
-
-def temperature_at(step: int, *, start: float = 0.9, end: float = 1e-6, steps: int = 1_000_001) -> float:
-    """Of the Gumbel draw at a training step: a cosine from `start` to `end`, the released model's schedule."""
-    done = min(max(step, 0), steps) / steps
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))

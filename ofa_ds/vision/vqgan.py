@@ -46,7 +46,7 @@ class Vqgan(nn.Module):
     def forward(self, image_B3HW: Tensor, noise_BNhw: Tensor | None = None) -> tuple[Tensor, Quantized]:
         """(pictures painted again, what the codebook made of them), with gradients.
 
-        noise_BNhw: of a Gumbel codebook, `codebook.gumbel_noise`.
+        noise_BNhw: of a Gumbel codebook, see there.
         """
         quantized = self.quantize(self.quant_conv(self.encoder(image_B3HW)), noise_BNhw)
         return self._paint(quantized.vectors), quantized

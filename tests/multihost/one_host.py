@@ -66,7 +66,7 @@ class Host:
         # Logins here read no ~/.bashrc of whoever runs the tests: a lock that it takes would outlive a killed login.
         script = (
             'hostname "$1"; mount -t tmpfs tmpfs /dev/shm; mount --bind "$2/etc_hosts" /etc/hosts; '
-            '[ ! -e ~/.bashrc ] || mount --bind /dev/null ~/.bashrc; '
+            "[ ! -e ~/.bashrc ] || mount --bind /dev/null ~/.bashrc; "
             '"$3" -D -e -f "$2/sshd_$4" & sleep infinity & wait'  # bash takes in orphans, as a host's init does
         )
         own = ["setpriv", "--pdeathsig", "KILL", "unshare", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]

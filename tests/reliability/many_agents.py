@@ -1,6 +1,6 @@
 """As many agents as there are ranks, in one process: what Slurm starts on hundreds of hosts, as the parent sees it.
 
-    python many_agents.py NUM_RANKS       OFA_AGENT says where to
+python many_agents.py NUM_RANKS       OFA_AGENT says where to
 """
 
 from __future__ import annotations

@@ -143,8 +143,10 @@ class Cases:
                 with contextlib.redirect_stderr(io.StringIO()):
                     other = take(run_dir, beat_s=0.01, limit_s=0.01)
                 before = names(run_dir)
-                save = saver.finish if in_background else lambda lease=lease: checkpoint.save(
-                    self.engine, run_dir, 3, extra={}, keep=1, lease=lease
+                save = (
+                    saver.finish
+                    if in_background
+                    else lambda lease=lease: checkpoint.save(self.engine, run_dir, 3, extra={}, keep=1, lease=lease)
                 )
                 found = told(save)
                 saver.close()

@@ -113,18 +113,14 @@ def test_the_command_counts_the_captions_of_one_picture_together_in_either_stage
     assert of_shards(Shards(two)) == read_document_frequency(tmp_path / "one.json")
 
 
-def test_shards_of_another_task_have_no_captions_to_count(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shards_of_another_task_have_no_captions_to_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.tsv").write_text("an article\tits headline\n")
     assert main(["shards", "build", "--task", "gigaword", "--out", str(tmp_path / "a"), str(tmp_path / "a.tsv")]) == 0
     assert main(["shards", "frequencies", str(tmp_path / "a"), "--out", str(tmp_path / "out.json")]) == 1
     assert "a: want rows of captions, got rows of gigaword" in capsys.readouterr().err
 
 
-def test_shards_of_one_picture_have_no_document_frequencies(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shards_of_one_picture_have_no_document_frequencies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards = shards_of(tmp_path, [("7", "a cat"), ("7", "the cat")])
     assert main(["shards", "frequencies", str(shards), "--out", str(tmp_path / "out.json")]) == 1
     assert "has the captions of 1 pictures; document frequencies need two or more" in capsys.readouterr().err

@@ -183,9 +183,7 @@ def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
 def test_output_to_a_full_disk_is_an_error_of_the_command() -> None:
     ended = shell("$PY -m ofa_ds.cli --help >/dev/full")
     assert ended.returncode == 1
-    assert (
-        ended.stderr.startswith("ofa-ds: No space left on device") and ended.stderr.count("\n") == 1
-    )
+    assert ended.stderr.startswith("ofa-ds: No space left on device") and ended.stderr.count("\n") == 1
 
 
 def test_another_broken_pipe_is_no_reader_gone(fail) -> None:

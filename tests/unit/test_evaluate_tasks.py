@@ -221,9 +221,7 @@ def test_a_shuffled_picture_is_of_another_picture_even_where_rows_share_one(
     assert blinded([dataclasses.replace(each, image_id="one") for each in asked], "shuffled") is None
 
 
-def test_rows_that_do_not_say_what_is_right_are_not_judged(
-    learned: LoadedModel, folder: Path, tmp_path: Path
-) -> None:
+def test_rows_that_do_not_say_what_is_right_are_not_judged(learned: LoadedModel, folder: Path, tmp_path: Path) -> None:
     file = write_task_scenes(tmp_path, "snli_ve", 4, seed=3)
     build_task_shards(tmp_path / "shards", "snli_ve", [file], references=False, workers=1)
     with pytest.raises(ValueError, match=r"row id '.*' and 3 more of 4 do not say what is right.*ofa-ds predict"):

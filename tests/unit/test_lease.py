@@ -145,7 +145,8 @@ def test_the_clock_of_another_host_is_not_believed(tmp_path, skew_s):
     thread.join()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": "a"}', '{"host":1,"pid":"x","start":1,"since":1,"run":1}']
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"host": "a"}', '{"host":1,"pid":"x","start":1,"since":1,"run":1}']
 )
 def test_a_lease_that_cannot_be_understood_is_judged_by_its_age_alone(tmp_path, content):
     (tmp_path / ".lease_00000009").write_text(content)
@@ -232,9 +233,7 @@ def test_of_eight_that_ask_again_and_again_at_once_one_at_a_time_gets_it(tmp_pat
     directory, inside = tmp_path / "run", tmp_path / "inside"
     program = RACER if links else f"import os\ndef no(*_): raise OSError(95, 'no links here')\nos.link = no\n{RACER}"
     command = [sys.executable, "-c", program, str(directory), str(time.time() + 1), str(inside)]
-    racers = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(8)
-    ]
+    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(8)]
     outputs = [racer.communicate(timeout=60) for racer in racers]
     assert {racer.returncode for racer in racers} <= {0, 7}, outputs  # 9: two were inside
     numbers = [int(name[7:15]) for name in os.listdir(directory) if leases._NAME.fullmatch(name)]

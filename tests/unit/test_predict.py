@@ -221,9 +221,7 @@ def test_what_is_damaged_of_a_part_is_named_and_the_result_is_not_written(
     assert not out.exists()
 
 
-def test_rows_that_are_cut_are_counted_aloud(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_that_are_cut_are_counted_aloud(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.tsv").write_text(f"x\t{'word ' * 500}\t1\nx\ta sentence\t0\n")
     build_task_shards(tmp_path / "a", "cola", [tmp_path / "a.tsv"], workers=1)
     model = task_models.model_of(folder, "cola")
@@ -297,9 +295,7 @@ print(predict(load_model(sys.argv[2], "cpu"), Shards(sys.argv[3]), "caption", Pa
 """
 
 
-def test_a_run_that_is_killed_goes_on_where_it_was(
-    folder: Path, shards: dict[str, Shards], tmp_path: Path
-) -> None:
+def test_a_run_that_is_killed_goes_on_where_it_was(folder: Path, shards: dict[str, Shards], tmp_path: Path) -> None:
     model = task_models.model_of(folder, "caption")
     checkpoint = task_models.saved(model, tmp_path / "caption")
     out, whole = tmp_path / "caption.json", tmp_path / "whole.json"

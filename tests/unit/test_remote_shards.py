@@ -61,14 +61,17 @@ def test_building_into_a_bucket_is_building_here(local: Path, bucket: str, tmp_p
         assert found == path.read_bytes(), path.name
     with pytest.raises(ValueError, match="shards are there already"):
         build_shards(f"{bucket}/built", **remote, work=tmp_path / "work")
-    with pytest.raises(ValueError, match="want --work DIR"):
+    with pytest.raises(ValueError, match="--work.*want one"):
         build_shards(f"{bucket}/other", **remote)
+    with pytest.raises(ValueError, match="--work.*want none"):
+        build_shards(str(tmp_path / "other"), **remote, work=tmp_path / "work")
 
 
 def test_the_command_line_builds_and_reads_and_names_what_is_not_there(bucket: str, tmp_path: Path, capsys) -> None:
     (path := tmp_path / "a.tsv").write_text("1\tone\n2\ttwo\n")
     build = ["shards", "build", "--out", f"{bucket}/x", "--work", str(tmp_path / "w"), "--text", str(path)]
-    assert main(build) == 0 and not (tmp_path / "w").exists()
+    (tmp_path / "w" / "mine").mkdir(parents=True)
+    assert main(build) == 0 and list((tmp_path / "w").iterdir()) == [tmp_path / "w" / "mine"], "a user's own is kept"
     assert main(["vocab", "train", "--shards", f"{bucket}/x", "--size", "260", "--out", str(tmp_path / "v")]) == 0
     capsys.readouterr()
     assert main(["vocab", "train", "--shards", f"{bucket}/y", "--size", "260", "--out", str(tmp_path / "w")]) != 0

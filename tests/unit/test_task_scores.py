@@ -74,7 +74,7 @@ def test_no_answers_have_no_score() -> None:
 def test_words_are_those_of_cocos_own_evaluation() -> None:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    texts = ["A man's dog isn't here, is it?", "", "(two) cats -- \"both\" black...", "café  at 5:30", "can't\ncannot"]
+    texts = ["A man's dog isn't here, is it?", "", '(two) cats -- "both" black...', "café  at 5:30", "can't\ncannot"]
     found = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
     assert caption_scores.coco_split(texts) == [found[i][0] for i in range(len(texts))]
 

@@ -174,9 +174,7 @@ BUSY = 'Current thread 0x7f (most recent call first):\n  File "/x/ofa_ds/data/sh
     ],
     ids=["stopped", "behind", "elsewhere", "mute", "behind and elsewhere", "the gone one is not asked", "alike"],
 )
-def test_the_culprit_is_who_keeps_the_others_waiting(
-    rows: list[RankView], stacks: dict[int, str], named: int
-) -> None:
+def test_the_culprit_is_who_keeps_the_others_waiting(rows: list[RankView], stacks: dict[int, str], named: int) -> None:
     assert culprit(rows, stacks)[0].rank == named
 
 

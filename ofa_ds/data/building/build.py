@@ -35,15 +35,13 @@ from ofa_ds.data.manifest import MANIFEST, Family, Manifest, Source, fingerprint
 from ofa_ds.data.negative_files import derive_negatives, read_negatives, write_negatives
 from ofa_ds.data.negative_texts import NegativeTexts
 from ofa_ds.data.pool import run_jobs, serve_if_worker
-from ofa_ds.data.shard_writer import chain
+from ofa_ds.data.shard_writer import chained
 from ofa_ds.data.tsv import TYPES
 from ofa_ds.progress import Progress
 from ofa_ds.storage import file_systems
 from ofa_ds.storage.atomic import sync_tree
-from ofa_ds.terms import FAMILIES
+from ofa_ds.terms import FAMILIES, ROWS_PER_SHARD, SHARD_BYTES
 
-ROWS_PER_SHARD = 1_000_000
-SHARD_BYTES = 512 << 20
 LINE_BYTES = 4 / 3
 """Of a TSV file for a byte of a shard: base64 takes a third more than what it stands for."""
 
@@ -310,7 +308,7 @@ def _family(family: str, mine: Sequence[tuple[Job, Built]], own_ids: bool | None
     shards = [written.shard for _, done in mine for written in done.shards]
     counts: dict[str, list[int]] = {}
     names: dict[str, str] = {}
-    digest, types, records = 0, Counter[str](), 0
+    types, records = Counter[str](), 0
     for job, done in mine:
         types += done.types
         for file, part in zip(job.piece.files, done.parts, strict=True):
@@ -323,8 +321,6 @@ def _family(family: str, mine: Sequence[tuple[Job, Built]], own_ids: bool | None
         first = mine[0][0].piece.files[0].location
         way = "use --on-error stop to see what is wrong"
         raise ValueError(f"{first}: none of {records} {family} lines is good; {way}")
-    for shard in shards:
-        digest = chain(digest, shard.digest, shard.rows)
     return Family(
         rows=sum(shard.rows for shard in shards),
         types={kind: types[kind] for kind in (*TYPES, *types) if types[kind]},
@@ -332,7 +328,7 @@ def _family(family: str, mine: Sequence[tuple[Job, Built]], own_ids: bool | None
         warnings=sum(warnings for _, _, warnings in counts.values()),
         unanswered=sum(done.unanswered for _, done in mine),
         unlisted=sum(done.unlisted for _, done in mine),
-        digest=digest,
+        digest=chained(shards),
         own_ids=own_ids,
         sources=tuple(Source(names[location], *numbers) for location, numbers in counts.items()),
         shards=tuple(shards),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import xxhash
 
 from ofa_ds.storage import file_systems
 from ofa_ds.storage.atomic import sync
@@ -25,14 +28,18 @@ PLAN = "plan"
 
 @contextmanager
 def work_directory(out: str, given: Path | None) -> Iterator[Path]:
-    """A hidden directory beside `out` (or `given`), in which an earlier try may have left what it had done.
+    """A hidden directory beside `out`, in which an earlier try may have left what it had done.
 
-    It stays where the block fails, if something is done in it. Raises ValueError where another process builds there.
+    given: where it is, of a remote `out`. It stays where the block fails, if something is done in it. Raises ValueError
+    where another process builds there.
     """
-    if given is None and file_systems.is_remote(out):
-        raise ValueError(f"--out {out}: want --work DIR beside it, on a disk that all who build share")
+    if file_systems.is_remote(out) != (given is not None):
+        way = "want none, it is built beside it" if given else "want one, on a disk that all who build share"
+        raise ValueError(f"--work, with --out {out}: {way}")
     target = file_systems.local_path(out)
-    work = given if given is not None else target.with_name(f"{BUILDING}{target.name}")
+    work = target.with_name(f"{BUILDING}{target.name}")
+    if given is not None:  # a directory of the user's, who may have other things in it
+        work = given / f"{BUILDING}{xxhash.xxh3_64_hexdigest(out.encode())}"
     work.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -75,6 +82,8 @@ def place(work: Path, target: Path) -> None:
     try:
         os.rename(work, target)
     except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
         raise ValueError(f"{target}: appeared meanwhile; what was built is in {work}") from error
     sync(target.parent)
     shutil.rmtree(target / JOURNAL)

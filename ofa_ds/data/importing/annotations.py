@@ -20,6 +20,7 @@ from ofa_ds.storage import file_systems
 
 MAX_JSON_BYTES = 1 << 31
 MAX_PICTURE_BYTES = 1 << 28
+PIECE_ROWS = 5_000
 
 Table = Mapping[str, Any]
 Identity = (int, str)
@@ -78,18 +79,15 @@ class ItemsPiece:
         )  # fmt: skip
 
 
-def pieces_of(
-    read: Callable[[Sequence[Any], Sequence[str]], Iterator[dict[str, Any]]], locations: Sequence[str], images: str,
-    into: Into, journal: Path, piece_rows: int = 5_000,
-) -> list[ItemsPiece]:  # fmt: skip
-    """read: one of FORMATS. journal: directory for the list of items."""
+def pieces_of(form: str, locations: Sequence[str], images: str, into: Into, journal: Path) -> list[ItemsPiece]:
+    """form: one of READERS. journal: directory for the list of items."""
     sources = tuple(source_file(location) for location in locations)
     tables = [_json(location) for location in locations]
     path = journal / f"{ITEMS}.jsonl"
     cuts = [0]
     with path.open("wb") as file:
-        for number, item in enumerate(read(tables, locations)):
-            if number and number % piece_rows == 0:
+        for number, item in enumerate(READERS[form](tables, locations)):
+            if number and number % PIECE_ROWS == 0:
                 cuts.append(file.tell())
             file.write(json.dumps(item, sort_keys=True).encode() + b"\n")
         cuts.append(file.tell())
@@ -260,10 +258,7 @@ def refcoco(tables: Sequence[Any], locations: Sequence[str]) -> Iterator[dict[st
             yield row | {"box": _box(each, instances_at, place)} | _size(image)
 
 
-FORMATS: dict[str, tuple[str, Callable[[Sequence[Any], Sequence[str]], Iterator[dict[str, Any]]]]] = {
-    "coco-captions": ("caption", coco_captions),
-    "coco-instances": ("detection", coco_instances),
-    "vqa-v2": ("qa", vqa_v2),
-    "refcoco": ("visual_grounding", refcoco),
-}
-"""Name -> what its rows are, and its reader."""
+READERS: dict[str, Callable[[Sequence[Any], Sequence[str]], Iterator[dict[str, Any]]]] = {
+    "coco-captions": coco_captions, "coco-instances": coco_instances, "vqa-v2": vqa_v2, "refcoco": refcoco,
+}  # fmt: skip
+"""Of each of terms.ANNOTATIONS."""

@@ -9,12 +9,11 @@ from ofa_ds.data.building.build import How, build_pieces
 from ofa_ds.data.building.source import Piece, SourceError, source_file
 from ofa_ds.data.building.work import JOURNAL
 from ofa_ds.data.importing import annotations, tables, tars
-from ofa_ds.data.importing.item import KINDS, Into, Shrink
+from ofa_ds.data.importing.item import Into, Shrink
 from ofa_ds.data.manifest import Manifest
 from ofa_ds.data.pool import serve_if_worker
 from ofa_ds.storage import file_systems
-
-FORMATS = ("webdataset", "parquet", "huggingface", *annotations.FORMATS)
+from ofa_ds.terms import ANNOTATIONS, IMPORT_FORMATS, IMPORTED
 
 TABLES = {"webdataset": tars.COLUMNS, "parquet": tables.COLUMNS, "huggingface": tables.COLUMNS}
 """Where each field is looked for, of formats that say nothing about it themselves."""
@@ -24,34 +23,32 @@ def import_shards(
     out: str, form: str, sources: Sequence[str], *, kind: str = "", images: str = "",
     columns: Mapping[str, str] | None = None, shrink: Shrink | None = None, dataset: str = "", how: How | None = None,
 ) -> Manifest:  # fmt: skip
-    """Turn `sources` of a format of FORMATS into shards.
+    """Turn `sources` of a format of IMPORT_FORMATS into shards.
 
-    kind: what its rows are (`item.KINDS`); caption where a format does not say. images: folder of the pictures of
+    kind: what its rows are (terms.IMPORTED); caption where a format does not say. images: folder of the pictures of
     annotation files. columns: field -> where it is, in place of TABLES' own. Raises ValueError, OSError as
     `build_shards`.
     """
     serve_if_worker()
-    if form not in FORMATS:
-        raise ValueError(f"want one of {', '.join(FORMATS)}, got {form!r}")
-    own = annotations.FORMATS.get(form, ("caption", None))[0]
-    if kind and form in annotations.FORMATS and kind != own:
+    if form not in IMPORT_FORMATS:
+        raise ValueError(f"want one of {', '.join(IMPORT_FORMATS)}, got {form!r}")
+    own = ANNOTATIONS.get(form, "caption")
+    if kind and form in ANNOTATIONS and kind != own:
         raise ValueError(f"--kind {kind}: rows of {form} are {own}")
-    if (kind or own) not in KINDS:
-        raise ValueError(f"--kind: want one of {', '.join(KINDS)}, got {kind!r}")
-    if (form in annotations.FORMATS) != bool(images):
-        raise ValueError(
-            f"{form}: {'want --images DIR, the folder of its pictures' if not images else 'has no --images'}"
-        )
+    if (kind or own) not in IMPORTED:
+        raise ValueError(f"--kind: want one of {', '.join(IMPORTED)}, got {kind!r}")
+    if (form in ANNOTATIONS) != bool(images):
+        way = "has no --images" if images else "want --images DIR, the folder of its pictures"
+        raise ValueError(f"{form}: {way}")
     into = Into(kind=kind or own, dataset=dataset or form, shrink=shrink or Shrink())
     locations = file_systems.expand(sources)
     found = _columns(form, columns or {})
 
     def pieces(work: Path, _: str) -> dict[str, list[Piece]]:
-        if form in annotations.FORMATS:
-            read = annotations.FORMATS[form][1]
-            return {into.family: [*annotations.pieces_of(read, locations, images, into, work / JOURNAL)]}
+        if form in ANNOTATIONS:
+            return {into.family: [*annotations.pieces_of(form, locations, images, into, work / JOURNAL)]}
         if form == "webdataset":
-            return {into.family: [tars.TarPiece(source_file(location), into, found) for location in locations]}
+            return {into.family: [tars.TarPiece(source_file(each), into, found) for each in locations]}
         return {into.family: [*tables.pieces_of(locations, into, found)]}
 
     return build_pieces(str(out), pieces, how or How())

@@ -14,12 +14,7 @@ from ofa_ds.data.building.source import Row
 from ofa_ds.data.image import decode
 from ofa_ds.data.picture import check_image, orientation
 from ofa_ds.data.tsv import checked_row
-
-KINDS = {
-    "caption": "vision_language", "qa": "vision_language", "visual_grounding": "vision_language",
-    "detection": "detection", "text": "text",
-}  # fmt: skip
-"""What rows may be -> their family."""
+from ofa_ds.terms import IMPORTED
 
 Box = tuple[float, float, float, float]
 
@@ -79,14 +74,14 @@ class Into:
     """What items become."""
 
     kind: str
-    """One of KINDS."""
+    """One of IMPORTED."""
     dataset: str = ""
     """Name in the dataset column."""
     shrink: Shrink = field(default_factory=Shrink)
 
     @property
     def family(self) -> str:
-        return KINDS[self.kind]
+        return IMPORTED[self.kind]
 
     def row(self, item: Item) -> Row:
         """Raises ValueError "column: reason"."""
@@ -109,19 +104,18 @@ class Into:
         if self.family == "detection":
             if not item.objects:
                 raise ValueError("label: the picture has no object")
-            return {"uniq_id": item.id, "label": joined("label", [_labelled(each, scale) for each in item.objects])}
+            return {"uniq_id": item.id, "label": "&&".join(_labelled(each, scale) for each in item.objects)}
         refs = ""
         if self.kind == "qa":
-            refs = joined(
-                "answers", [f"{confidence!r}|!+{plain('answers', text)}" for text, confidence in item.answers]
-            )
+            refs = "&&".join(f"{share!r}|!+{plain('answers', text)}" for text, share in item.answers)
         elif self.kind == "visual_grounding":
             if item.box is None:
                 raise ValueError("box: is missing")
             refs = ",".join(map(repr, scaled(item.box, scale)))
         return {
             "uniq_id": item.id, "caption": item.caption, "question": item.question, "refs": refs,
-            "gt_objects": joined("objects", list(item.names)), "dataset_name": self.dataset, "type": self.kind,
+            "gt_objects": "&&".join(plain("objects", name) for name in item.names), "dataset_name": self.dataset,
+            "type": self.kind,
         }  # fmt: skip
 
 
@@ -145,10 +139,6 @@ def plain(column: str, text: str) -> str:
         if mark in text:
             raise ValueError(f"{column}: {mark!r} is in {text[:60]!r}, which separates texts here")
     return text
-
-
-def joined(column: str, texts: Sequence[str]) -> str:
-    return "&&".join(text if "|!+" in text or column == "label" else plain(column, text) for text in texts)
 
 
 def xywh(box: Sequence[Any]) -> Box:

@@ -17,7 +17,7 @@ from ofa_ds.data.negative_files import read_negatives, write_texts
 from ofa_ds.data.negative_texts import MAX_DERIVED
 from ofa_ds.data.pool import run_jobs
 from ofa_ds.data.shard_file import ShardFiles
-from ofa_ds.data.shard_writer import Written, chain
+from ofa_ds.data.shard_writer import Written, chained
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_verify import need_checksums
 from ofa_ds.data.tools.rewrite import need_one_process, need_space
@@ -91,16 +91,13 @@ def _family(sources: Sequence[Shards], family: str, written: Sequence[Written]) 
     shards = tuple(each.shard for each in written)
     own_ids = {part.own_ids for part in parts}
     types: Counter[str] = Counter()
-    digest = 0
     for part in parts:
         types.update(part.types)
-    for shard in shards:
-        digest = chain(digest, shard.digest, shard.rows)
     return Family(
         rows=sum(part.rows for part in parts),
         types=dict(types),
         quarantined=sum(part.quarantined for part in parts),
-        digest=digest,
+        digest=chained(shards),
         sources=tuple(source for part in parts for source in part.sources),
         shards=shards,
         warnings=sum(part.warnings for part in parts),

@@ -17,13 +17,12 @@ from ofa_ds.data import answer_list, task_rows
 from ofa_ds.data.batch_index import write_index
 from ofa_ds.data.manifest import NEGATIVES, Family, Manifest, Source, fingerprint
 from ofa_ds.data.pool import mpi_size, run_jobs
-from ofa_ds.data.shard_writer import ShardWriter, Written, chain
+from ofa_ds.data.shard_writer import ShardWriter, Written, chained
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.tsv import TYPES
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import check_space, sync_tree
 
-SHARD_BYTES = 512 << 20
 BLOCK = 1 << 16
 """Row numbers that are made at a time."""
 
@@ -161,16 +160,13 @@ def finish(folder: Path, source: Shards, made: Mapping[str, Sequence[FileMade]])
 def _family(source: Shards, family: str, made: Sequence[FileMade]) -> Family:
     shards = tuple(done.written.shard for done in made)
     types = sum((done.types for done in made), Counter())
-    digest = 0
-    for shard in shards:
-        digest = chain(digest, shard.digest, shard.rows)
     rows = sum(shard.rows for shard in shards)
     own_ids = source.manifest.families[family].own_ids
     return Family(
         rows=rows,
         types={kind: types[kind] for kind in (*TYPES, *types) if types[kind]},
         quarantined=0,
-        digest=digest,
+        digest=chained(shards),
         sources=(Source(source.path.resolve().name, rows, 0),),
         shards=shards,
         unanswered=sum(done.unanswered for done in made),

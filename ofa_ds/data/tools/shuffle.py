@@ -14,7 +14,7 @@ from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_verify import need_checksums
 from ofa_ds.data.tools import rewrite
 from ofa_ds.storage.atomic import new_directory, refuse_inside
-from ofa_ds.terms import FAMILIES
+from ofa_ds.terms import FAMILIES, SHARD_BYTES
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Shuffled:
 
 
 def shuffle_shards(
-    path: Path, out: Path, *, seed: int = 1, shard_bytes: int = rewrite.SHARD_BYTES, workers: int = 2
+    path: Path, out: Path, *, seed: int = 1, shard_bytes: int = SHARD_BYTES, workers: int = 2
 ) -> Manifest:
     """Write the rows of shards, each once, in a random order to `out`, which must not be there yet.
 

@@ -22,7 +22,7 @@ from ofa_ds.data.tools import rewrite
 from ofa_ds.data.tools.chunks import Chunk, chunks_of
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import new_directory, refuse_inside
-from ofa_ds.terms import FAMILIES
+from ofa_ds.terms import FAMILIES, SHARD_BYTES
 
 MAX_PARTS = 255
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -73,7 +73,7 @@ def _share(name: str, text: str, by_image: bool) -> Share:
 
 def split_shards(
     path: Path, out: Path, shares: Sequence[Share], *, seed: int = 1, by_image: bool = False,
-    shard_bytes: int = rewrite.SHARD_BYTES, workers: int = 2,
+    shard_bytes: int = SHARD_BYTES, workers: int = 2,
 ) -> dict[str, Manifest]:  # fmt: skip
     """Write a directory of shards for each part into `out`, which must not be there yet. -> its manifest by name.
 
