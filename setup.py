@@ -54,6 +54,7 @@ setup(
             "hypothesis>=6.100",
             "moto[s3]>=5",  # an S3 service on this machine
             "mpi4py>=4",
+            "open_clip_torch>=3",
             "opencv-python-headless>=4.9",  # the original's image operations, to compare with
             "psutil>=5.9",
             "pycocoevalcap>=1.2",
@@ -61,10 +62,15 @@ setup(
             "pytest-xdist>=3.6",  # tests/run.sh runs several at once
             "rouge-score>=0.1.2",
             "ruff>=0.5",
+            "torch-fidelity>=0.3",
             "triton>=3.2",  # its interpreter and its compiler need no GPU
         ],
         "eval": ["pycocoevalcap>=1.2", "rouge-score>=0.1.2"],  # scores of captions and summaries in `ofa-ds evaluate`
         "gpu": ["triton>=3.2"],  # comes with torch's CUDA builds
+        "images": [
+            "open_clip_torch>=3",
+            "torch-fidelity>=0.3",
+        ],  # CLIP to choose and judge painted pictures; FID and IS
         "mpi": ["mpi4py>=4"],  # `ofa-ds shards build` over many hosts; finds rank 0 under mpirun
     },
 )

@@ -41,7 +41,7 @@ TOO_LONG = {
     r"(bash tests/run\.sh|(TRITON_INTERPRET=0 )?python -m pytest)": "the tests themselves",
     r"deepspeed ": "as many ranks as there are GPUs",
     r"ofa-ds plan .*--calibration": "of the command before it",
-    r"(?!ofa-ds plan).*\b(pretrain-(tiny|base|6b)|scenes-long|finetune-\w+-(tiny|medium|base|large|huge))\b": "hours, or data that is not here",
+    r"(?!ofa-ds plan).*\b(pretrain-(tiny|base|6b)|scenes-long|finetune-\w+-(tiny|medium|base|large|huge))\b": "hours",
     r"ofa-ds [a-z]+ ofa-large": "released weights, which are not here",
     r"torchrun .*ofa_ds\.predict": "ranks; tests/distributed predicts on two",
     r"torchrun .*ofa_ds\.finetune ": "minutes",
