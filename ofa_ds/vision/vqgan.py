@@ -28,12 +28,18 @@ class Vqgan(nn.Module):
 
     @torch.no_grad()
     def encode(self, image_B3HW: Tensor) -> Tensor:
-        """Pictures in [-1, 1] -> codes int64 [B, h, w]. Raises ValueError for sides that hold no whole codes."""
+        """Pictures in [-1, 1] -> codes int64 [B, h, w], as many as are whole.
+
+        Raises ValueError for sides of less than one code, and where the encoder gives what is not finite.
+        """
         side = self.config.pixels_per_code
         height, width = image_B3HW.shape[2:]
-        if height < side or width < side or height % side or width % side:
-            raise ValueError(f"want sides that are multiples of {side} pixels, one code's, got {width} x {height}")
-        return self.quantize.codes(self.quant_conv(self.encoder(image_B3HW)))
+        if min(height, width) < side:
+            raise ValueError(f"want sides of at least {side} pixels, one code's, got {width} x {height}")
+        h_BEHW = self.quant_conv(self.encoder(image_B3HW))
+        if not torch.isfinite(h_BEHW).all():
+            raise ValueError("the encoder's vectors are not all finite; are the weights damaged?")
+        return self.quantize.codes(h_BEHW)
 
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""Pictures to image codes and back, as tables of rows want them: uint8 in and out, any sizes, no gradients."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ofa_ds.data.picture import MAX_ASPECT
+from ofa_ds.vision.files import load_vqgan
+from ofa_ds.vision.pixels import to_input, to_picture
+from ofa_ds.vision.vqgan import Vqgan
+
+GPU_BATCH = 16
+"""Pictures of a batch on a GPU, always: another number might choose another algorithm, whose rounding is another."""
+
+
+class Coder:
+    """What a picture becomes depends on it and the device alone, not on those that come with it.
+
+    On a CPU each is a batch of its own, which is no slower there; on a GPU batches are filled up to GPU_BATCH.
+    """
+
+    def __init__(self, model: Vqgan, code_image_size: int) -> None:
+        """code_image_size: shorter side in pixels that pictures are brought to. Raises ValueError where none fits."""
+        self.pixels_per_code = model.config.pixels_per_code
+        """Side of the square that one code stands for."""
+        if code_image_size < 1 or code_image_size % self.pixels_per_code:
+            raise ValueError(
+                f"code_image_size: want a multiple of {self.pixels_per_code} pixels, one code's of this VQGAN, "
+                f"got {code_image_size}"
+            )
+        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.code_image_size = code_image_size
+        self.num_codes = model.config.n_embed
+        """Of the codebook: codes are 0 ... num_codes - 1."""
+        self.side = code_image_size // self.pixels_per_code
+        """Codes along the shorter side of a picture; a square one has side x side of them."""
+        self.device = next(model.parameters()).device
+
+    def encode(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """uint8 RGB [H, W, 3] each -> codes int64 [h, w] each, shorter of them `side`; nothing is cropped.
+
+        Raises ValueError "picture N: ..." (from 0) for one that is smaller than a code, or of another kind or form.
+        """
+        for k, image in enumerate(images):
+            self._check_picture(k, image)
+        inputs = [to_input(image, self.code_image_size) for image in images]
+        return [codes.numpy() for codes in self._by_batches(inputs, self._encode)]
+
+    def paint(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Codes [h, w], or [side * side] of a square picture -> uint8 [H, W, 3] each.
+
+        Raises ValueError "codes N: ..." (from 0) for a wrong number of them and for one outside the codebook.
+        """
+        inputs = [torch.from_numpy(self._grid(k, each)) for k, each in enumerate(codes)]
+        return [to_picture(picture) for picture in self._by_batches(inputs, self.model.decode)]
+
+    def _encode(self, image_B3HW: Tensor) -> Tensor:
+        return self.model.encode(image_B3HW.contiguous(memory_format=torch.channels_last))
+
+    def _check_picture(self, k: int, image: np.ndarray) -> None:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"picture {k}: want uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+        height, width = image.shape[:2]
+        if min(height, width) < self.pixels_per_code:
+            side = self.pixels_per_code
+            raise ValueError(f"picture {k}: {width} x {height} pixels are less than one code's, {side} x {side}")
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            raise ValueError(f"picture {k}: {width} x {height}: one side is more than {MAX_ASPECT} times the other")
+
+    def _grid(self, k: int, codes: np.ndarray) -> np.ndarray:
+        """int64 [h, w]."""
+        if not np.issubdtype(codes.dtype, np.integer):
+            raise ValueError(f"codes {k}: want whole numbers, got {codes.dtype}")
+        if codes.ndim == 1 and codes.size == self.side**2:
+            codes = codes.reshape(self.side, self.side)
+        if codes.ndim != 2 or min(codes.shape) != self.side:
+            raise ValueError(
+                f"codes {k}: want {self.side**2}, {self.side} x {self.side} of a picture of {self.code_image_size} "
+                f"pixels, got {' x '.join(map(str, codes.shape))}"
+            )
+        if not 0 <= int(codes.min()) <= int(codes.max()) < self.num_codes:
+            outside = int(codes.min()) if codes.min() < 0 else int(codes.max())
+            raise ValueError(f"codes {k}: want 0 ... {self.num_codes - 1} of the codebook, got {outside}")
+        return codes.astype(np.int64)
+
+    def _by_batches(self, inputs: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """What `function` makes of each, run on those of equal size together."""
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for k, each in enumerate(inputs):
+            alike[tuple(each.shape)].append(k)
+        size = 1 if self.device.type == "cpu" else GPU_BATCH
+        made: dict[int, Tensor] = {}
+        with torch.inference_mode(), _exact():
+            for places in alike.values():
+                for start in range(0, len(places), size):
+                    mine = places[start : start + size]
+                    filled = [*mine, *mine[-1:] * (size - len(mine))]
+                    found = function(torch.stack([inputs[k] for k in filled]).to(self.device)).cpu()
+                    made.update(zip(mine, found, strict=False))
+        return [made[k] for k in range(len(inputs))]
+
+
+def load_coder(folder: Path, *, device: str = "cpu", code_image_size: int | None = None) -> Coder:
+    """code_image_size: the VQGAN's own resolution where none is given. Raises ValueError as `load_vqgan`, `Coder`."""
+    model = load_vqgan(folder, device=device)
+    return Coder(model, code_image_size or model.config.resolution)
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """On a GPU: fp32 as it is written, where convolutions would round to 10 bits, and the same algorithm every time."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
