@@ -17,6 +17,7 @@ from typing import NoReturn
 from ofa_ds.cli.bench import add_bench
 from ofa_ds.cli.checkpoint import add_checkpoint
 from ofa_ds.cli.cluster import add_launch, add_preflight, add_runs
+from ofa_ds.cli.codes import add_codes
 from ofa_ds.cli.data import add_scenes, add_shards, add_vocab
 from ofa_ds.cli.inference import add_evaluate, add_generate, add_predict
 from ofa_ds.cli.parser import UsageError, parsed
@@ -28,8 +29,8 @@ READER_GONE = 141
 """As if the signal SIGPIPE had ended it, which is what a shell expects of `ofa-ds ... | head`."""
 
 _GROUPS = (
-    add_scenes, add_shards, add_vocab, add_pretrain, add_finetune, add_preflight, add_launch, add_runs, add_plan,
-    add_evaluate, add_generate, add_predict, add_checkpoint, add_bench,
+    add_scenes, add_shards, add_vocab, add_codes, add_pretrain, add_finetune, add_preflight, add_launch, add_runs,
+    add_plan, add_evaluate, add_generate, add_predict, add_checkpoint, add_bench,
 )  # fmt: skip
 
 

@@ -43,51 +43,54 @@ class Coder:
         """Codes along the shorter side of a picture; a square one has side x side of them."""
         self.device = next(model.parameters()).device
 
-    def encode(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def encode(self, images: Sequence[np.ndarray], names: Sequence[str] = ()) -> list[np.ndarray]:
         """uint8 RGB [H, W, 3] each -> codes int64 [h, w] each, shorter of them `side`; nothing is cropped.
 
-        Raises ValueError "picture N: ..." (from 0) for one that is smaller than a code, or of another kind or form.
+        Raises ValueError "NAME: ..." (else "picture N: ...", from 0) for one that is smaller than a code, or of another
+        kind or form.
         """
         for k, image in enumerate(images):
-            self._check_picture(k, image)
+            self._check_picture(names[k] if names else f"picture {k}", image)
         inputs = [to_input(image, self.code_image_size) for image in images]
         return [codes.numpy() for codes in self._by_batches(inputs, self._encode)]
 
-    def paint(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def paint(self, codes: Sequence[np.ndarray], names: Sequence[str] = ()) -> list[np.ndarray]:
         """Codes [h, w], or [side * side] of a square picture -> uint8 [H, W, 3] each.
 
-        Raises ValueError "codes N: ..." (from 0) for a wrong number of them and for one outside the codebook.
+        Raises ValueError "NAME: ..." (else "codes N: ...", from 0) for a wrong number of them, for one outside the
+        codebook.
         """
-        inputs = [torch.from_numpy(self._grid(k, each)) for k, each in enumerate(codes)]
+        grids = [self._grid(names[k] if names else f"codes {k}", each) for k, each in enumerate(codes)]
+        inputs = [torch.from_numpy(grid) for grid in grids]
         return [to_picture(picture) for picture in self._by_batches(inputs, self.model.decode)]
 
     def _encode(self, image_B3HW: Tensor) -> Tensor:
         return self.model.encode(image_B3HW.contiguous(memory_format=torch.channels_last))
 
-    def _check_picture(self, k: int, image: np.ndarray) -> None:
+    def _check_picture(self, name: str, image: np.ndarray) -> None:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"picture {k}: want uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+            raise ValueError(f"{name}: want uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
         height, width = image.shape[:2]
         if min(height, width) < self.pixels_per_code:
             side = self.pixels_per_code
-            raise ValueError(f"picture {k}: {width} x {height} pixels are less than one code's, {side} x {side}")
+            raise ValueError(f"{name}: {width} x {height} pixels are less than one code's, {side} x {side}")
         if max(height, width) > MAX_ASPECT * min(height, width):
-            raise ValueError(f"picture {k}: {width} x {height}: one side is more than {MAX_ASPECT} times the other")
+            raise ValueError(f"{name}: {width} x {height}: one side is more than {MAX_ASPECT} times the other")
 
-    def _grid(self, k: int, codes: np.ndarray) -> np.ndarray:
+    def _grid(self, name: str, codes: np.ndarray) -> np.ndarray:
         """int64 [h, w]."""
         if not np.issubdtype(codes.dtype, np.integer):
-            raise ValueError(f"codes {k}: want whole numbers, got {codes.dtype}")
+            raise ValueError(f"{name}: want whole numbers, got {codes.dtype}")
         if codes.ndim == 1 and codes.size == self.side**2:
             codes = codes.reshape(self.side, self.side)
         if codes.ndim != 2 or min(codes.shape) != self.side:
             raise ValueError(
-                f"codes {k}: want {self.side**2}, {self.side} x {self.side} of a picture of {self.code_image_size} "
+                f"{name}: want {self.side**2}, {self.side} x {self.side} of a picture of {self.code_image_size} "
                 f"pixels, got {' x '.join(map(str, codes.shape))}"
             )
         if not 0 <= int(codes.min()) <= int(codes.max()) < self.num_codes:
             outside = int(codes.min()) if codes.min() < 0 else int(codes.max())
-            raise ValueError(f"codes {k}: want 0 ... {self.num_codes - 1} of the codebook, got {outside}")
+            raise ValueError(f"{name}: want 0 ... {self.num_codes - 1} of the codebook, got {outside}")
         return codes.astype(np.int64)
 
     def _by_batches(self, inputs: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -118,3 +121,8 @@ def _exact() -> Iterator[None]:
     """On a GPU: fp32 as it is written, where convolutions would round to 10 bits, and the same algorithm every time."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         yield
+
+
+def this_device(number: int = 0) -> str:
+    """A GPU of this machine where it has any, of several the `number`-th by turns; else its processor."""
+    return f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"

@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         "beat", "bench", "checkpoint", "cluster", "config", "convert", "data", "engine", "inference", "model", "plan",
-        "progress", "runs", "storage", "tasks", "terms", "train",
+        "progress", "runs", "storage", "tasks", "terms", "train", "vision",
     },
     "pretrain": {"cli", "cluster"},
     "finetune": {"cli", "pretrain"},
