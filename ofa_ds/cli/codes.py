@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ofa_ds.cli.codes_train import add_train
 from ofa_ds.cli.heavy_imports import heavy_imports
 from ofa_ds.cli.parser import Commands, UsageError, command, drawing, group, positive
 from ofa_ds.cli.shards_tools import here
@@ -16,9 +17,10 @@ SHEET_ROWS = 64
 
 
 def add_codes(commands: Commands) -> None:
-    about = "Image codes: fill them into rows, and paint what they mean, by a VQGAN."
+    about = "Image codes: fill them into rows, and paint what they mean, by a VQGAN; train one."
     codes = group(commands, "codes", about)
     _add_decode(codes)
+    add_train(codes)
 
 
 def _add_decode(codes: Commands) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Literal
 
 NORM_GROUPS = 32
@@ -59,3 +60,21 @@ class VqganConfig:
     def pixels_per_code(self) -> int:
         """Side in pixels of the square that one code stands for."""
         return 1 << (len(self.ch_mult) - 1)
+
+
+def parse_config(assignments: Sequence[str]) -> VqganConfig:
+    """Of `key=value`, with commas between the numbers of a list. Raises ValueError, one line."""
+    known = {each.name: each.default for each in fields(VqganConfig)}
+    values: dict[str, object] = {}
+    for text in assignments:
+        key, sign, value = text.partition("=")
+        if key not in known or not sign:
+            raise ValueError(f"{text}: want KEY=VALUE with a KEY of {', '.join(known)}")
+        try:
+            if isinstance(known[key], tuple):
+                values[key] = tuple(int(part) for part in value.split(",") if part)
+            else:
+                values[key] = type(known[key])(value)
+        except ValueError as error:
+            raise ValueError(f"{text}: want a value such as {known[key]}") from error
+    return VqganConfig(**values)

@@ -59,13 +59,18 @@ def load_vqgan(folder: Path, *, device: str = "cpu", say: Any = print) -> Vqgan:
 
 def save_vqgan(model: Vqgan, folder: Path) -> None:
     """A new directory of our own form, there when it is complete. Raises ValueError where something is there."""
-    weights = {name: value.detach().cpu().float().contiguous() for name, value in model.state_dict().items()}
     with new_directory(folder) as partial:
-        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
-        text = json.dumps(FORMAT | dataclasses.asdict(model.config), indent=1)
-        (partial / CONFIG).write_text(f"{text}\n", encoding="utf-8")
-        for name in (WEIGHTS, CONFIG):
-            sync(partial / name)
+        write_vqgan(model, partial)
+
+
+def write_vqgan(model: Vqgan, folder: Path) -> None:
+    """The files of our own form into a directory that is not seen yet; they are durable then."""
+    weights = {name: value.detach().cpu().float().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    text = json.dumps(FORMAT | dataclasses.asdict(model.config), indent=1)
+    (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")
+    for name in (WEIGHTS, CONFIG):
+        sync(folder / name)
 
 
 def _read_config(path: Path) -> VqganConfig:

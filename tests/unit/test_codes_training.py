@@ -1,0 +1,233 @@
+"""Training a VQGAN: it learns, goes on to the same bits, reads every kind of pictures, and tells what is wrong."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ofa_ds.cli.main import main
+from ofa_ds.data import scenes
+from ofa_ds.data.building.build import build_shards
+from ofa_ds.vision.config import VqganConfig, parse_config
+from ofa_ds.vision.files import load_vqgan, save_vqgan
+from ofa_ds.vision.losses import SLICES, VGG16, Lpips, load_lpips
+from ofa_ds.vision.sources import open_pictures
+from ofa_ds.vision.training import COLDEST, WARMEST, Settings, new_model, perplexity, temperature_at
+from ofa_ds.vision.training_run import Start, train_codes
+
+SIZES = dict(n_embed=16, embed_dim=8, z_channels=8, resolution=16, ch=32, ch_mult=(1, 1), num_res_blocks=1,
+             attn_resolutions=())  # fmt: skip
+CONFIG = VqganConfig(**SIZES)
+SETTINGS = dict(num_steps=4, batch=4, side=24, crop=24, lr=2e-3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six scenes, one of them in a folder inside."""
+    path = tmp_path_factory.mktemp("pictures")
+    (path / "inside").mkdir()
+    for k in range(6):
+        scene = scenes.any_scene(scenes.Draw(1, "train", "test", k))
+        Image.fromarray(scenes.paint(scene)).save(path / ("inside" if k == 5 else "") / f"{k}.png")
+    (path / "notes.txt").write_text("no picture")
+    return path
+
+
+def train(folder: Path, out: Path, start: Start | None = None, **more) -> bool:
+    given = {key: more.pop(key) for key in list(more) if key in ("stopped", "say", "save_every")}
+    settings = Settings(**(SETTINGS | more))
+    return train_codes(
+        folder, out, start or Start(config=CONFIG), settings, device="cpu", **({"save_every": 2, "say": print} | given)
+    )
+
+
+def stop_after(steps: int) -> Callable[[], bool]:
+    asked = iter(range(1, 1000))
+    return lambda: next(asked) >= steps
+
+
+def test_colours_come_closer_and_what_was_trained_loads(folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    assert train(folder, tmp_path / "run", num_steps=60, save_every=10, side=16, crop=16, say=said.append)
+    off = [float(line.split("colours are ")[1].split()[0]) for line in said if "colours are" in line]
+    assert len(off) == 6 and off[-1] < 0.6 * off[0], off
+    model = load_vqgan(tmp_path / "run")
+    assert model.config == CONFIG
+    sheet = np.asarray(Image.open(tmp_path / "run" / "pictures.png")).astype(float)
+    assert sheet.shape == (32, 6 * 16, 3)
+    assert abs(np.abs(sheet[:16] - sheet[16:]).mean() - off[-1]) < 0.06
+
+
+@pytest.mark.parametrize("more", [{}, {"adversary_weight": 0.8, "adversary_start": 1}], ids=["alone", "adversary"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(folder: Path, tmp_path: Path, more: dict) -> None:
+    assert train(folder, tmp_path / "whole", **more)
+    assert not train(folder, tmp_path / "parts", **more, stopped=stop_after(3))
+    assert (tmp_path / "parts/step_00000003").is_dir()
+
+    def killed() -> bool:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):  # after step 4 was computed, before it was saved
+        train(folder, tmp_path / "parts", **more, stopped=killed)
+    assert not (tmp_path / "parts/step_00000004").exists()
+    said: list[str] = []
+    assert train(folder, tmp_path / "parts", **more, say=said.append)
+    assert "going on from step 3" in said[0]
+    for name in ("vqgan.safetensors", "step_00000004/training.safetensors", "pictures.png"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert sorted(path.name for path in (tmp_path / "parts").glob("step_*")) == ["step_00000003", "step_00000004"]
+    assert train(folder, tmp_path / "parts", **more, say=said.append) and "is at step 4 of 4 already" in said[-1]
+    with pytest.raises(ValueError, match="was trained with lr 0.002, now it is 0.1; use what it was, or another --out"):
+        train(folder, tmp_path / "parts", **more | {"lr": 0.1})
+
+
+def test_a_damaged_checkpoint_and_a_foreign_directory_are_told(folder: Path, tmp_path: Path) -> None:
+    train(folder, tmp_path / "run")
+    state = tmp_path / "run/step_00000004/training.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(ValueError, match="step_00000004: damaged .*; remove it to go on from the one before"):
+        train(folder, tmp_path / "run")
+    save_vqgan(new_model(CONFIG, 1), tmp_path / "other")
+    with pytest.raises(ValueError, match="a VQGAN is there already, without a checkpoint"):
+        train(folder, tmp_path / "other")
+
+
+def test_a_run_may_begin_with_another_s_weights(folder: Path, tmp_path: Path) -> None:
+    model = new_model(CONFIG, 7)
+    save_vqgan(model, tmp_path / "first")
+    train(folder, tmp_path / "run", Start(weights_of=tmp_path / "first"), lr=0.0)
+    for name, value in load_vqgan(tmp_path / "run").state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_weights_that_are_not_finite_and_a_loss_that_is_not_are_told(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"step \d: the loss is (nan|inf); go on from a checkpoint with a smaller lr"):
+        train(folder, tmp_path / "run", lr=1e30)
+    assert not (tmp_path / "run/vqgan.safetensors").exists() or load_vqgan(tmp_path / "run")
+
+
+def test_a_folder_a_tsv_and_shards_give_the_same_pictures(folder: Path, tmp_path: Path) -> None:
+    pictures = open_pictures(folder)
+    files = [*(folder / f"{k}.png" for k in range(5)), folder / "inside/5.png"]
+    lines = [
+        f"{k}\t{base64.b64encode(file.read_bytes()).decode()}\t{' '.join('0' * 16)}\n" for k, file in enumerate(files)
+    ]
+    (tmp_path / "rows.tsv").write_text("".join(lines))
+    (tmp_path / "boxes.tsv").write_text(
+        "".join(line.rpartition("\t")[0] + "\t0,0,9,9,1,red circle\n" for line in lines[:2])
+    )
+    parts = {"image": [tmp_path / "rows.tsv"], "detection": [tmp_path / "boxes.tsv"]}
+    build_shards(tmp_path / "shards", **parts, workers=1)
+    rows, shards = open_pictures(tmp_path / "rows.tsv"), open_pictures(tmp_path / "shards")
+    assert len(pictures) == len(rows) == 6 and len(shards) == 8
+    for k, file in enumerate(files):
+        assert (pictures[k] == np.asarray(Image.open(file))).all()
+        assert (rows[k] == pictures[k]).all() and (shards[k] == pictures[k]).all()
+    assert (shards[7] == pictures[1]).all() and "detection row 1" in shards.name(7)
+
+
+@pytest.mark.parametrize(
+    "make, text",
+    [
+        (lambda path: None, "no such folder or file"),
+        (lambda path: path.mkdir(), "no pictures there; want a folder with"),
+        (lambda path: path.write_text(""), "no pictures there"),
+        (lambda path: path.write_text("1\n2\n"), r"line \d: want a picture in base64 in column 2"),
+        (lambda path: path.write_text("1\tAAAA\n"), "line 1: image: "),
+        (lambda path: (path.mkdir(), Image.new("RGB", (9, 1)).save(path / "a.png")), "9 x 1 pixels are less than one"),
+        (lambda path: (path.mkdir(), (path / "a.png").write_bytes(b"?")), "a.png: image: "),
+    ],
+)
+def test_pictures_that_are_none_are_told(make: Callable, text: str, tmp_path: Path) -> None:
+    make(tmp_path / "given")
+    with pytest.raises(ValueError, match=text):
+        train(tmp_path / "given", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "more, text",
+    [
+        ({"crop": 32}, "crop: want at most side 24, got 32"),
+        ({"crop": 15}, "crop: want a multiple of 2 pixels, one code's side, got 15"),
+        ({"crop": 16, "adversary_weight": 0.8}, "crop: the adversary wants at least 24 pixels, got 16"),
+        ({"lr": float("nan")}, "lr: want a number of at least 0, got nan"),
+        ({"batch": 0}, "batch: want at least 1, got 0"),
+    ],
+)
+def test_settings_that_make_no_run_are_told(folder: Path, tmp_path: Path, more: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        train(folder, tmp_path / "run", **more)
+
+
+@pytest.mark.parametrize(
+    "given, text",
+    [
+        (["n_embd=8"], "n_embd=8: want KEY=VALUE with a KEY of quantizer, n_embed"),
+        (["ch_mult=1,x"], r"ch_mult=1,x: want a value such as \(1, 1, 2, 4\)"),
+        (["ch=48"], "ch: want a multiple of 32"),
+        (["n_embed"], "n_embed: want KEY=VALUE"),
+    ],
+)
+def test_sizes_that_are_none_are_told(given: list[str], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        parse_config(given)
+
+
+def test_sizes_are_read_from_assignments() -> None:
+    assert parse_config([]) == VqganConfig()
+    given = ["n_embed=16", "embed_dim=8", "z_channels=8", "resolution=16", "ch=32", "ch_mult=1,1", "num_res_blocks=1"]
+    assert parse_config([*given, "attn_resolutions=", "quantizer=gumbel"]) == CONFIG
+
+
+def test_the_temperature_falls_by_a_cosine_and_perplexity_counts_codes() -> None:
+    assert temperature_at(0, 101) == pytest.approx(WARMEST)
+    assert temperature_at(50, 101) == pytest.approx((WARMEST + COLDEST) / 2)
+    assert temperature_at(100, 101) == temperature_at(1000, 101) == COLDEST
+    assert perplexity(torch.tensor([5, 5, 0, 5, 5])) == pytest.approx(4)
+    assert perplexity(torch.tensor([9, 0])) == pytest.approx(1)
+
+
+def test_lpips_loads_under_torchvision_s_names_and_under_a_checkpoint_s(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    wanted = {name: torch.randn(1).expand(value.shape).clone() for name, value in Lpips().state_dict().items()}
+    of = {str(number): f"net.slice{k + 1}" for k, numbers in enumerate(SLICES) for number in numbers}
+    vgg = {f"features.{n}.{part}": wanted[f"{of[str(n)]}.{n}.{part}"] for n, *_ in VGG16 for part in ("weight", "bias")}
+    heads = {name: value for name, value in wanted.items() if name.startswith("lin")}
+    torch.save(vgg | {"classifier.0.bias": torch.zeros(3)}, tmp_path / "vgg16.pth")
+    torch.save(heads, tmp_path / "vgg.pth")
+    torch.save({"state_dict": {f"loss.perceptual_loss.{k}": v for k, v in wanted.items()}}, tmp_path / "last.ckpt")
+    for files in (["vgg16.pth", "vgg.pth"], ["last.ckpt"]):
+        found = load_lpips([tmp_path / name for name in files]).state_dict()
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    with pytest.raises(ValueError, match="vgg16.pth: lin0.model.1.weight is missing; want torchvision's vgg16 with"):
+        load_lpips([tmp_path / "vgg16.pth"])
+    torch.save(heads | {"lin0.model.1.weight": torch.full((1, 64, 1, 1), torch.nan)}, tmp_path / "vgg.pth")
+    with pytest.raises(ValueError, match="lin0.model.1.weight: want finite values of shape"):
+        load_lpips([tmp_path / "vgg16.pth", tmp_path / "vgg.pth"])
+
+
+def test_what_made_the_run_stands_beside_it(folder: Path, tmp_path: Path) -> None:
+    train(folder, tmp_path / "run", num_steps=2)
+    state = json.loads((tmp_path / "run/step_00000002/training.json").read_text())
+    assert state["step"] == 2 and state["made_of"]["seed"] == 1 and state["made_of"]["model"]["n_embed"] == 16
+
+
+def test_the_command_trains_and_tells_wrong_usage(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = "n_embed=16 embed_dim=8 z_channels=8 ch=32 ch_mult=1,1 num_res_blocks=1".split()
+    command = ["codes", "train", str(folder), "--out", str(tmp_path / "run"), "--steps", "1", "--batch", "2"]
+    command += ["--side", "24", "--crop", "16"]
+    assert main([*command, *sizes]) == 0
+    assert "step_00000001: loss" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/step_00000001/training.json").read_text())["made_of"]["lr"] == 9e-6
+    for wrong in (["ch=33"], ["--from", str(tmp_path / "run"), "ch=32"], ["--crop", "99"]):
+        assert main([*command, *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
