@@ -24,6 +24,9 @@ def main() -> None:
     rows = benches.add_parser("rows", help="one row of shards at random, beside Arrow's own row access")
     rows.add_argument("--shards", type=Path, help="a directory of shards (default: small scenes, drawn for it)")
     rows.add_argument("--repeats", type=int, default=7, help="of each way (default 7)")
+    verifying = benches.add_parser("verify", help="checksums of shards, beside a plain read of the same files")
+    verifying.add_argument("--shards", type=Path, required=True, help="a directory of shards, of some gigabytes")
+    verifying.add_argument("--repeats", type=int, default=3, help="of each way (default 3)")
     feeding = benches.add_parser("loader", help="batches on their way to training, beside torch's DataLoader")
     feeding.add_argument("--repeats", type=int, default=3, help="of each measurement (default 3)")
     scale = benches.add_parser("scale", help="opening and reading a billion rows, their order, their shuffle")
@@ -46,7 +49,7 @@ def main() -> None:
     build.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     many = benches.add_parser("many-ranks", help="what the host does around a collective of a layer")
     many.add_argument("--repeats", type=int, default=5, help="of each way (default 5)")
-    for bench in (step, saves, formats, rows, scale, feeding, rewards, critical, answers, build, many):
+    for bench in (step, saves, formats, rows, verifying, scale, feeding, rewards, critical, answers, build, many):
         bench.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.what == "step":
@@ -78,6 +81,15 @@ def main() -> None:
         try:
             result = bench_rows(options.shards, options.repeats)
         except ValueError as error:
+            parser.error(f"--shards: {error}")
+    elif options.what == "verify":
+        from ofa_ds.bench.verify import bench_verify, table
+
+        if options.repeats < 1:
+            parser.error("--repeats: want at least 1")
+        try:
+            result = bench_verify(options.shards, options.repeats)
+        except (ValueError, RuntimeError) as error:
             parser.error(f"--shards: {error}")
     elif options.what == "loader":
         from ofa_ds.bench.loader import bench_loader, table

@@ -10,9 +10,9 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, takewhile
+from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from weakref import ref
 
 import numpy as np
@@ -123,7 +123,9 @@ class ShardFile:
         return range(first, stop)
 
     def bytes_of(self, batch: int) -> range:
-        """The bytes of a record batch in the file. Raises as `row` does."""
+        """The bytes of a record batch in the file; one past the last is the footer. Raises as `row` does."""
+        if batch == self.num_batches:
+            return range(self.bytes_of(batch - 1).stop, self.shard.num_bytes)
         _, start, _, end, *_ = self._entry_of(batch)
         return range(start, end)
 
@@ -164,19 +166,23 @@ class ShardFile:
     def rows_of_types(self, types: Collection[str], start: int) -> Iterator[int]:
         """Numbers of the rows from `start` on whose type column has one of these. Raises as `row` does."""
         wanted = {kind.encode() for kind in types}
+        for batch in range(self.batch_of(start), self.num_batches):
+            for i, kind in zip(self.rows_of(batch), self.types_in(batch), strict=True):
+                if kind in wanted and i >= start:
+                    yield i
+
+    def types_in(self, batch: int) -> list[bytes]:
+        """The type column of a record batch. Raises as `row` does."""
         before = takewhile(lambda field: field.name != "type", SCHEMAS[self.family])
         at = 4 + sum(len(KEPT[field.type]) for field in before)
-        for batch in range(self.batch_of(start), self.num_batches):
-            first, byte_start, stop, byte_end, *_ = entry = self._entry_of(batch)
-            data, ints, base = self.batch_bytes(batch, byte_start)
-            ends_at, text = entry[at], base + entry[at + 1]
-            ends = ints[base + ends_at >> 2 :][: stop - first + 1].tolist()
-            if len(ends) != stop - first + 1 or not 0 <= ends[0] <= ends[-1] <= base + byte_end - byte_start - text:
-                raise RuntimeError(f"{self.path}: row {first}: damaged: its type is not there; copy or build it again")
-            types_text = data[text : text + ends[-1]]
-            for i in range(max(start - first, 0), stop - first):
-                if types_text[ends[i] : ends[i + 1]] in wanted:
-                    yield first + i
+        first, byte_start, stop, byte_end, *_ = entry = self._entry_of(batch)
+        data, ints, base = self.batch_bytes(batch, byte_start)
+        ends_at, text = entry[at], base + entry[at + 1]
+        ends = ints[base + ends_at >> 2 :][: stop - first + 1].tolist()
+        if len(ends) != stop - first + 1 or not 0 <= ends[0] <= ends[-1] <= base + byte_end - byte_start - text:
+            raise RuntimeError(f"{self.path}: row {first}: damaged: its type is not there; copy or build it again")
+        types_text = data[text : text + ends[-1]]
+        return [types_text[a:b] for a, b in pairwise(ends)]
 
     def _check(self, batch: int) -> None:
         if problem := self.checksum_problem(batch):
@@ -188,19 +194,30 @@ class ShardFile:
 
         A batch whose buffers Arrow finds elsewhere than the index is wrong too.
         """
+        where = self.bytes_of(batch)
         if batch < self.num_batches:
-            where, want, rows = self.bytes_of(batch), int(self.entries["xxh3"][batch]), self.rows_of(batch)
+            want, rows = int(self.entries["xxh3"][batch]), self.rows_of(batch)
             what = f"record batch {batch} (rows {rows.start} ... {rows.stop - 1})"
         else:
-            where = range(self.bytes_of(batch - 1).stop, self.shard.num_bytes)
             want, what = int(self.shard.footer_xxh3, 16), "the footer"
-        file = OpenFile(self.path, self.shard.num_bytes, MANIFEST)
+        file = self._opened()
         if (got := file.xxh3_64(where.start, where.stop)) != want:
             return f"{self.path}: {what} has checksum {got:016x}, want {want:016x}"
         if batch < self.num_batches:
             found = layout_problem(file.read, self.family, self._entry_of(batch))
             return found and f"{self.path}: {what}: {found}"
         return None
+
+    def _opened(self) -> Checked:
+        return OpenFile(self.path, self.shard.num_bytes, MANIFEST)
+
+
+class Checked(Protocol):
+    """What checksums are taken of: bytes of a file, by their places in it."""
+
+    def read(self, start: int, size: int) -> bytes: ...
+
+    def xxh3_64(self, start: int, stop: int) -> int: ...
 
 
 class ShardFiles(Sequence[ShardFile]):

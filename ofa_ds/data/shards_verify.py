@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,9 +15,9 @@ from ofa_ds.data.negative_files import checksums, read_negatives
 from ofa_ds.data.pool import run_jobs, serve_if_worker
 from ofa_ds.data.shard_file import ShardFile
 from ofa_ds.data.shard_writer import chain, chained, row_digest
-from ofa_ds.data.shards import Shards
 from ofa_ds.data.tools.chunks import Chunk, chunks_of
 from ofa_ds.data.tools.row_check import row_problems
+from ofa_ds.data.tools.sweep import sweep
 from ofa_ds.progress import Progress
 
 MAX_PROBLEMS_A_CHUNK = 1000
@@ -31,6 +32,7 @@ class Found:
     digest: int = 0
     """Of its rows."""
     rows: int = 0
+    types: Counter[str] = field(default_factory=Counter)
     sides: dict[int, int] = field(default_factory=dict)
     """Image family: number of codes -> the first row that has so many."""
 
@@ -46,9 +48,7 @@ def verify_shards(path: Path | str, *, workers: int = 2, decode: bool = True) ->
         manifest = read_manifest(path)
     except ValueError as error:
         return [str(error)]
-    problems = _chunk_problems(path, manifest, workers, decode)
-    problems += _manifest_problems(path, manifest)
-    return problems + ([] if problems else _type_problems(path))
+    return _chunk_problems(path, manifest, workers, decode) + _manifest_problems(path, manifest)
 
 
 def need_checksums(path: Path, workers: int) -> None:
@@ -72,8 +72,9 @@ def _chunk_problems(path: Path, manifest: Manifest, workers: int, decode: bool) 
             progress.add(chunk.num_bytes / (1 << 20))
     finally:
         progress.close()
-    if decode and not problems:
-        problems += _digest_problems(path, manifest, chunks, results)
+    if not problems:
+        problems += _type_problems(path, manifest, chunks, results)
+        problems += _digest_problems(path, manifest, chunks, results) if decode else []
     return list(dict.fromkeys(problems))  # a file that is not there is told once, not by each of its chunks
 
 
@@ -114,15 +115,15 @@ def _answer_problems(path: Path, manifest: Manifest) -> list[str]:
     return []
 
 
-def _type_problems(path: Path) -> list[str]:
+def _type_problems(path: Path, manifest: Manifest, chunks: Sequence[Chunk], results: Sequence[Found]) -> list[str]:
     """Rows of a type that the manifest does not count are neither shown nor judged, and not said to be there."""
-    shards = Shards(path)
     problems = []
-    for family in (family for family in TYPED if family in shards.families):
-        types = shards.manifest.families[family].types
-        found = {kind: sum(1 for _ in shards.rows_of_types(family, [kind])) for kind in types}
-        if found != types:
-            problems.append(f"{path / MANIFEST}: families.{family}.types is {types}, its files hold {found}")
+    for family in (family for family in TYPED if family in manifest.families):
+        found: Counter[str] = Counter()
+        for chunk, seen in zip(chunks, results, strict=True):
+            found.update(seen.types if chunk.family == family else {})
+        if found != Counter(types := manifest.families[family].types):
+            problems.append(f"{path / MANIFEST}: families.{family}.types is {types}, its files hold {dict(found)}")
     return problems
 
 
@@ -143,13 +144,13 @@ def verify_chunk(chunk: Chunk, *, decode: bool) -> Found:
     """Runs in a worker. Rows of a damaged batch are not looked at further."""
     found = Found()
     try:
-        file = chunk.file
-        with_footer = chunk.stop == file.num_batches
-        wrong = {batch: file.checksum_problem(batch) for batch in range(chunk.first, chunk.stop + with_footer)}
-        found.problems += [problem for problem in wrong.values() if problem]
-        if decode:
-            for batch in range(chunk.first, chunk.stop):
-                if not wrong[batch]:
+        for file, batch in sweep(chunk):
+            if problem := file.checksum_problem(batch):
+                found.problems.append(problem)
+            elif batch < file.num_batches:
+                if chunk.family in TYPED:
+                    found.types.update(kind.decode(errors="replace") for kind in file.types_in(batch))
+                if decode:
                     _verify_rows(chunk, file, file.rows_of(batch), found)
     except (OSError, RuntimeError, ValueError) as error:
         found.problems.append(str(error))

@@ -20,6 +20,7 @@ from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_verify import need_checksums
 from ofa_ds.data.tools import rewrite
 from ofa_ds.data.tools.chunks import Chunk, chunks_of
+from ofa_ds.data.tools.sweep import record_batches
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import new_directory, refuse_inside
 from ofa_ds.terms import FAMILIES, SHARD_BYTES
@@ -163,10 +164,7 @@ def _hash_ends(shares: Sequence[Share]) -> list[int]:
 
 def _parts_in(chunk: Chunk, ends: np.ndarray, seed: int) -> bytes:
     """Runs in a worker: the part of each row, a byte each."""
-    file = chunk.file
-    hashes = [
-        hash_of(file.row(i), seed) for batch in range(chunk.first, chunk.stop) for i in file.rows_of(batch)
-    ]  # fmt: skip
+    hashes = [hash_of(file.row(i), seed) for file, batch in record_batches(chunk) for i in file.rows_of(batch)]
     part = np.searchsorted(ends, np.array(hashes, np.uint64), side="left")
     return np.where(part < len(ends), part + 1, 0).astype(np.uint8).tobytes()
 

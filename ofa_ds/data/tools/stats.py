@@ -22,6 +22,7 @@ from ofa_ds.data.pool import run_jobs
 from ofa_ds.data.text import clean_caption, clean_question
 from ofa_ds.data.tools.chunks import Chunk, chunks_of
 from ofa_ds.data.tools.rewrite import need_one_process
+from ofa_ds.data.tools.sweep import record_batches
 from ofa_ds.data.tsv import PIXELS_PER_CODE
 from ofa_ds.data.vocab import Vocab, load_vocab
 from ofa_ds.progress import Progress
@@ -156,9 +157,8 @@ def _count(chunk: Chunk, *, vocab: Path | None) -> Counted:
     kinds: dict[str, Rows] = defaultdict(Rows)
     coverage = Coverage()
     hashes = []
-    file = chunk.file
     read = _vocab(vocab) if vocab else None
-    for batch in range(chunk.first, chunk.stop):
+    for file, batch in record_batches(chunk):
         for i in file.rows_of(batch):
             row = file.row(i)
             kind = f"{chunk.family} {row['type']}" if "type" in row else chunk.family

@@ -1,0 +1,66 @@
+"""Record batches read one after another, past the page cache: the rows that are there, each byte once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny_sources import write_sources
+
+from ofa_ds.data.building.build import build_shards
+from ofa_ds.data.manifest import read_manifest
+from ofa_ds.data.shard_writer import row_digest
+from ofa_ds.data.shards import Shards
+from ofa_ds.data.tools import sweep as sweeping
+from ofa_ds.data.tools.chunks import Chunk, chunks_of
+from ofa_ds.data.tools.sweep import record_batches, sweep
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ofa_ds.data.shard_writer.MAX_BATCH_ROWS", 2)
+        build_shards(folder / "out", **write_sources(folder), workers=1)
+    return folder / "out"
+
+
+def chunks(folder: Path) -> list[Chunk]:
+    return [chunk for chunk in chunks_of(folder, read_manifest(folder)) if isinstance(chunk, Chunk)]
+
+
+@pytest.mark.parametrize("stretch", [1, 5000, 1 << 20])
+def test_rows_and_checksums_are_those_of_the_files_and_every_byte_is_read_once(
+    stretch: int, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "STRETCH_BYTES", stretch)
+    read: list[int] = []
+    real = sweeping.read_block
+    monkeypatch.setattr(sweeping, "read_block", lambda *given: (read.append(given[2]), real(*given)))
+    shards, found = Shards(built), {family: [] for family in Shards(built).families}
+    for chunk in chunks(built):
+        for file, batch in sweep(chunk):
+            assert file.checksum_problem(batch) is None
+        for file, batch in record_batches(chunk):
+            found[chunk.family] += [row_digest(file.row(i)) for i in file.rows_of(batch)]
+        assert chunk.file._file is None, "nothing is mapped"
+    for family, count in shards.families.items():
+        assert found[family] == [row_digest(shards.row(family, i)) for i in range(count)]
+    total = sum(path.stat().st_size for path in built.glob("*.arrow"))
+    assert total <= sum(read) / 2 < total + 4096 * len(read), "whole blocks of the disk"
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_one_line(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeping, "STRETCH_BYTES", 1)
+    (chunk, *_) = chunks(built)
+    path, content = chunk.file.path, chunk.file.path.read_bytes()
+    try:
+        batches = sweep(chunk)
+        next(batches)
+        os.truncate(path, 8)
+        with pytest.raises(RuntimeError, match=rf"{path.name}: want {len(content)} bytes as in manifest.json, got 8"):
+            for _ in range(3):
+                next(batches)
+    finally:
+        path.write_bytes(content)
