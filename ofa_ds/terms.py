@@ -6,7 +6,7 @@ GROUP_OF = {
     "image_infilling": "other", "text_infilling": "other",
     "caption_scst": "other", "refcoco": "other", "refcocoplus": "other", "refcocog": "other", "snli_ve": "other",
     "cola": "other", "mnli": "other", "mrpc": "other", "qnli": "other", "qqp": "other", "rte": "other",
-    "sst2": "other", "imagenet": "other", "gigaword": "other",
+    "sst2": "other", "imagenet": "other", "gigaword": "other", "text_to_image": "other",
 }  # fmt: skip
 """The tasks, in the order in which tables and logs show them, and the loss group of each."""
 

@@ -27,6 +27,7 @@ def check_sense(recipe: Recipe) -> None:
     """The part of it that neither ranks nor data have to do with."""
     recipe.data.check_sizes()
     _check_scst(recipe)
+    _check_codes(recipe.data)
     _check_pictures(recipe.data, model_config(recipe, VOCAB_SIZE))
 
 
@@ -59,6 +60,12 @@ def _check_scst(recipe: Recipe) -> None:
         raise ValueError("criterion.kind scst drops no token and has no R-Drop: set drop_*_ratio and rdrop_alpha to 0")
 
 
+def _check_codes(data: DataConfig) -> None:
+    """A picture's codes come right after bos, where their places are counted from."""
+    if data.task.name == "text_to_image" and data.task.prompt != "none":
+        raise ValueError(f"data.task.prompt={data.task.prompt}: image codes come right after bos; want none")
+
+
 def _check_pictures(data: DataConfig, model: ModelConfig) -> None:
     """Pictures divide into the model's patches, and its tables have a row for each."""
     patch, rows = model.patch_size, model.image_bucket_size
@@ -73,7 +80,7 @@ def _check_pictures(data: DataConfig, model: ModelConfig) -> None:
                 f"(image_bucket_size); use at most {rows * patch}"
             )
     codes = data.code_image_size // 8
-    if "image" in data.ever_drawn() and not model.use_ofasys and codes > rows:
+    if ("image" in data.ever_drawn() or data.task.name == "text_to_image") and not model.use_ofasys and codes > rows:
         raise ValueError(
             f"data.code_image_size {data.code_image_size} has {codes} codes a side, the model's table has {rows} "
             f"(image_bucket_size); use at most {rows * 8}, or data.mix.image=0"

@@ -43,6 +43,8 @@ def write_recast(source: Path, out: Path, task: str, *, rows: int | None = None,
     ValueError where the shards have none of the rows that the task is made of, or another file is there: none is
     overwritten (`new_files`).
     """
+    if task not in FORMS:
+        raise ValueError(f"{task}: rows of pretraining have no codes of a whole picture; see ofa-ds codes encode")
     given = _Given(Shards(source), seed)
     family, form = FORMS[task]
     if family not in given.shards.families:
@@ -256,7 +258,8 @@ FORMS: dict[str, tuple[str, Callable[[_Given], Iterator[Columns]]]] = {
     "qnli": ("text", _qnli), "qqp": ("vision_language", _qqp), "rte": ("text", _rte), "sst2": ("text", _sst2),
     "imagenet": ("detection", _imagenet), "gigaword": ("text", _gigaword),
 }  # fmt: skip
-"""Of each downstream task: the family of rows that it is made of, and what makes it (columns as in `Task.columns`)."""
+"""Of each downstream task but text to image, whose codes no row has: the family of rows that it is made of, and what
+makes it (columns as in `Task.columns`)."""
 
 
 def _best(refs: str) -> str:

@@ -26,6 +26,7 @@ SIDE = 64
 """Width and height of every picture, in pixels."""
 HOLE = (16, 16, 48, 48)
 """y0, x0, y1, x1 of the central part that image codes describe."""
+WHOLE = (0, 0, SIDE, SIDE)
 CELL = 8
 """Side of the square that one image code describes, in pixels."""
 NUM_CODES = 128
@@ -360,12 +361,12 @@ def paint(scene: Scene) -> np.ndarray:
     return pixels
 
 
-def codes(pixels: np.ndarray) -> list[int]:
-    """Image codes of the central part of a picture, row by row; one per 8 x 8 pixels.
+def codes(pixels: np.ndarray, part: tuple[int, int, int, int] = HOLE) -> list[int]:
+    """Image codes of a part of a picture, row by row; one per 8 x 8 pixels.
 
     Each quarter of a cell is ground or shape by its majority. Code 0 is all ground, else 15 color + pattern.
     """
-    y0, x0, y1, x1 = HOLE
+    y0, x0, y1, x1 = part
     palette = np.array([GROUND, *COLORS.values()], np.uint8)
     label = (pixels[y0:y1, x0:x1, None] == palette).all(-1).argmax(-1)
     half, num = CELL // 2, (y1 - y0) // CELL
@@ -377,7 +378,7 @@ def codes(pixels: np.ndarray) -> list[int]:
 
 
 def picture_of_codes(values: Sequence[int]) -> np.ndarray:
-    """The central part that codes stand for: uint8 [h, w, 3]; a code outside the code book is shown black."""
+    """The square that codes stand for: uint8 [h, w, 3]; a code outside the code book is shown black."""
     num = round(len(values) ** 0.5)
     half = CELL // 2
     pixels = np.zeros((num * CELL, num * CELL, 3), np.uint8)

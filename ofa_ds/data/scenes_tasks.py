@@ -261,12 +261,36 @@ def _gigaword(draw: Draw, number: int) -> Columns:
     return f"{article} .", f"{_phrase(a)} {where} {_phrase(b)}"
 
 
+def _text_to_image(draw: Draw, number: int) -> Columns:
+    """`a red circle`, or `a red circle left of a blue square`, then a picture of it; places and sizes are free."""
+    if draw.number(0, 3) == 0:
+        alone = draw.until_own(scenes.any_look)
+        caption, scene = f"a {_phrase(alone)}", scenes.place(draw, [alone])
+    else:
+        a, where, b = fact = _own_fact(draw)
+        caption, scene = f"a {_phrase(a)} {where} a {_phrase(b)}", scenes.place(draw, (a, b))
+        while not _shows(scene, fact):
+            scene = scenes.place(draw, (a, b))
+    codes = scenes.codes(scenes.paint(scene), scenes.WHOLE)
+    return str(number), " ".join(map(str, codes)), caption
+
+
+def _shows(scene: Scene, fact: Fact) -> bool:
+    """What the fact says of two shapes holds, and more so than what could be said along the other axis."""
+    look, where, _ = fact
+    a, b = scene if (scene[0].kind, scene[0].color) == look else scene[::-1]
+    axis = int(where in ("above", "below"))
+    gaps = [there - here for here, there in zip(a.center2, b.center2, strict=True)]
+    return abs(gaps[axis]) > abs(gaps[1 - axis]) and (gaps[axis] > 0) == (where in ("left of", "above"))
+
+
 MAKERS: dict[str, Maker] = {
     "caption": _caption, "vqa": _vqa, "caption_scst": _caption,
     "refcoco": partial(_refcoco, phrase=lambda shape, scene: f"the {shape.sized_phrase}"),
     "refcocoplus": partial(_refcoco, phrase=lambda shape, scene: f"the {shape.phrase}"),
     "refcocog": partial(_refcoco, phrase=_related), "snli_ve": _snli_ve, "cola": _cola, "mnli": _mnli, "mrpc": _mrpc,
     "qnli": _qnli, "qqp": _qqp, "rte": _rte, "sst2": _sst2, "imagenet": _imagenet, "gigaword": _gigaword,
+    "text_to_image": _text_to_image,
 }  # fmt: skip
 """Of each downstream task; columns as `Task.columns` has them."""
 

@@ -6,6 +6,7 @@ As in `ofa_ds.data.tsv` a bad line is a ValueError "column: reason". Which colum
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from ofa_ds.data.answer_list import best_answer
 from ofa_ds.data.picture import check_image
 from ofa_ds.data.text import clean_caption
 
-ANSWERING = ("answers", "captions", "answer", "label", "box")
+ANSWERING = ("answers", "captions", "answer", "label", "box", "codes")
 """Kinds of columns that hold what is right; not read of rows to predict."""
 
 
@@ -181,6 +182,13 @@ def _box(row: dict[str, Any], text: str, lines: TaskLines) -> None:
     row["box"] = tsv.read_box("box", text.split(","), row)
 
 
+def _codes(row: dict[str, Any], text: str, lines: TaskLines) -> None:
+    codes = tsv.read_codes("codes", text)
+    if not codes or math.isqrt(len(codes)) ** 2 != len(codes):
+        raise ValueError(f"codes: want as many as a square has, row by row, such as 1024, got {len(codes)}")
+    row["answers"] = [(" ".join(map(str, codes)), 1.0)]
+
+
 def _objects(row: dict[str, Any], text: str, lines: TaskLines) -> None:
     row["objects"] = tsv.read_objects("objects", text)
 
@@ -188,11 +196,13 @@ def _objects(row: dict[str, Any], text: str, lines: TaskLines) -> None:
 READERS: dict[str, Callable[[dict[str, Any], Any, TaskLines], None]] = {
     "id": _id, "image_id": _image_id, "image": _image, "text": _text("text"), "text_pair": _text("text_pair"),
     "objects": _objects, "answers": _answers, "captions": _captions, "answer": _answer, "label": _label, "box": _box,
+    "codes": _codes,
 }  # fmt: skip
 """What a column may hold; each reads its text (of a picture: its bytes) into the row.
 
 answers `confidence|!+answer` joined by &&; captions `a&&b`, each right; answer as it stands; label through
-`TaskLines.labels`; box `x0,y0,x1,y1` in pixels of the picture, which comes before it; objects `a&&b`, may be empty.
+`TaskLines.labels`; box `x0,y0,x1,y1` in pixels of the picture, which comes before it; objects `a&&b`, may be empty;
+codes of a square picture, row by row, with blanks between.
 """
 
 

@@ -113,10 +113,16 @@ def _codes(text: str, width: int, height: int) -> np.ndarray:
     codes = text.split()
     if len(codes) != side * side:
         raise ValueError(f"code: want {side * side} codes for a picture of {width} x {height}, got {len(codes)}")
+    return np.array(read_codes("code", text), np.int16)
+
+
+def read_codes(name: str, text: str) -> list[int]:
+    """The image codes of a column, blanks between. Raises ValueError for what is none."""
+    codes = text.split()
     for place, code in enumerate(codes):
         if not (code.isascii() and code.isdigit() and len(code) <= 5) or int(code) >= NUM_CODES:
-            raise ValueError(f"code: want whole numbers 0 ... {NUM_CODES - 1}, got {short(code)} at place {place}")
-    return np.array([int(code) for code in codes], np.int16)
+            raise ValueError(f"{name}: want whole numbers 0 ... {NUM_CODES - 1}, got {short(code)} at place {place}")
+    return list(map(int, codes))
 
 
 def _detection(fields: dict[str, str], head: dict[str, Any]) -> dict[str, Any]:

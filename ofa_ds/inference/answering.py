@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
+from typing import Any
 
 from ofa_ds.data.example import Example
 from ofa_ds.inference.candidate_scores import candidate_scores
-from ofa_ds.inference.generate import GenerationConfig, generate
+from ofa_ds.inference.generate import GenerationConfig, SeededDraw, generate
 from ofa_ds.inference.loaded_model import LoadedModel, Told, batches, untold
 from ofa_ds.tasks.candidates import Candidates
+from ofa_ds.tasks.context import PIXELS_PER_CODE
 from ofa_ds.tasks.kind import Decoding, Task
 
 
@@ -25,15 +28,50 @@ def answer(
     """
     decoding = decoding or task.decoding
     answers: list[list[int]] = []
-    for part in batches(examples, loaded.model.config.patch_size):
+    room = decoding.beams * _num_codes(loaded) if decoding.codes else 0
+    for part in batches(examples, loaded.model.config.patch_size, room):
         if decoding.candidates and candidates is not None:
             prompts = [example.prompt.tolist() for example in part]
             best = candidate_scores(loaded.model, loaded.pack(part), prompts, candidates).argmax(1).tolist()
             answers += [list(candidates.ids[place]) for place in best]
+        elif decoding.codes:
+            answers += _painted(loaded, part, decoding)
         else:
             answers += _searched(loaded, part, decoding, candidates)
         told(len(part))
     return answers
+
+
+def codes_config(loaded: LoadedModel, **options: Any) -> GenerationConfig:
+    """A whole run of image codes, and nothing else: as many as data.code_image_size has, among those there are.
+
+    Raises ValueError where the model has places for a picture of another size, or none for any.
+    """
+    vocab, side, own = loaded.vocab, loaded.recipe.data.code_image_size, loaded.model.config
+    if own.use_ofasys or vocab.num_codes < 1:
+        raise ValueError(f"{loaded.path or 'the model'}: has no image codes, so that it cannot paint")
+    if side != own.code_image_size:
+        raise ValueError(
+            f"data.code_image_size {side}: the model has places for the codes of {own.code_image_size} x "
+            f"{own.code_image_size} pixels; leave it out"
+        )
+    num = _num_codes(loaded)
+    return GenerationConfig(
+        min_len=num, max_len_b=num, gen_code=True, constraint_range=(vocab.code_start, vocab.bin_start), **options
+    )
+
+
+def _num_codes(loaded: LoadedModel) -> int:
+    return (loaded.recipe.data.code_image_size // PIXELS_PER_CODE) ** 2
+
+
+def _painted(loaded: LoadedModel, examples: Sequence[Example], decoding: Decoding) -> list[list[int]]:
+    """Of each example the sample of the highest score; its seeds follow from the row's id and nothing else."""
+    config = codes_config(loaded, beams=decoding.beams, sampling=decoding.top_k > 0, top_k=decoding.top_k)
+    seeds = [zlib.crc32(f"{example.row_id}/{beam}".encode()) for example in examples for beam in range(decoding.beams)]
+    draw = SeededDraw(seeds) if config.sampling else None
+    found = generate(loaded.model, loaded.pack(examples), config, draw=draw)
+    return [hypotheses[0].tokens[:-1] for hypotheses in found]
 
 
 def _searched(

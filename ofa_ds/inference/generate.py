@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -40,6 +40,25 @@ class IncrementalModel(Protocol):
     ) -> DecodingState: ...
 
     def decode_step(self, tokens_R: Tensor, state: Any) -> Tensor: ...
+
+
+Draw = Callable[[Tensor, Sequence[int]], Tensor]
+"""(weights [R, K], not normalised, which rows of all they are) -> the place int64 [R] that is drawn in each."""
+
+
+class SeededDraw:
+    """Draws of each row from a generator of its own, so that a sample is the same whatever is sampled beside it."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        """seeds: of each row, example-major; at least 0."""
+        self._generators = [np.random.default_rng(seed) for seed in seeds]
+
+    def __call__(self, weights_RK: Tensor, rows: Sequence[int]) -> Tensor:
+        """By the inverse of the cumulated weights, in fp64 on any device."""
+        uniform_R1 = torch.tensor([[self._generators[row].random()] for row in rows], dtype=torch.float64)
+        cumulated_RK = weights_RK.double().cumsum(1)
+        place_R1 = torch.searchsorted(cumulated_RK, uniform_R1.to(weights_RK.device) * cumulated_RK[:, -1:], right=True)
+        return place_R1[:, 0].clamp(max=weights_RK.shape[1] - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +120,7 @@ def generate(
     prefix: Sequence[Sequence[int]] | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
     trie: Trie | None = None,
-    generator: torch.Generator | None = None,
+    draw: Draw | None = None,
     lockstep: bool = False,
 ) -> list[list[Hypothesis]]:
     """Hypotheses of each example, best first; fewer than `beams` where constraints leave fewer, or none.
@@ -110,17 +129,19 @@ def generate(
     prefix: tokens that each example must begin with (may be empty). trie: answers allowed after the prefix.
     prompts: what each decoder has read after bos (may be empty, may hold eos), which is no part of a hypothesis, of its
     score or of any limit.
-    generator: of the samples. lockstep: call the model as often as the rank that needs most, as ZeRO-3 requires.
+    draw: of the samples. lockstep: call the model as often as the rank that needs most, as ZeRO-3 requires.
     """
     models = list(models) if isinstance(models, Sequence) else [models]
     if config.gen_code:
         batch = dataclasses.replace(batch, code_mask=torch.ones_like(batch.code_mask))
     if prefix is not None and (len(prefix) != batch.num_examples or any(EOS_ID in row for row in prefix)):
         raise ValueError(f"want a prefix without eos for each of {batch.num_examples} examples, got {prefix}")
+    if config.sampling != (draw is not None):
+        raise ValueError("samples are drawn, and nothing else is: give `draw` with sampling=True")
     longest = int(batch.source_position.max()) + 1 if batch.source_position.numel() else 0
     max_len = int(config.max_len_a * longest + config.max_len_b)
     given = [[BOS_ID, *prompt] for prompt in prompts or [()] * batch.num_examples]
-    search = _Search(config, [tokens[-1] for tokens in given], max_len, batch.decoder_offsets.device)
+    search = _Search(config, [tokens[-1] for tokens in given], max_len, batch.decoder_offsets.device, draw)
     rules = _Rules(config, search, trie, prefix)
     read = None if prompts is None else [tokens[:-1] for tokens in given]
     states = [model.start_decoding(batch, beams=config.beams, read=read) for model in models]
@@ -130,7 +151,7 @@ def generate(
         if search.finished:
             continue
         logp_EBV = rules.restrict(_ensemble([rules.log_probabilities(logits_RV) for logits_RV in logits]))
-        moved_R = search.advance(logp_EBV, generator)
+        moved_R = search.advance(logp_EBV)
         rules.follow(moved_R)
         if moved_R is not None:
             for state in states:
@@ -155,9 +176,11 @@ def _ensemble(logp: list[Tensor]) -> Tensor:
 class _Search:
     """The beams of the examples that are still open (E of them), and the hypotheses of all."""
 
-    def __init__(self, config: GenerationConfig, first: Sequence[int], max_len: int, device: torch.device) -> None:
+    def __init__(
+        self, config: GenerationConfig, first: Sequence[int], max_len: int, device: torch.device, draw: Draw | None
+    ) -> None:
         """first: what each example is fed before anything is generated."""
-        self.config, self.max_len, self.device = config, max_len, device
+        self.config, self.max_len, self.device, self._draw = config, max_len, device, draw
         num_examples = len(first)
         self.step = 0
         """Tokens decided so far, and the place of the next one."""
@@ -182,13 +205,13 @@ class _Search:
         """int64 [R, 1 + step]: bos and the tokens of each row."""
         return self.tokens_EBL[..., : self.step + 1].flatten(0, 1)
 
-    def advance(self, logp_EBV: Tensor, generator: torch.Generator | None) -> Tensor | None:
+    def advance(self, logp_EBV: Tensor) -> Tensor | None:
         """Decides the next token of every row. Returns the rows [R] that go on, in order; None if all as before."""
         step, beams = self.step, self.config.beams
         if self.history_EBL is None:
             self.history_EBL = logp_EBV.new_zeros(len(self.examples), beams, self.max_len + 1)
         choose = self._samples if self.config.sampling else self._best
-        score_EK, token_EK, beam_EK = choose(logp_EBV, generator)
+        score_EK, token_EK, beam_EK = choose(logp_EBV)
         ended_EK = (token_EK == EOS_ID) & (score_EK > -torch.inf)
         self._finish(score_EK, beam_EK, ended_EK[:, :beams])
         # The first `beams` candidates that do not end; where there are fewer, ended ones fill up as dead beams.
@@ -219,9 +242,8 @@ class _Search:
             return rows_EB[kept].flatten()
         return None if torch.equal(rows_EB, all_rows_EB) else rows_EB.flatten()
 
-    def _best(self, logp_EBV: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _best(self, logp_EBV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, tokens and beams [E, K] of the 2 * beams best continuations, best first."""
-        del generator
         vocab_size = logp_EBV.shape[-1]
         total_EBV = logp_EBV[:, :1]
         if self.step > 0:
@@ -232,12 +254,14 @@ class _Search:
         score_EK, flat_EK = total_EBV.flatten(1).topk(num_candidates)
         return score_EK, flat_EK % vocab_size, flat_EK // vocab_size
 
-    def _samples(self, logp_EBV: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _samples(self, logp_EBV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, tokens and beams [E, B] of one sample a beam."""
-        kept_RV = _most_probable(logp_EBV.flatten(0, 1), self.config).exp()
+        logp_RK, token_RK = _most_probable(logp_EBV.flatten(0, 1), self.config)
+        rows = [example * self.config.beams + beam for example in self.examples for beam in range(self.config.beams)]
+        place_R1 = self._draw(logp_RK.exp(), rows)[:, None]
         # Where no token is possible eos is drawn, with its score of -inf: the beam is dead.
-        kept_RV[:, EOS_ID] += kept_RV.sum(-1) == 0
-        token_EB = torch.multinomial(kept_RV, 1, generator=generator).view(logp_EBV.shape[:2])
+        dead_R1 = logp_RK.gather(1, place_R1) == -torch.inf
+        token_EB = token_RK.gather(1, place_R1).masked_fill(dead_R1, EOS_ID).view(logp_EBV.shape[:2])
         score_EB = logp_EBV.gather(2, token_EB[..., None])[..., 0]
         if self.step > 0:
             score_EB = score_EB + self.history_EBL[..., self.step - 1]
@@ -364,15 +388,13 @@ def _forbid_repeats(logp_RV: Tensor, tokens_RL: Tensor, size: int) -> None:
     logp_RV.scatter_(1, windows_RWn[..., -1].where(repeats_RW, PAD_ID), -torch.inf)  # pad is forbidden anyway
 
 
-def _most_probable(logp_RV: Tensor, config: GenerationConfig) -> Tensor:
-    """Log-probabilities with -inf outside the top_k or top_p set."""
+def _most_probable(logp_RV: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [R, K] and tokens [R, K], most probable first, of which to draw; -inf outside the top_p set."""
     if config.top_k:
-        smallest = logp_RV.topk(min(config.top_k, logp_RV.shape[-1])).values[:, -1:]
-        return logp_RV.masked_fill(logp_RV < smallest, -torch.inf)
+        return logp_RV.topk(min(config.top_k, logp_RV.shape[-1]))
+    sorted_RV, index_RV = logp_RV.sort(dim=-1, descending=True, stable=True)
     if config.top_p:
-        sorted_RV, index_RV = logp_RV.sort(dim=-1, descending=True)
-        before_RV = sorted_RV.exp().cumsum(-1) - sorted_RV.exp()
-        return torch.full_like(logp_RV, -torch.inf).scatter(
-            1, index_RV, sorted_RV.masked_fill(before_RV >= config.top_p, -torch.inf)
-        )
-    return logp_RV
+        probable_RV = sorted_RV.exp()
+        before_RV = probable_RV.cumsum(-1) - probable_RV
+        sorted_RV = sorted_RV.masked_fill(before_RV >= config.top_p, -torch.inf)
+    return sorted_RV, index_RV

@@ -130,12 +130,15 @@ def _vocabulary(directory: Path, manifest: Manifest, recipe: Recipe, given: Path
     return vocab
 
 
-def batches(examples: Sequence[Example], patch_size: int) -> Iterator[list[Example]]:
-    """The examples in order, cut so that each part has about MAX_TOKENS_A_BATCH tokens; none is empty."""
+def batches(examples: Sequence[Example], patch_size: int, answer_tokens: int = 0) -> Iterator[list[Example]]:
+    """The examples in order, cut so that each part has about MAX_TOKENS_A_BATCH tokens; none is empty.
+
+    answer_tokens: of what is generated for an example, where that is known to be more than its target.
+    """
     part: list[Example] = []
     tokens = 0
     for example in examples:
-        size = len(example.source) + len(example.target)
+        size = len(example.source) + max(len(example.target), answer_tokens)
         if example.image is not None:
             size += (example.image.shape[0] // patch_size) * (example.image.shape[1] // patch_size)
         if part and tokens + size > MAX_TOKENS_A_BATCH:

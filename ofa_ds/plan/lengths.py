@@ -72,7 +72,7 @@ ASSUMED = Lengths(
         "snli_ve": TaskLengths(29.7, 2.0), "cola": TaskLengths(70.3, 1.0), "mnli": TaskLengths(27.3, 1.0),
         "mrpc": TaskLengths(31.3, 1.0), "qnli": TaskLengths(26.9, 1.0), "qqp": TaskLengths(27.3, 1.0),
         "rte": TaskLengths(118.0, 1.0), "sst2": TaskLengths(19.2, 1.0), "imagenet": TaskLengths(8.0, 6.4),
-        "gigaword": TaskLengths(25.4, 5.83),
+        "gigaword": TaskLengths(25.4, 5.83), "text_to_image": TaskLengths(21.8, 1025.0),
     },
     about="assumed: COCO's captions, questions and boxes; texts as long as data.max_text_tokens",
 )  # fmt: skip
@@ -82,7 +82,7 @@ _TEXT_QUESTION = 11.0
 """Tokens of a text-infilling source that are not of the text."""
 _LEFT_BY_MASKS = 0.796
 """Share of a text's tokens that its masked form has."""
-_WITHOUT_PICTURES = {"cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "gigaword"}
+_WITHOUT_PICTURES = {"cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "gigaword", "text_to_image"}
 
 
 def work_of_recipe(recipe: Recipe, lengths: Lengths | None = None) -> Work:
@@ -133,7 +133,7 @@ def _limited(task: str, each: TaskLengths, recipe: Recipe) -> TaskLengths:
     if task == "text_infilling":
         tokens = data.max_text_tokens
         return each._replace(source=_TEXT_QUESTION + _LEFT_BY_MASKS * tokens, target=tokens + 1)
-    if task == "image_infilling":
+    if task in ("image_infilling", "text_to_image"):
         return each._replace(target=(data.code_image_size // PIXELS_PER_CODE) ** 2 + 1)
     return each
 
@@ -142,12 +142,15 @@ def _downstream(recipe: Recipe, config: ModelConfig, lengths: Lengths) -> Work:
     """R-Drop shows each example twice, its picture once."""
     data, name = recipe.data, recipe.data.task.name
     each, rows = _of(name, lengths.downstream), float(recipe.batch.micro_rows)
+    code = name == "text_to_image"
+    if code and lengths is ASSUMED:
+        each = _limited(name, each, recipe)
     with_picture = name not in _WITHOUT_PICTURES
     patches = (data.image_size // config.patch_size) ** 2 if with_picture else 0
     prompt = {"none": 0.0, "src": each.source - 1, "prev_output": each.source - 2}[data.task.prompt]
     copies = 2 if recipe.criterion.rdrop_alpha > 0 else 1
     example = ExampleShape(
-        name, patches, each.source, prompt + each.target, has_loss=each.target, count=rows * copies
+        name, patches, each.source, prompt + each.target, code, has_loss=each.target, count=rows * copies
     )  # fmt: skip
     images = _groups((data.image_size,), (rows,)) if with_picture else ()
     return Work(images=images, examples=(example,), distinct=(float(patches), *_longest([example])))

@@ -38,6 +38,10 @@ class Decoding:
     normalize: bool = True
     bins_only: bool = False
     """Nothing but coordinate bins may come."""
+    codes: bool = False
+    """Nothing but image codes may come, as many as the picture has (data.code_image_size)."""
+    top_k: int = 0
+    """Drawn among that many most probable tokens, `beams` times, in place of a search; 0: a search."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,8 @@ class Task:
     """Downstream: which column of the original's TSV holds what: names of `ofa_ds.data.task_rows.READERS` -> place."""
     width: int = 0
     """Downstream: columns of such a line."""
+    other_columns: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    """Downstream: of files with another number of columns, which the original knows too."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Downstream: what stands in the file -> the answer."""
     candidates: Literal["none", "labels", "file"] = "none"

@@ -25,7 +25,7 @@ from ofa_ds.tasks import caption, detection, grounding, image_infilling, judges,
 from ofa_ds.tasks.candidates import Candidates
 from ofa_ds.tasks.context import Context, Row, row_generator, view
 from ofa_ds.tasks.downstream import caption as captioning
-from ofa_ds.tasks.downstream import gigaword, glue, imagenet, refcoco, snli_ve
+from ofa_ds.tasks.downstream import gigaword, glue, imagenet, refcoco, snli_ve, text_to_image
 from ofa_ds.tasks.downstream import vqa as answering
 from ofa_ds.tasks.kind import Task
 
@@ -89,6 +89,7 @@ DOWNSTREAM: dict[str, Task] = {
     for task in (
         captioning.CAPTION, answering.VQA, captioning.CAPTION_SCST, refcoco.REFCOCO, refcoco.REFCOCOPLUS,
         refcoco.REFCOCOG, snli_ve.SNLI_VE, *glue.TASKS, imagenet.IMAGENET, gigaword.GIGAWORD,
+        text_to_image.TEXT_TO_IMAGE,
     )
 }  # fmt: skip
 """In the order of terms.DOWNSTREAM_TASKS; each value stands in the file of its functions."""

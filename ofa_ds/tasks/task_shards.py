@@ -31,14 +31,16 @@ def build_task_shards(
     """
     task = DOWNSTREAM[name]
     if answers is not None and task.candidates != "file":
-        own = "its answers are its labels" if task.candidates == "labels" else "its answers are free"
-        raise ValueError(f"--answers: {name} takes no list of answers, {own}")
+        kind = "its answers are its labels" if task.candidates == "labels" else "its answers are free"
+        raise ValueError(f"--answers: {name} takes no list of answers, {kind}")
     paths = file_systems.expand(files)
     if not paths:
         raise ValueError(f"--task {name}: give at least one TSV file")
+    width = width_of(paths[0]) if columns or task.other_columns else task.width
+    known = columns or task.other_columns.get(width)
     lines = TaskLines(
-        type=task.row_types[0], columns=columns or task.columns, labels=task.labels, references=references,
-        width=width_of(paths[0]) if columns else task.width, listed=references and not held_out,
+        type=task.row_types[0], columns=known or task.columns, labels=task.labels, references=references,
+        width=width if known else task.width, listed=references and not held_out,
         needs=needed_by(task), answering=answering_of(task),
     )  # fmt: skip
     listed = () if answers is None else read_answers_file(Path(answers))
@@ -52,11 +54,11 @@ def needed_by(task: Task) -> list[str]:
 
 
 def answering_of(task: Task) -> tuple[str, ...]:
-    """Names of columns that may say what is right of a task, its own first: a box, or answers in any form."""
+    """Names of columns that may say what is right of a task, its own first: a box, codes, or answers in any form."""
     own = tuple(kind for kind in ANSWERING if kind in task.columns)
-    if "box" in own:
+    if own in (("box",), ("codes",)):
         return own
-    free = [kind for kind in ANSWERING if kind not in (*own, "box") and (kind != "label" or task.labels)]
+    free = [kind for kind in ANSWERING if kind not in (*own, "box", "codes") and (kind != "label" or task.labels)]
     return (*own, *free)
 
 

@@ -11,11 +11,10 @@ import pytest
 from downstream_chain import MARK
 
 from ofa_ds.data.building.build import build_shards
-from ofa_ds.data.recast import write_recast
+from ofa_ds.data.recast import FORMS, write_recast
 from ofa_ds.data.shards import Shards
 from ofa_ds.tasks.task import DOWNSTREAM
 from ofa_ds.tasks.texts import train_from_shards
-from ofa_ds.terms import DOWNSTREAM_TASKS
 
 ROWS = Path(__file__).parents[1] / "fixtures/real_rows"
 WORKER = Path(__file__).with_name("downstream_chain.py")
@@ -45,7 +44,7 @@ def run(folder: Path, commands: list[list[str]]) -> list[str]:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_ANOTHER else []) for name in DOWNSTREAM_TASKS],
+    [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_ANOTHER else []) for name in FORMS],
 )
 def test_real_rows_go_from_tsv_files_to_a_hand_in(name: str, given: Path, tmp_path: Path) -> None:
     task = DOWNSTREAM[name]

@@ -21,6 +21,10 @@ SMALL = (
 )  # fmt: skip
 
 
+RECIPES = {"text_to_image": "finetune-image-gen-stage1-nano"}
+"""Where they are not called by the task."""
+
+
 def run(*arguments: object) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
@@ -34,11 +38,12 @@ def chain(folder: Path, task: str) -> dict:
     file, listed = folder / f"tsv/{task}.tsv", folder / "tsv/answers.txt"
     answers = ["--answers", listed] if listed.exists() else []
     shards, vocab, rundir = folder / "shards", folder / "vocab", folder / "run"
+    recipe = RECIPES.get(task, f"finetune-{task}-nano")
     run("shards", "build", "--task", task, *answers, "--workers", 1, "--out", shards, file)
-    run("vocab", "train", "--shards", shards, "--size", 400, "--codes", 16, "--bins", 64, "--out", vocab)
-    run("shards", "show", shards, "--vocab", vocab, "--recipe", f"finetune-{task}-nano", "--png", folder / "show.png")
+    run("vocab", "train", "--shards", shards, "--size", 400, "--codes", 128, "--bins", 64, "--out", vocab)
+    run("shards", "show", shards, "--vocab", vocab, "--recipe", recipe, "--png", folder / "show.png")
     data = [f"data.shards={shards}", f"data.heldout={shards}", f"data.vocab={vocab}", f"run_dir={rundir}"]
-    run("finetune", f"finetune-{task}-nano", *data, *SMALL)
+    run("finetune", recipe, *data, *SMALL)
     told = run("evaluate", rundir, "--task", task, "--shards", shards, "--rows", 4, "--json", "--png", folder / "e.png")
     run("predict", rundir, "--task", task, "--shards", shards, "--out", folder / "predictions")
     return json.loads(told)["tasks"][task]

@@ -23,7 +23,7 @@ from ofa_ds.tasks.task import data_config_of, row_texts
 from ofa_ds.tasks.task_shards import build_task_shards
 from ofa_ds.terms import DOWNSTREAM_TASKS
 
-SIZES = {"image_size": 64, "infill_image_size": 64, "code_image_size": 32, "max_image_size": 64, "augment": "none"}
+SIZES = {"image_size": 64, "infill_image_size": 64, "code_image_size": 64, "max_image_size": 64, "augment": "none"}
 
 
 def build(folder: Path, rows: int, tasks: tuple[str, ...] = DOWNSTREAM_TASKS) -> dict[str, Shards]:
@@ -36,7 +36,7 @@ def build(folder: Path, rows: int, tasks: tuple[str, ...] = DOWNSTREAM_TASKS) ->
         shards = Shards(folder / task)
         texts += [text for i in range(rows) for text in row_texts("downstream", shards.row("downstream", i))]
         texts += [f" {answer}" for answer in shards.answers]
-    train_vocab([*texts, " yes no maybe positive negative"] * 2, 500, folder / "vocab", num_codes=16, num_bins=65)
+    train_vocab([*texts, " yes no maybe positive negative"] * 2, 500, folder / "vocab", num_codes=128, num_bins=65)
     return {task: Shards(folder / task) for task in tasks}
 
 

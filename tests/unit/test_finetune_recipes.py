@@ -43,6 +43,8 @@ LARGE: dict[str, tuple[Any, ...]] = {
     "imagenet": (5e-5, 256, 4, ("steps", 160_000), 1000, 0.1, 0.1, (480, 128, 30), True, IMAGENET),
     "gigaword": (1e-4, 512, 64, ("epochs", 6), 0.06, 0.1, 0.1, (None, 512, 64), False,
                  {"data.task.decoder_noise": 0.2}),
+    "text_to_image": (1e-3, 512, 4, ("steps", 40_000), 2000, 0.0, 0.1, (None, 64, 30), False,
+                      {"data.code_image_size": 256, "criterion.constraint_range": (50265, 58457)}),
 }  # fmt: skip
 BASE = {
     **LARGE,
@@ -62,8 +64,14 @@ ENCOURAGING = {
                             "criterion.drop_best_after": 2500},
     "refcoco-large-el": {}, "refcocoplus-large-el": {}, "refcocog-large-el": {},
 }  # fmt: skip
+FILES = {"text_to_image": "image-gen-stage1"}
+"""What recipes of a task are called, where that is not its name."""
 TOKENS = {"vqa", "imagenet", *GLUE}
 """Tasks whose answers are measured in tokens."""
+
+
+def recipe_of(task: str, size: str) -> str:
+    return f"finetune-{FILES.get(task, task)}-{size}"
 
 
 def value(recipe: Recipe, key: str) -> Any:
@@ -75,7 +83,7 @@ def value(recipe: Recipe, key: str) -> Any:
 
 def test_there_is_a_recipe_of_each_task_and_size_and_no_other():
     shipped = {name for name in shipped_recipes() if name.startswith("finetune-")}
-    assert shipped == {f"finetune-{task}-{size}" for task in DOWNSTREAM_TASKS for size in SIZES} | {
+    assert shipped == {recipe_of(task, size) for task in DOWNSTREAM_TASKS for size in SIZES} | {
         f"finetune-{name}" for name in ENCOURAGING
     }
 
@@ -83,7 +91,7 @@ def test_there_is_a_recipe_of_each_task_and_size_and_no_other():
 @pytest.mark.parametrize("size", AS)
 @pytest.mark.parametrize("task", DOWNSTREAM_TASKS)
 def test_a_recipe_has_the_hyper_parameters_of_the_script(task, size):
-    recipe = load_recipe(f"finetune-{task}-{size}")
+    recipe = load_recipe(recipe_of(task, size))
     lr, rows, micro, length, warmup, smoothing, drop_path, (side, source, target), frozen, more = TABLES[AS[size]][task]
     optim, train = recipe.optim, recipe.train
     assert (recipe.model.preset, recipe.data.task.name) == (size, task)
@@ -111,7 +119,7 @@ DEFAULTS = {
 @pytest.mark.parametrize("size", AS)
 @pytest.mark.parametrize("task", DOWNSTREAM_TASKS)
 def test_what_the_scripts_have_in_common_is_in_every_recipe(task, size):
-    recipe, own = load_recipe(f"finetune-{task}-{size}"), TABLES[AS[size]][task][-1]
+    recipe, own = load_recipe(recipe_of(task, size)), TABLES[AS[size]][task][-1]
     for key, expected in DEFAULTS.items():
         assert value(recipe, key) == own.get(key, expected), key
 
@@ -119,7 +127,7 @@ def test_what_the_scripts_have_in_common_is_in_every_recipe(task, size):
 @pytest.mark.parametrize("task", DOWNSTREAM_TASKS)
 @pytest.mark.parametrize("size", SIZES)
 def test_a_recipe_says_of_the_data_what_the_task_says(task, size):
-    recipe = load_recipe(f"finetune-{task}-{size}")
+    recipe = load_recipe(recipe_of(task, size))
     for key, wanted in DOWNSTREAM[task].settings.items():
         if size != "nano" or not key.endswith("image_size"):
             assert value(recipe, f"data.{key}") == wanted, key
@@ -136,6 +144,6 @@ def test_the_encouraging_recipes_are_those_of_large_with_its_loss(name):
 
 @pytest.mark.parametrize("task", DOWNSTREAM_TASKS)
 def test_nano_goes_on_from_the_quick_start(task):
-    recipe, quick = load_recipe(f"finetune-{task}-nano"), load_recipe("pretrain-nano")
+    recipe, quick = load_recipe(recipe_of(task, "nano")), load_recipe("pretrain-nano")
     assert (recipe.model.preset, recipe.data.image_size) == ("nano", quick.data.image_size)
     assert recipe.data.max_image_size == quick.data.max_image_size

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ofa_ds.inference.generate import BOS_ID, GenerationConfig, Trie, generate
+from ofa_ds.inference.generate import BOS_ID, GenerationConfig, SeededDraw, Trie, generate
 from ofa_ds.terms import PAD_ID
 from ofa_ds.train.criteria import EOS_ID
 
@@ -143,12 +143,12 @@ def test_a_trie_lists_what_may_follow() -> None:
 
 
 def samples(config: GenerationConfig, seed: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    found = generate(TableModel(1), batch_of(0), config, generator=generator)
+    seeds = range(seed * config.beams, (seed + 1) * config.beams)
+    found = generate(TableModel(1), batch_of(0), config, draw=SeededDraw(seeds))
     return [hypothesis.tokens for hypothesis in found[0]]
 
 
-def test_samples_follow_the_distribution_and_their_generator() -> None:
+def test_samples_follow_the_distribution_and_their_seeds() -> None:
     config = GenerationConfig(beams=4000, sampling=True, max_len_b=1, min_len=0)
     drawn = samples(config, seed=3)
     assert drawn == samples(config, seed=3) and drawn != samples(config, seed=4)
@@ -172,7 +172,7 @@ def test_top_k_and_top_p_leave_the_improbable_out() -> None:
 def test_samples_score_their_log_probability_and_end_once() -> None:
     config = GenerationConfig(beams=20, sampling=True, max_len_b=5, normalize=False)
     model = TableModel(1)
-    (found,) = generate(model, batch_of(0), config, generator=torch.Generator().manual_seed(0))
+    (found,) = generate(model, batch_of(0), config, draw=SeededDraw(range(20)))
     assert len(found) == 20
     for hypothesis in found:
         assert hypothesis.tokens.count(EOS_ID) == 1 and hypothesis.tokens[-1] == EOS_ID

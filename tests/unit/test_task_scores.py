@@ -180,6 +180,7 @@ def test_every_task_is_scored_by_its_metric_and_handed_in(vocab: Vocab, task: Ta
     rows = [asked((label, 1.0), row_id=str(k), source_text=" what is", image=picture, picture_size=(64, 64),
                   region=(0.0, 0.0, 50.0, 50.0)) for k in range(3)]  # fmt: skip
     ids = [vocab.bin(k) for k in (0, 0, 1, 1)] if task.shows == "boxes" else vocab.encode(f" {label}")
+    ids = rows[0].target[:-1].tolist() if task.decoding.codes else ids
     scores, constant = task.judge(ctx, rows, [ids] * 3), task.constant(rows)
     assert scores[task.metric] is not None and scores[task.metric] >= constant[task.metric]
     assert set(scores) <= set(constant), "a blind baseline beside each score"

@@ -31,12 +31,15 @@ def downstream_frame(
     """The example of a downstream row; the task is not yet named.
 
     source, answer: ids; those of the texts where not given. What is longer than the model's positions is cut, the
-    source first, and `cut` says so. rng: of the decoder noise of training; none where not given.
+    source first, and `cut` says so; image codes (`code=True`) have positions of their own. rng: of the decoder noise of
+    training; none where not given. Raises ValueError for image codes behind a decoder prompt.
     """
-    vocab, options = ctx.vocab, ctx.config.task
+    vocab, options, code = ctx.vocab, ctx.config.task, fields.get("code", False)
+    if code and options.prompt != "none":
+        raise ValueError(f"data.task.prompt={options.prompt}: image codes come right after bos; want none")
     source = vocab.encode(source_text, ctx.max_positions) if source is None else source
     answer = list(vocab.encode(answer_text, ctx.max_positions) if answer is None else answer)
-    answer_room = max(ctx.max_positions - 1, 0)
+    answer_room = len(answer) if code else max(ctx.max_positions - 1, 0)
     source_room = ctx.max_positions - 2 - (len(answer[:answer_room]) if options.prompt != "none" else 0)
     cut = len(source) > max(source_room, 0) or len(answer) > answer_room
     source, answer = list(source[: max(source_room, 0)]), answer[:answer_room]

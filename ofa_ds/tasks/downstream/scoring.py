@@ -23,6 +23,7 @@ from ofa_ds.terms import UNK_ID
 SOFT_ACCURACY, ACCURACY, MATTHEWS, F1 = "soft accuracy", "accuracy", "Matthews", "F1"
 ACC_IOU = "acc@IoU0.5"
 ROUGE_L = "ROUGE-L"
+EQUAL_CODES = "equal codes"
 NO_BOX = (0.0, 0.0, 0.0, 0.0)
 """Handed in for an answer that is no box."""
 
@@ -242,3 +243,32 @@ def _summaries(asked: Sequence[Example]) -> list[list[str]]:
 def hand_in_summary(ctx: Context, asked: Sequence[Example], answers: judges.Answers) -> list[Any]:
     """A line each."""
     return [" ".join(summary_scores.summary_text(text).split()) for text in texts_of(ctx, answers)]
+
+
+# Pictures as codes
+
+
+def judge_codes(ctx: Context, asked: Sequence[Example], answers: judges.Answers) -> judges.Scores:
+    """Share of the codes that are those of the row's own picture, which is one of many that fit its caption."""
+    pairs = list(zip(asked, answers, strict=True))
+    return {EQUAL_CODES: judges.mean([_equal_share(example, ids) for example, ids in pairs if len(example.target) > 1])}
+
+
+def _equal_share(example: Example, ids: Sequence[int]) -> float:
+    right = example.target[:-1].tolist()
+    return sum(a == b for a, b in zip(right, ids, strict=False)) / len(right)
+
+
+def constant_codes(asked: Sequence[Example]) -> judges.Scores:
+    """The commonest code of each place."""
+    share = judges.constant_sequence_share([example.target[:-1].tolist() for example in asked])
+    return {EQUAL_CODES: share, judges.TOKEN_ACCURACY: share}
+
+
+def hand_in_codes(ctx: Context, asked: Sequence[Example], answers: judges.Answers) -> list[Any]:
+    """[{"uniq_id", "codes": row by row}], which `ofa-ds codes decode` paints."""
+    start = ctx.vocab.code_start
+    return [
+        {"uniq_id": example.row_id, "codes": [int(token) - start for token in ids]}
+        for example, ids in zip(asked, answers, strict=True)
+    ]
