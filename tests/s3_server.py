@@ -12,6 +12,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ofa_ds.storage.file_systems import file_system
+
 START_S = 60
 _SERVE = "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"
 
@@ -59,3 +61,10 @@ def make_bucket(address: str, name: str) -> str:
     request = urllib.request.Request(f"{address}/{name}", method="PUT")
     urllib.request.urlopen(request, timeout=30).close()
     return f"s3://{name}"
+
+
+def write_bytes(location: str, data: bytes) -> None:
+    """A whole object."""
+    system, path = file_system(location)
+    with system.open_output_stream(path) as file:
+        file.write(data)

@@ -57,8 +57,8 @@ class ShardFile:
     """
 
     __slots__ = (
-        "path", "family", "shard", "num_rows", "num_batches", "_entries_of", "_pool", "_raw", "_longs", "_file", "_row",
-        "_entry", "_checked", "__weakref__",
+        "path", "location", "family", "shard", "num_rows", "num_batches", "_entries_of", "_pool", "_raw", "_longs",
+        "_file", "_row", "_entry", "_checked", "__weakref__",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +66,8 @@ class ShardFile:
     ) -> None:
         """entries: gives the bytes of the shard's entries in the index. pool: of all files of a directory."""
         self.path, self.family, self.shard = path, family, shard
+        self.location = str(path)
+        """As messages name it."""
         self.num_rows, self.num_batches = shard.rows, shard.batches
         self._entries_of, self._pool = entries, pool or MapPool()
         self._raw = self._longs = _NOTHING
@@ -110,7 +112,7 @@ class ShardFile:
             return read(data, ints, base, entry, i)
         except (IndexError, ValueError, struct.error) as error:
             what = "its text is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-            raise CorruptRecord(f"{self.path}: row {i}: damaged: {what}; copy or build it again") from error
+            raise CorruptRecord(f"{self.location}: row {i}: damaged: {what}; copy or build it again") from error
 
     def batch_of(self, i: int) -> int:
         """Number of the record batch that row `i` is in. Raises as `row` does."""
@@ -180,7 +182,7 @@ class ShardFile:
         ends_at, text = entry[at], base + entry[at + 1]
         ends = ints[base + ends_at >> 2 :][: stop - first + 1].tolist()
         if len(ends) != stop - first + 1 or not 0 <= ends[0] <= ends[-1] <= base + byte_end - byte_start - text:
-            raise RuntimeError(f"{self.path}: row {first}: damaged: its type is not there; copy or build it again")
+            raise RuntimeError(f"{self.location}: row {first}: damaged: its type is not there; copy or build it again")
         types_text = data[text : text + ends[-1]]
         return [types_text[a:b] for a, b in pairwise(ends)]
 

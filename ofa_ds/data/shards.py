@@ -13,7 +13,7 @@ import itertools
 import traceback
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -171,12 +171,18 @@ class Shards:
     @cached_property
     def answers(self) -> tuple[str, ...]:
         """The list of candidate answers; empty where the shards have none. Raises RuntimeError where it is damaged."""
-        return read_answer_list(self.path, self.manifest.answers)
+        with self._naming():
+            return read_answer_list(self.path, self.manifest.answers)
 
     @cached_property
     def negatives(self) -> Negatives:
         """Empty where the shards have none. Raises ValueError or RuntimeError, with the file, where they are wrong."""
-        return read_negatives(self.path)
+        with self._naming():
+            return read_negatives(self.path)
+
+    def _naming(self) -> AbstractContextManager[None]:
+        """Errors about files of the mirror name the remote ones."""
+        return self._remote.naming() if self._remote else nullcontext()
 
 
 def _open(path: str, verify: bool) -> Shards:

@@ -10,8 +10,8 @@ import fnmatch
 import glob
 import os
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -69,23 +69,17 @@ def _s3(settings: tuple[str, str]) -> fs.FileSystem:
     return fs.S3FileSystem(connect_timeout=10, request_timeout=60, **options)
 
 
-class _named:
+@contextmanager
+def _named(location: str | Path) -> Iterator[None]:
     """Errors of a file system with the location, on one line; those of the machine keep their number."""
-
-    def __init__(self, location: str | Path) -> None:
-        self._location = str(location)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (pa.ArrowException, OSError)) and self._location not in str(error):
-            number = getattr(error, "errno", None)
-            what = " ".join(str(error).split())
-            wrapped = type(error) if isinstance(error, FileNotFoundError | PermissionError) else OSError
-            raise (
-                wrapped(number or 0, what, self._location) if number else wrapped(f"{self._location}: {what}")
-            ) from error
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if str(location) in str(error):
+            raise
+        what, number = " ".join(str(error).split()), getattr(error, "errno", None)
+        kind = type(error) if isinstance(error, FileNotFoundError | PermissionError) else OSError
+        raise (kind(number, what, str(location)) if number else kind(f"{location}: {what}")) from error
 
 
 def info(location: str | Path) -> fs.FileInfo:
@@ -97,14 +91,6 @@ def info(location: str | Path) -> fs.FileInfo:
 
 def exists(location: str | Path) -> bool:
     return info(location).type != fs.FileType.NotFound
-
-
-def size(location: str | Path) -> int:
-    """Bytes of a file. Raises FileNotFoundError."""
-    found = info(location)
-    if found.type != fs.FileType.File:
-        raise FileNotFoundError(f"{location}: no such file")
-    return found.size
 
 
 def open_input(location: str | Path) -> pa.NativeFile:
@@ -120,13 +106,6 @@ def read_bytes(location: str | Path, limit: int) -> bytes:
         if file.size() > limit:
             raise ValueError(f"{location}: {file.size()} bytes are more than {limit}, which such a file has at most")
         return file.read()
-
-
-def write_bytes(location: str | Path, data: bytes) -> None:
-    """A whole small file; an object store shows it when it is complete."""
-    system, path = file_system(location)
-    with _named(location), system.open_output_stream(path) as file:
-        file.write(data)
 
 
 def upload(path: Path, location: str | Path) -> None:

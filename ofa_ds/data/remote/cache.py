@@ -4,6 +4,11 @@ A batch is one file, which appears when it is whole and its checksum right. Who 
 unfinished file, so that the others wait for it rather than fetch it too; a killed fetcher's lock is gone with it, and
 the next begins the file anew. What was not used for the longest time goes when the bound is reached; who still reads in
 it holds a mapping, which stays.
+
+How many bytes there are is kept in a file whose lock orders every change: a new file is counted before it has its size,
+one that goes is counted until it is gone. So a process that is killed in between leaves the count too high, never too
+low; the bound is reached a little early then, and making room counts all files anew. They are also counted where the
+count is missing or damaged, or from before the machine's last start: nobody waited for it to be on the disk.
 """
 
 from __future__ import annotations
@@ -17,58 +22,85 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import UUID
+
+import xxhash
 
 from ofa_ds.storage.sizes import size_text
 
+CACHE_BYTES = "OFA_DS_CACHE_BYTES"
+"""Environment: how many bytes the cache may have."""
+
+MAX_BYTES = 64 << 30
+"""Of the cache where nothing is said: this, or half of its disk's free space and what it has already."""
+
 PART = ".part"
-_USED = "used"
+USED = "used"
 """File that holds how many bytes the batches take, and whose lock orders who changes that."""
 
-_COUNT = struct.Struct("<q")
+_COUNT = struct.Struct("<q16sQ")
+"""Bytes, the machine's start, xxh3-64 of both."""
 _KEPT_SHARE = 0.9
 """Of the bound, what is left after room was made."""
 
 
 class BatchCache:
-    """Files under `folder`, of at most about `max_bytes` together, whatever processes use it."""
+    """Files under `folder`, of at most `max_bytes` together, unfinished ones too, whatever processes use it."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.folder, self.max_bytes = folder, max_bytes
+    def __init__(self, folder: Path, max_bytes: int | None = None) -> None:
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        with self._used() as descriptor:
-            self._set(descriptor, self._count())
+        if max_bytes is None:
+            max_bytes = min(MAX_BYTES, (shutil.disk_usage(folder).free + self.used()) // 2)
+        self.max_bytes = max_bytes
 
-    def get(self, name: str, num_bytes: int, fetch: Callable[[], bytes]) -> Path | bytes:
-        """The file of a batch, fetched where it is not there. Its bytes alone where the disk has no room for it.
+    def used(self) -> int:
+        """Bytes that are counted now."""
+        with self._counter() as descriptor:
+            return self._counted(descriptor)
 
-        name: a path below the folder. fetch: gives its checked bytes, and raises what is wrong with them.
-        """
+    def find(self, name: str) -> Path | None:
+        """The file of a batch that is there. name: a path below the folder."""
         path = self.folder / name
         with suppress(FileNotFoundError):
             os.utime(path)  # used now
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._alone(path) as part:
-            if path.exists():  # another process fetched it meanwhile
-                return path
-            data = fetch()
-            if len(data) > self.max_bytes:
-                return data
-            try:
-                self._reserve(num_bytes)
-                self._write(part, data)
-                os.rename(part, path)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                self._tell_full(error)
-                self._make_room(self.max_bytes // 2)
-                return data
-        return path
+        return None
+
+    def get(self, name: str, fetch: Callable[[], bytes]) -> Path | bytes:
+        """The file of a batch, fetched where it is not there. Its bytes alone where there is no room for it.
+
+        fetch: gives its checked bytes, and raises what is wrong with them.
+        """
+        if (path := self.find(name)) is not None:
+            return path
+        path, data = self.folder / name, None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._alone(path) as part:
+                if path.exists():  # another process fetched it meanwhile
+                    return path
+                data = fetch()
+                if self._reserve(part, len(data)):
+                    _write(part, data)
+                    with self._counter():  # so that who counts meets it once
+                        os.rename(part, path)
+                    return path
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self._give_back(error)
+        return fetch() if data is None else data
 
     def drop(self, name: str) -> None:
         """Forget a batch that turned out to be damaged here, so that it is fetched again."""
-        (self.folder / name).unlink(missing_ok=True)  # the count is put right when room is made
+        self._remove(self.folder / name)
+
+    def drop_folder(self, name: str) -> None:
+        """All batches of a data set that nobody has open."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        with self._counter() as descriptor:
+            self._set(descriptor, self._sizes())
 
     @contextmanager
     def _alone(self, path: Path) -> Iterator[Path]:
@@ -77,54 +109,54 @@ class BatchCache:
         while True:
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            try:
-                if os.stat(part).st_ino == os.fstat(descriptor).st_ino:
-                    break
-            except FileNotFoundError:
-                pass
+            if is_at(descriptor, part):
+                break
             os.close(descriptor)  # whoever had it has finished the file, or it was cleared away
-            if path.exists():
-                yield part
-                return
         try:
             yield part
         finally:
-            with suppress(OSError):
-                if os.stat(part).st_ino == os.fstat(descriptor).st_ino:
-                    part.unlink()
+            if is_at(descriptor, part):
+                self._remove(part)
             os.close(descriptor)
 
-    def _write(self, part: Path, data: bytes) -> None:
-        with open(part, "r+b", buffering=0) as file:
-            file.truncate(0)  # what a killed process had begun
-            view = memoryview(data)
-            while view:
-                view = view[file.write(view) :]
-            os.fsync(file.fileno())  # or after a power cut the name may be there without the data
+    def _reserve(self, part: Path, num_bytes: int) -> bool:
+        """Give an unfinished file its size, after others went where they are too many. -> whether there is room."""
+        with self._counter() as descriptor:
+            left_over = part.stat().st_size  # of who was killed at it: counted already
+            used = self._counted(descriptor) - left_over
+            if used + num_bytes > self.max_bytes:
+                used = self._evict(int(self.max_bytes * _KEPT_SHARE) - num_bytes) - left_over
+            fits = used + num_bytes <= self.max_bytes
+            self._set(descriptor, used + (num_bytes if fits else left_over))
+            if fits:
+                os.truncate(part, num_bytes)
+        return fits
 
-    def _reserve(self, num_bytes: int) -> None:
-        """Count a new file, after others went where they are too many."""
-        with self._used() as descriptor:
-            used = self._get(descriptor) + num_bytes
-            if used > self.max_bytes:
-                used = self._evict(int(self.max_bytes * _KEPT_SHARE) - num_bytes) + num_bytes
-            self._set(descriptor, used)
+    def _remove(self, path: Path) -> None:
+        with self._counter() as descriptor, suppress(FileNotFoundError):
+            size = path.stat().st_size
+            path.unlink()
+            self._set(descriptor, self._counted(descriptor) - size)
 
-    def _make_room(self, left: int) -> None:
-        with self._used() as descriptor:
-            self._set(descriptor, self._evict(left))
+    def _give_back(self, error: OSError) -> None:
+        """Half of the cache, on a disk that is full."""
+        free = size_text(shutil.disk_usage(self.folder).free)
+        what = f"{self.folder}: {error.strerror}, {free} are free of a cache of {size_text(self.max_bytes)}"
+        print(f"{what}; half of it is given back; {CACHE_BYTES} makes it smaller", file=sys.stderr, flush=True)
+        with suppress(OSError), self._counter() as descriptor:
+            self._set(descriptor, self._evict(self.max_bytes // 2))
 
     def _evict(self, left: int) -> int:
         """Remove what was used longest ago until at most `left` bytes are there. -> the bytes that are."""
-        found = []
+        found, total = [], 0
         for path in self._files():
+            if path.name.endswith(PART) and _clear_if_nobodys(path):
+                continue
             with suppress(FileNotFoundError):
                 status = path.stat()
-                if path.name.endswith(PART):
-                    _clear_if_nobodys(path)
-                else:
+                total += status.st_size
+                if not path.name.endswith(PART):
                     found.append((status.st_mtime_ns, status.st_size, path))
-        total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found, key=lambda each: each[0]):
             if total <= max(left, 0):
                 break
@@ -132,7 +164,7 @@ class BatchCache:
             total -= size
         return total
 
-    def _count(self) -> int:
+    def _sizes(self) -> int:
         total = 0
         for path in self._files():
             with suppress(FileNotFoundError):
@@ -142,39 +174,81 @@ class BatchCache:
     def _files(self) -> Iterator[Path]:
         for folder, _, names in os.walk(self.folder):
             for name in names:
-                if name != _USED:
+                if name != USED:
                     yield Path(folder, name)
 
     @contextmanager
-    def _used(self) -> Iterator[int]:
-        descriptor = os.open(self.folder / _USED, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    def _counter(self) -> Iterator[int]:
+        """The file of the count, of which this thread has the lock: nobody else changes sizes meanwhile."""
+        descriptor = os.open(self.folder / USED, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield descriptor
         finally:
             os.close(descriptor)
 
-    @staticmethod
-    def _get(descriptor: int) -> int:
-        data = os.pread(descriptor, _COUNT.size, 0)
-        return _COUNT.unpack(data)[0] if len(data) == _COUNT.size else 0
+    def _counted(self, descriptor: int) -> int:
+        data = os.pread(descriptor, _COUNT.size + 1, 0)
+        if len(data) == _COUNT.size:
+            used, boot, checksum = _COUNT.unpack(data)
+            if checksum == xxhash.xxh3_64_intdigest(data[:24]) and boot == _boot():
+                return used
+        self._set(descriptor, used := self._sizes())
+        return used
 
     @staticmethod
     def _set(descriptor: int, used: int) -> None:
-        os.pwrite(descriptor, _COUNT.pack(max(used, 0)), 0)
+        head = struct.pack("<q16s", max(used, 0), _boot())
+        data = head + struct.pack("<Q", xxhash.xxh3_64_intdigest(head))
+        try:
+            done = os.pwrite(descriptor, data, 0)
+        except OSError:  # the disk is full
+            done = 0
+        if done != len(data) or os.fstat(descriptor).st_size != len(data):
+            os.ftruncate(descriptor, done // len(data) * done)  # nothing is there: counted anew when next asked for
 
-    def _tell_full(self, error: OSError) -> None:
-        free = size_text(shutil.disk_usage(self.folder).free)
-        what = f"{self.folder}: {error.strerror}, {free} are free of a cache of {size_text(self.max_bytes)}"
-        print(f"{what}; half of it is given back; OFA_DS_CACHE_BYTES makes it smaller", file=sys.stderr, flush=True)
+
+def given_bytes() -> int | None:
+    """Of the cache, where the environment says it. Raises ValueError for a value that is no number of bytes."""
+    if not (given := os.environ.get(CACHE_BYTES, "")):
+        return None
+    if not (given.isascii() and given.isdigit()) or int(given) < 1:
+        raise ValueError(f"{CACHE_BYTES}: want a number of bytes, got {given!r}")
+    return int(given)
 
 
-def _clear_if_nobodys(part: Path) -> None:
-    """An unfinished file whose fetcher was killed."""
+def _boot() -> bytes:
+    """Of the machine's last start; zeros where the system does not say."""
+    try:
+        return UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+    except (OSError, ValueError):
+        return bytes(16)
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file still has this name."""
+    try:
+        return os.stat(path).st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _write(part: Path, data: bytes) -> None:
+    with open(part, "r+b", buffering=0) as file:
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]
+        os.fsync(file.fileno())  # or after a power cut the name may be there without the data
+
+
+def _clear_if_nobodys(part: Path) -> bool:
+    """An unfinished file whose fetcher was killed. -> whether it is gone."""
     with suppress(OSError):
         descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.unlink()
+            return True
         finally:
             os.close(descriptor)
+    return False

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import glob
 import os
-import shutil
 import sys
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from ofa_ds.data import answer_list
 from ofa_ds.data.batch_index import entry_type, index_file
+from ofa_ds.data.corrupt import CorruptRecord
 from ofa_ds.data.manifest import MANIFEST, NEGATIVES, ConvertedManifest, read_manifest
 from ofa_ds.data.open_file import MappedFile
-from ofa_ds.data.remote.cache import BatchCache
+from ofa_ds.data.remote.ahead import Ahead
+from ofa_ds.data.remote.cache import BatchCache, given_bytes
 from ofa_ds.data.remote.fetching import RemoteFile, download, read_small
-from ofa_ds.data.row_reader import Data
+from ofa_ds.data.remote.mirror import Mirror, remove_forgotten
+from ofa_ds.data.row_reader import Data, ReadRow
 from ofa_ds.data.shard_file import ShardFile
 
-CACHE, CACHE_BYTES = "OFA_DS_CACHE", "OFA_DS_CACHE_BYTES"
-"""Environment: the directory of the cache, and how many bytes it may have."""
-
-MAX_BYTES = 64 << 30
-"""Of the cache where nothing is said: this, or half of what is free on its disk."""
+CACHE = "OFA_DS_CACHE"
+"""Environment: the directory of the cache."""
 
 THREADS = 8
 """That fetch ahead, of each process."""
@@ -40,23 +37,10 @@ MAPPED = 128
 MAX_IN_MEMORY = 256 << 20
 """Bytes of record batches that a process holds where the disk has no room for them."""
 
-_FORGOTTEN_S = 3600.0
-"""An unfinished small file that nobody wrote to for so long is one of a killed process."""
-
 
 def cache_directory() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get(CACHE) or Path(base) / "ofa-ds" / "shards")
-
-
-def cache_bytes(folder: Path) -> int:
-    """Raises ValueError for a value that is no number of bytes."""
-    given = os.environ.get(CACHE_BYTES, "")
-    if not given:
-        return min(MAX_BYTES, shutil.disk_usage(folder).free // 2)
-    if not (given.isascii() and given.isdigit()) or int(given) < 1:
-        raise ValueError(f"{CACHE_BYTES}: want a number of bytes, got {given!r}")
-    return int(given)
 
 
 class RemoteFolder:
@@ -74,18 +58,22 @@ class RemoteFolder:
             raise ValueError(
                 f"{self.location}: no shards there (no {MANIFEST}); build them with: ofa-ds shards build {way}"
             ) from error
-        name = f"{xxhash.xxh3_64_hexdigest(self.location.encode())}-{xxhash.xxh3_64_hexdigest(data)}"
-        self.mirror = base / "mirrors" / name
-        self.mirror.mkdir(parents=True, exist_ok=True)
-        _place(self.mirror / MANIFEST, data)
-        self.manifest = read_manifest(self.mirror)
+        self._name = f"{xxhash.xxh3_64_hexdigest(self.location.encode())}-{xxhash.xxh3_64_hexdigest(data)}"
+        self._mirror = Mirror(base / "mirrors", self._name)
+        self.mirror = self._mirror.folder
+        self._mirror.place(MANIFEST, data)
+        with self.naming():
+            self.manifest = read_manifest(self.mirror)
+        self._cache = BatchCache(base / "batches", given_bytes())
+        remove_forgotten(base / "mirrors", self._cache.drop_folder)
         self._mirror_small_files()
-        self._cache = BatchCache(base / "batches", cache_bytes(base))
-        self._name = name
         self._mapped: OrderedDict[str, MappedFile | _InMemory] = OrderedDict()
-        self._ahead: dict[str, Future] = {}
         self._lock = threading.Lock()
-        self._threads: ThreadPoolExecutor | None = None
+        self._ahead: Ahead[MappedFile | _InMemory] = Ahead(THREADS)
+
+    def naming(self) -> AbstractContextManager[None]:
+        """Errors about mirrored files name the remote ones."""
+        return self._mirror.named(self.location)
 
     def _mirror_small_files(self) -> None:
         """Once a host; the index files are checked when they are read. Raises RuntimeError for damage, OSError."""
@@ -93,20 +81,21 @@ class RemoteFolder:
         if self.manifest.answers:
             sums[answer_list.FILE] = self.manifest.answers
         for name, want in sums.items():
-            if (path := self.mirror / name).exists():
+            if (self.mirror / name).exists():
                 continue
             data = read_small(f"{self.location}/{name}")
             if (got := xxhash.xxh3_64_hexdigest(data)) != want:
                 raise RuntimeError(f"{self.location}/{name}: has checksum {got}, want {want}; upload the shards again")
-            _place(path, data)
-        if not isinstance(self.manifest, ConvertedManifest):
-            for family in self.manifest.families:
-                path = index_file(self.mirror, family)
-                size = sum(shard.batches for shard in self.manifest.families[family].shards)
-                if not path.exists() or path.stat().st_size != size * entry_type(family).itemsize:
-                    with _partial(path) as partial:
-                        download(f"{self.location}/{path.name}", partial)
-                        self._check_index(partial, path.name, family)
+            self._mirror.place(name, data)
+        if isinstance(self.manifest, ConvertedManifest):
+            return
+        for family, files in self.manifest.families.items():
+            path = index_file(self.mirror, family)
+            num_bytes = sum(shard.batches for shard in files.shards) * entry_type(family).itemsize
+            if not path.exists() or path.stat().st_size != num_bytes:
+                with self._mirror.partial(path.name) as partial:
+                    download(f"{self.location}/{path.name}", partial, num_bytes)
+                    self._check_index(partial, path.name, family)
 
     def _check_index(self, path: Path, name: str, family: str) -> None:
         """Raises RuntimeError where an index that was just fetched is not the manifest's."""
@@ -120,26 +109,38 @@ class RemoteFolder:
                     )
 
     def make_file(self, path: Path, family: str, shard: object, entries: Callable[[], memoryview]) -> RemoteShardFile:
-        return RemoteShardFile(self, path, family, shard, entries)
+        def named_entries() -> memoryview:
+            with self.naming():
+                return entries()
+
+        return RemoteShardFile(self, path, family, shard, named_entries)
 
     def batch(self, file: RemoteShardFile, number: int) -> MappedFile | _InMemory:
         """The bytes of a record batch. Raises RuntimeError where they are not the manifest's, OSError."""
-        name = f"{self._name}/{file.path.name}.{number}"
+        name = self._batch_name(file, number)
         with self._lock:
-            found = self._mapped.get(name)
-            waiting = self._ahead.get(name)
-            if found is not None:
+            if (found := self._mapped.get(name)) is not None:
                 self._mapped.move_to_end(name)
                 return found
-        if waiting is not None:
-            with suppress(Exception):  # what failed ahead is tried again, and raised, here
-                waiting.result()
-        return self._map(name, file, number)
+        if self._cache.find(name) is not None:
+            return self._map(name, file, number)
+        return self._ahead.now(name, lambda: self._map(name, file, number))
+
+    def announce(self, file: RemoteShardFile, number: int) -> None:
+        """Fetch a record batch that will be read soon, beside what goes on."""
+        name = self._batch_name(file, number)
+        with self._lock:
+            if name in self._mapped:
+                return
+        self._ahead.ask(name, lambda: self._map(name, file, number))
+
+    def _batch_name(self, file: RemoteShardFile, number: int) -> str:
+        return f"{self._name}/{file.path.name}.{number}"
 
     def _map(self, name: str, file: RemoteShardFile, number: int) -> MappedFile | _InMemory:
         where = file.bytes_of(number)
         for _ in range(8):  # another process may make room between the two
-            found = self._cache.get(name, len(where), lambda: file.fetch(number))
+            found = self._cache.get(name, lambda: file.fetch(number))
             if isinstance(found, bytes):
                 mapped: MappedFile | _InMemory = _InMemory(found)
                 break
@@ -171,35 +172,19 @@ class RemoteFolder:
 
     def check(self, file: RemoteShardFile, number: int) -> None:
         """Compare a record batch with its checksum as it is in the cache now; a damaged one is fetched again."""
-        name, want = f"{self._name}/{file.path.name}.{number}", int(file.entries["xxh3"][number])
+        name, want = self._batch_name(file, number), int(file.entries["xxh3"][number])
+        place = self._cache.folder / name
         for _ in range(2):
             if (got := xxhash.xxh3_64_intdigest(self.batch(file, number).data)) == want:
                 return
-            self._drop(name, f"{self._cache.folder / name}: has checksum {got:016x}, want {want:016x}")
-        raise RuntimeError(f"{self._cache.folder / name}: damaged each time it is written; is the disk in order?")
+            self._drop(name, f"{place}: has checksum {got:016x}, want {want:016x}")
+        raise RuntimeError(f"{file.location}: damaged each time it is written to {place}; is the disk in order?")
 
     def _drop(self, name: str, why: str) -> None:
         print(f"{why.partition('; copy')[0]}: damaged in the cache; fetched again", file=sys.stderr, flush=True)
         with self._lock:
             self._mapped.pop(name, None)
         self._cache.drop(name)
-
-    def announce(self, file: RemoteShardFile, number: int) -> None:
-        """Fetch a record batch that will be read soon, beside what goes on."""
-        name = f"{self._name}/{file.path.name}.{number}"
-        with self._lock:
-            if name in self._mapped or name in self._ahead:
-                return
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="shards-ahead")
-            self._ahead[name] = self._threads.submit(self._fetch_ahead, name, file, number)
-
-    def _fetch_ahead(self, name: str, file: RemoteShardFile, number: int) -> None:
-        try:
-            self._map(name, file, number)
-        finally:
-            with self._lock:
-                self._ahead.pop(name, None)
 
 
 class _InMemory:
@@ -211,7 +196,7 @@ class _InMemory:
 
 
 class RemoteShardFile(ShardFile):
-    """Rows of a remote Arrow file. `path` is its place in the mirror, where it never is; messages say the location."""
+    """Rows of a remote Arrow file. `path` is its place in the mirror, where it never is; messages say `location`."""
 
     __slots__ = ("_folder", "_remote")
 
@@ -220,7 +205,15 @@ class RemoteShardFile(ShardFile):
     ) -> None:
         super().__init__(path, family, shard, entries)
         self._folder = folder
-        self._remote = RemoteFile(f"{folder.location}/{path.name}", self.shard.num_bytes, MANIFEST)
+        self.location = f"{folder.location}/{path.name}"
+        self._remote = RemoteFile(self.location, self.shard.num_bytes, MANIFEST)
+
+    def _read(self, i: int, read: ReadRow, verify: bool) -> dict[str, Any]:
+        try:
+            return super()._read(i, read, verify)
+        except CorruptRecord:  # here or there? If it is the copy in the cache, that is fetched again
+            self._folder.check(self, self.batch_of(i))
+            return super()._read(i, read, verify)
 
     def batch_bytes(self, batch: int, start: int) -> tuple[Data, memoryview, int]:
         found = self._folder.batch(self, batch)
@@ -235,9 +228,9 @@ class RemoteShardFile(ShardFile):
             if got == want:
                 return data
             if attempt == 0:
-                print(f"{self._remote.location}: record batch {batch} came damaged; fetched again", file=sys.stderr)
+                print(f"{self.location}: record batch {batch} came damaged; fetched again", file=sys.stderr)
         raise RuntimeError(
-            f"{self._remote.location}: record batch {batch} has checksum {got:016x}, want {want:016x}; it was changed "
+            f"{self.location}: record batch {batch} has checksum {got:016x}, want {want:016x}; it was changed "
             "or damaged there: upload the shards again"
         )
 
@@ -252,33 +245,10 @@ class RemoteShardFile(ShardFile):
         if batch == self.num_batches:
             start = self.bytes_of(batch - 1).stop
             got = xxhash.xxh3_64_hexdigest(self._remote.read(start, self.shard.num_bytes - start))
-            wrong = f"{self._remote.location}: the footer has checksum {got}, want {self.shard.footer_xxh3}"
+            wrong = f"{self.location}: the footer has checksum {got}, want {self.shard.footer_xxh3}"
             return None if got == self.shard.footer_xxh3 else wrong
         try:
             self.fetch(batch)
         except RuntimeError as error:
             return str(error)
         return None
-
-
-def _place(path: Path, data: bytes) -> None:
-    with _partial(path) as partial:
-        partial.write_bytes(data)
-
-
-@contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """A file beside it that takes its name: whole or not there, also where several processes make it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        with suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > _FORGOTTEN_S:
-                left.unlink()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
