@@ -342,7 +342,7 @@ def _write_negatives(folder: Path, draw: Draw) -> None:
 
 
 @cache
-def _mask(kind: str, size: int) -> np.ndarray:
+def mask(kind: str, size: int) -> np.ndarray:
     """Pixels of a shape within its bounding box: bool [size, size]."""
     y, x = np.mgrid[:size, :size] * 2 + 1 - size
     if kind == "square":
@@ -357,7 +357,7 @@ def paint(scene: Scene) -> np.ndarray:
     pixels = np.full((SIDE, SIDE, 3), GROUND, np.uint8)
     for shape in scene:
         box = pixels[shape.y : shape.y + shape.size, shape.x : shape.x + shape.size]
-        box[_mask(shape.kind, shape.size)] = COLORS[shape.color]
+        box[mask(shape.kind, shape.size)] = COLORS[shape.color]
     return pixels
 
 
