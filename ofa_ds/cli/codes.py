@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from ofa_ds.cli.codes_train import add_train
 from ofa_ds.cli.heavy_imports import heavy_imports
@@ -12,6 +13,9 @@ from ofa_ds.cli.shards_tools import here
 TASKS = ("image_infilling", "text_to_image")
 """Those that paint; `ofa_ds.vision.code_rows.CODE_TASKS`."""
 
+WHOLE_SIDE = 256
+"""Pixels of a picture of text to image, where not said otherwise."""
+
 SHEET_ROWS = 64
 """Pictures on one sheet, where not said otherwise."""
 
@@ -19,8 +23,31 @@ SHEET_ROWS = 64
 def add_codes(commands: Commands) -> None:
     about = "Image codes: fill them into rows, and paint what they mean, by a VQGAN; train one."
     codes = group(commands, "codes", about)
+    _add_encode(codes)
     _add_decode(codes)
     add_train(codes)
+
+
+def _add_encode(codes: Commands) -> None:
+    encode = command(
+        codes, "encode", _encode, "Fill the codes of pictures into rows. Killed or stopped, it goes on where it was.",
+        example="ofa-ds codes encode photos --task text_to_image --model vqgan --out photos.tsv",
+    )  # fmt: skip
+    encode.add_argument(
+        "source", type=here, metavar="SHARDS|TSV|FOLDER",
+        help="shards become shards; a TSV file (id, picture; of text_to_image also caption), or a folder of pictures "
+        "with captions in .txt files beside them, becomes a TSV file",
+    )  # fmt: skip
+    _add_model(encode)
+    _add_task(encode)
+    encode.add_argument("--out", type=here, required=True, metavar="DIR|TSV", help="to make")
+    encode.add_argument(
+        "--side", type=positive, metavar="N",
+        help="pixels. Of text_to_image: pictures are squeezed to N x N, 256 where not given, all of which is encoded. "
+        "Of image_infilling: they are cut to their central square, brought to N x N and written so; where not given "
+        "they must be square. Their central half is encoded",
+    )  # fmt: skip
+    encode.add_argument("--workers", type=positive, metavar="N", help="processes; where not given one a GPU, or core")
 
 
 def _add_decode(codes: Commands) -> None:
@@ -49,6 +76,26 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=TASKS, default=TASKS[0], metavar="TASK", help=about)
 
 
+def _encode(options: argparse.Namespace) -> None:
+    with heavy_imports():
+        from ofa_ds.vision.code_rows import CODE_TASKS
+        from ofa_ds.vision.coder import num_devices
+        from ofa_ds.vision.encoding.encode import encode_codes
+        from ofa_ds.vision.encoding.what import What
+
+    task = CODE_TASKS[options.task]
+    side = options.side or (WHOLE_SIDE if task.family == "downstream" else 0)
+    try:
+        what = What(task=task, side=side)
+    except ValueError as error:
+        raise UsageError(error) from error
+    workers = options.workers or num_devices()
+    done = encode_codes(options.source, options.out, options.model, what, workers=workers, say=_say)
+    print(f"codes: {done.rows} rows of {task.name} in {options.out}")
+    if done.without_caption:
+        _say(f"{done.without_caption} pictures have no caption: no text of their name, .txt, lies beside them")
+
+
 def _decode(options: argparse.Namespace) -> None:
     if (options.codes is None) == (options.source is None):
         raise UsageError("want SHARDS or a TSV, or --codes; one of them")
@@ -58,15 +105,20 @@ def _decode(options: argparse.Namespace) -> None:
         from itertools import islice
 
         from ofa_ds.vision.code_rows import CODE_TASKS, code_rows, given_row
-        from ofa_ds.vision.coder import this_device
-        from ofa_ds.vision.decoding import Painter, paint_files, paint_sheet
+        from ofa_ds.vision.coder import Coders, this_device
+        from ofa_ds.vision.decoding import paint_files, paint_sheet
+        from ofa_ds.vision.files import load_vqgan
 
     task = CODE_TASKS[options.task]
     rows = code_rows(options.source, task) if options.codes is None else iter([given_row(options.codes)])
-    painter = Painter(options.model, this_device())
+    coders = Coders(load_vqgan(options.model, device=this_device(), say=_say))
     if options.out is not None:
-        print(f"pictures: {paint_files(rows, painter, options.out, limit=options.rows)} in {options.out}")
+        print(f"pictures: {paint_files(rows, coders, options.out, limit=options.rows)} in {options.out}")
         return
     shown = list(islice(rows, options.rows or SHEET_ROWS))
-    paint_sheet(shown, painter).save(options.png)
+    paint_sheet(shown, coders).save(options.png)
     print(f"pictures: {len(shown)} in {options.png}")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)

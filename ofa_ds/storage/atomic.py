@@ -51,7 +51,7 @@ def new_file(destination: Path) -> Iterator[Path]:
     with _hidden(destination) as partial:
         yield partial / destination.name
         sync(partial / destination.name)
-        _place(partial / destination.name, destination)
+        place_file(partial / destination.name, destination)
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def new_files(folder: Path, name: str) -> Iterator[Path]:
             for path in made:
                 sync(path)
             for path in made:
-                _place(path, places[path])
+                place_file(path, places[path])
     except BaseException:
         with suppress(OSError):
             if is_own:
@@ -89,7 +89,7 @@ def _is_there(place: Path, like: Path) -> bool:
     return True
 
 
-def _place(path: Path, place: Path) -> None:
+def place_file(path: Path, place: Path) -> None:
     """Give a durable file of a hidden directory its name."""
     place.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ class CodeTask:
     name: str
     family: str
     """Of its rows in shards."""
-    columns: Mapping[int, int]
+    columns: Mapping[int, int] = field(hash=False)
     """Columns of a TSV -> the place of the codes, from 0."""
 
 

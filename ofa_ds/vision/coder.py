@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,6 +113,40 @@ class Coder:
         return [made[k] for k in range(len(inputs))]
 
 
+class Coders:
+    """One VQGAN for pictures of every size."""
+
+    def __init__(self, model: Vqgan) -> None:
+        self._model = model
+        self._of: dict[int, Coder] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+    def encode(self, images: Sequence[np.ndarray], sides: Sequence[int], names: Sequence[str]) -> list[np.ndarray]:
+        """As `Coder.encode`; sides: the code_image_size of each."""
+        return self._by_side(sides, lambda coder, mine: coder.encode(*_those(mine, images, names)))
+
+    def paint(self, codes: Sequence[np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
+        """As `Coder.paint`, of square pictures [n] each."""
+        sides = [math.isqrt(len(each)) * self._model.config.pixels_per_code for each in codes]
+        return self._by_side(sides, lambda coder, mine: coder.paint(*_those(mine, codes, names)))
+
+    def _by_side(self, sides: Sequence[int], make: Callable[[Coder, list[int]], list[np.ndarray]]) -> list[np.ndarray]:
+        made: dict[int, np.ndarray] = {}
+        for side in dict.fromkeys(sides):
+            mine = [k for k, each in enumerate(sides) if each == side]
+            if side not in self._of:
+                self._of[side] = Coder(self._model, side)
+            made.update(zip(mine, make(self._of[side], mine), strict=True))
+        return [made[k] for k in range(len(sides))]
+
+
+def _those(places: Sequence[int], *lists: Sequence[Any]) -> tuple[list[Any], ...]:
+    return tuple([each[k] for k in places] for each in lists)
+
+
 def load_coder(folder: Path, *, device: str = "cpu", code_image_size: int | None = None) -> Coder:
     """code_image_size: the VQGAN's own resolution where none is given. Raises ValueError as `load_vqgan`, `Coder`."""
     model = load_vqgan(folder, device=device)
@@ -126,3 +163,8 @@ def _exact() -> Iterator[None]:
 def this_device(number: int = 0) -> str:
     """A GPU of this machine where it has any, of several the `number`-th by turns; else its processor."""
     return f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
+
+def num_devices() -> int:
+    """GPUs of this machine where it has any; else cores that this process may use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))

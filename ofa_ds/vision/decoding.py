@@ -8,42 +8,18 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import check_space, new_directory, sync
 from ofa_ds.vision.code_rows import CodeRow
-from ofa_ds.vision.coder import GPU_BATCH, Coder
-from ofa_ds.vision.files import load_vqgan
-from ofa_ds.vision.vqgan import Vqgan
+from ofa_ds.vision.coder import GPU_BATCH, Coders
 
 SHEET_GAP = 2
 """Pixels between the pictures of a sheet."""
 
 
-class Painter:
-    """Coders of one VQGAN, of every size of picture that comes."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        """Raises ValueError as `load_vqgan`."""
-        self._model: Vqgan = load_vqgan(folder, device=device)
-        self._coders: dict[int, Coder] = {}
-
-    def paint(self, rows: Sequence[CodeRow]) -> list[np.ndarray]:
-        """uint8 [H, W, 3] each. Raises ValueError with the place of a row that has a code outside the codebook."""
-        by_side: dict[int, list[int]] = {}
-        for k, row in enumerate(rows):
-            by_side.setdefault(math.isqrt(len(row.codes)), []).append(k)
-        painted: dict[int, np.ndarray] = {}
-        for side, places in by_side.items():
-            coder = self._coders.setdefault(side, Coder(self._model, side * self._model.config.pixels_per_code))
-            found = coder.paint([rows[k].codes for k in places], [rows[k].place for k in places])
-            painted.update(zip(places, found, strict=True))
-        return [painted[k] for k in range(len(rows))]
-
-
-def paint_files(rows: Iterator[CodeRow], painter: Painter, out: Path, *, limit: int | None = None) -> int:
+def paint_files(rows: Iterator[CodeRow], coders: Coders, out: Path, *, limit: int | None = None) -> int:
     """A new directory with a PNG of each row, in order, and how many they are. `limit`: of that many at most.
 
     Named by number and id. Raises ValueError, OSError, and leaves nothing.
@@ -53,7 +29,7 @@ def paint_files(rows: Iterator[CodeRow], painter: Painter, out: Path, *, limit: 
         try:
             rows = islice(rows, limit)
             while part := list(islice(rows, GPU_BATCH)):
-                pictures = painter.paint(part)
+                pictures = coders.paint([row.codes for row in part], [row.place for row in part])
                 check_space(folder, sum(picture.nbytes for picture in pictures), len(pictures))
                 for row, picture in zip(part, pictures, strict=True):
                     path = folder / f"{count:06d}_{_NOT_IN_A_NAME.sub('_', row.id)[:80]}.png"
@@ -71,11 +47,11 @@ def paint_files(rows: Iterator[CodeRow], painter: Painter, out: Path, *, limit: 
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]")
 
 
-def paint_sheet(rows: Sequence[CodeRow], painter: Painter) -> Image.Image:
+def paint_sheet(rows: Sequence[CodeRow], coders: Coders) -> Image.Image:
     """All on one sheet, as near to a square as it goes. Raises ValueError where there are none."""
     if not rows:
         raise ValueError("no row has codes")
-    pictures = painter.paint(rows)
+    pictures = coders.paint([row.codes for row in rows], [row.place for row in rows])
     columns = math.ceil(math.sqrt(len(pictures)))
     height, width = (max(picture.shape[axis] for picture in pictures) + SHEET_GAP for axis in (0, 1))
     sheet = Image.new("RGB", (columns * width - SHEET_GAP, -(-len(pictures) // columns) * height - SHEET_GAP), "white")

@@ -57,6 +57,12 @@ def load_vqgan(folder: Path, *, device: str = "cpu", say: Any = print) -> Vqgan:
     return model.to(device).eval().requires_grad_(False)
 
 
+def model_files(folder: Path) -> list[Path]:
+    """Those of which `load_vqgan` reads a model."""
+    own = (folder / CONFIG).is_file()
+    return [folder / name for name in ((CONFIG, WEIGHTS) if own else (RELEASED_CONFIG, RELEASED_WEIGHTS))]
+
+
 def save_vqgan(model: Vqgan, folder: Path) -> None:
     """A new directory of our own form, there when it is complete. Raises ValueError where something is there."""
     with new_directory(folder) as partial:

@@ -128,7 +128,7 @@ def build_pieces(
         plan = xxhash.xxh3_128_hexdigest(" ".join(job.key() for job in jobs).encode())
         if not remote and was_placed(target, plan):
             return read_manifest(target)
-        _refuse_target(out, target)
+        refuse_target(out, target)
         built = _run(jobs, how, work)
         manifest = _finish(work, jobs, built, how, negatives, answers_sum, own_ids)
         (work / JOURNAL / PLAN).write_text(plan, encoding="utf-8")
@@ -158,7 +158,8 @@ def _refuse(sources: Mapping[str, Sequence[Path | str]], how: How, lines: object
         raise ValueError("downstream files come alone, with what their lines are (lines)")
 
 
-def _refuse_target(out: str, target: Path) -> None:
+def refuse_target(out: str, target: Path) -> None:
+    """Raises ValueError where something is there."""
     if file_systems.is_remote(out):
         if file_systems.exists(f"{out}/{MANIFEST}"):
             raise ValueError(f"{out}: shards are there already; give another --out")

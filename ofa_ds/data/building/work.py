@@ -22,6 +22,9 @@ JOURNAL = ".journal"
 ITEMS = "items"
 """How the names of files in the journal begin that pieces read from."""
 
+CODES = f"{ITEMS}.codes"
+"""How the names of those begin that hold image codes: long work, which is kept whatever else is done."""
+
 PLAN = "plan"
 """File in the journal: which pieces there are, as one checksum."""
 
@@ -49,6 +52,7 @@ def work_directory(out: str, given: Path | None) -> Iterator[Path]:
             yield work
         finally:
             done = any((work / JOURNAL).glob("*.done")) and (file_systems.is_remote(out) or any(work.glob("*.arrow")))
+            done = done or any((work / JOURNAL).glob(f"{CODES}*"))
             if work.is_dir() and not done:
                 shutil.rmtree(work, ignore_errors=True)
     finally:

@@ -107,7 +107,7 @@ def write_file(job: FileJob) -> FileMade:
     for block in job.numbers.blocks():
         for i in block.tolist():
             row = shards.row(job.family, i)
-            writer.add(row, _num_bytes(row))
+            writer.add(row, row_bytes(row))
             rows += 1
             if "type" in row:
                 types[row["type"]] += 1
@@ -124,7 +124,7 @@ def _opened(path: Path, run: str) -> Shards:
     return Shards(path)
 
 
-def _num_bytes(row: Mapping[str, Any]) -> int:
+def row_bytes(row: Mapping[str, Any]) -> int:
     """At least what the row takes in an Arrow file, the same wherever it comes from."""
     return 64 + sum(_value_bytes(value) for value in row.values())
 
