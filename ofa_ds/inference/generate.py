@@ -39,7 +39,8 @@ class IncrementalModel(Protocol):
         self, batch: Batch, beams: int = 1, *, read: Sequence[Sequence[int]] | None = None
     ) -> DecodingState: ...
 
-    def decode_step(self, tokens_R: Tensor, state: Any) -> Tensor: ...
+    def decode_step(self, tokens_R: Tensor, state: Any, id_range: tuple[int, int] | None = None) -> Tensor:
+        """With a range, which only image codes are generated with: logits of the special ids and of it alone."""
 
 
 Draw = Callable[[Tensor, Sequence[int]], Tensor]
@@ -141,13 +142,48 @@ def generate(
     longest = int(batch.source_position.max()) + 1 if batch.source_position.numel() else 0
     max_len = int(config.max_len_a * longest + config.max_len_b)
     given = [[BOS_ID, *prompt] for prompt in prompts or [()] * batch.num_examples]
+    if config.gen_code and config.constraint_range and not config.zero_shot and (prefix, prompts, trie) == (None,) * 3:
+        return _codes_alone(models, batch, config, max_len, draw, lockstep)
     search = _Search(config, [tokens[-1] for tokens in given], max_len, batch.decoder_offsets.device, draw)
     rules = _Rules(config, search, trie, prefix)
     read = None if prompts is None else [tokens[:-1] for tokens in given]
     states = [model.start_decoding(batch, beams=config.beams, read=read) for model in models]
+
+    def step(tokens_R: Tensor) -> list[Tensor]:
+        return [model.decode_step(tokens_R, state) for model, state in zip(models, states, strict=True)]
+
+    return _run(search, rules, states, step, lockstep)
+
+
+def _codes_alone(
+    models: Sequence[IncrementalModel], batch: Batch, config: GenerationConfig, max_len: int, draw: Draw | None,
+    lockstep: bool,
+) -> list[list[Hypothesis]]:  # fmt: skip
+    """The same among the special ids and the codes, under numbers of their own: of OFA's vocabulary a seventh."""
+    start, end = config.constraint_range
+    shift = start - NUM_SPECIAL_IDS
+    search = _Search(config, [BOS_ID] * batch.num_examples, max_len, batch.decoder_offsets.device, draw)
+    rules = _Rules(dataclasses.replace(config, constraint_range=None), search, None, None)
+    states = [model.start_decoding(batch, beams=config.beams) for model in models]
+
+    def step(tokens_R: Tensor) -> list[Tensor]:
+        ids_R = torch.where(tokens_R < NUM_SPECIAL_IDS, tokens_R, tokens_R + shift)
+        return [model.decode_step(ids_R, state, (start, end)) for model, state in zip(models, states, strict=True)]
+
+    found = _run(search, rules, states, step, lockstep)
+    return [
+        [each._replace(tokens=[t if t < NUM_SPECIAL_IDS else t + shift for t in each.tokens]) for each in hypotheses]
+        for hypotheses in found
+    ]
+
+
+def _run(
+    search: _Search, rules: _Rules, states: Sequence[DecodingState], step: Callable[[Tensor], list[Tensor]],
+    lockstep: bool,
+) -> list[list[Hypothesis]]:  # fmt: skip
+    """step: the last tokens [R] -> the logits [R, V] of each model."""
     while _anyone(not search.finished, lockstep, search.device):
-        tokens_R = search.last_tokens()
-        logits = [model.decode_step(tokens_R, state) for model, state in zip(models, states, strict=True)]
+        logits = step(search.last_tokens())
         if search.finished:
             continue
         logp_EBV = rules.restrict(_ensemble([rules.log_probabilities(logits_RV) for logits_RV in logits]))

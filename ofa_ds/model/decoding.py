@@ -2,7 +2,7 @@
 
 Legend: R rows (examples x beams, example-major), E examples, H heads, d head dim, K memory tokens of the longest
 example, P prompt tokens of the longest prompt, C positions there are tables for, U distinct positions of the memory, D
-channels. Tables with a leading 2 have one part for text rows and one for rows of image codes.
+channels. Tables with a leading 2 have one part for text rows and one for rows of image codes, or the one that occurs.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ class DecodingState:
         self.decoder = decoder
         self._position_UD = encoded.position_UD
         self.code_R = batch.code_mask
+        any_code = bool(batch.code_mask.any())
+        self._kinds = [kind for kind in (False, True) if any_code == kind or (any_code and not batch.code_mask.all())]
+        """Which parts the tables have: of text rows, of rows of image codes, of both."""
         lengths = batch.encoder_offsets.diff().long()
         slot_K = torch.arange(int(lengths.max()), device=lengths.device)
         token_EK = (batch.encoder_offsets[:-1, None] + slot_K).clamp(max=len(encoded.memory_ND) - 1)
@@ -99,7 +102,7 @@ class DecodingState:
         size, code_RQ = tokens_RQD.shape, self.code_R[:, None].expand(tokens_RQD.shape[:2])
         position = None
         if self.decoder.config.adds_decoder_positions:
-            position = self._raw_2CD[code_RQ.long(), self._positions(slot_Q)].flatten(0, 1)
+            position = self._raw_2CD[self._part(code_RQ), self._positions(slot_Q)].flatten(0, 1)
         return self.decoder.embed(tokens_RQD.flatten(0, 1), code_RQ.flatten(), position).view(size)
 
     def _positions(self, slot_Q: Tensor) -> Tensor:
@@ -111,7 +114,7 @@ class DecodingState:
         mask_E11K = self.memory.mask_EK[:, None, None]
         if self._cross_2CHU is None:
             return mask_E11K
-        code_E, position = self.code_R[:: self.memory.beams].long(), self._positions(slot_Q)
+        code_E, position = self._part(self.code_R[:: self.memory.beams]), self._positions(slot_Q)
         position = position if self.empty_R is None else position[:: self.memory.beams]
         bias_EQHU = self._cross_2CHU[code_E[:, None], position.expand(len(code_E), -1)]
         index = self.memory.position_EK[:, None, None].expand(-1, *bias_EQHU.shape[1:3], -1)
@@ -127,22 +130,27 @@ class DecodingState:
         return bias_HRQK.transpose(0, 1) + empty_RK[:, None, None]
 
     def _rows_of(self, table_2X: Tensor) -> Tensor:
-        """The part of each row: [R, ...], or [1, ...] where all rows generate text."""
-        return table_2X[self.code_R.long()] if self._any_code else table_2X[:1]
+        """The part of each row: [R, ...], or [1, ...] where all rows are of one kind."""
+        return table_2X if len(self._kinds) == 1 else table_2X[self.code_R.long()]
+
+    def _part(self, code: Tensor) -> Tensor:
+        """Which part of the tables these are in."""
+        return code.long() if len(self._kinds) == 2 else torch.zeros_like(code, dtype=torch.int64)
 
     def make_room(self, slots: int) -> None:
         """Positions and biases for this many slots at least; the caches themselves grow as they are written."""
         if slots <= self._room:
             return
-        self._room = room = max(slots, 2 * self._room)
-        self._any_code = bool(self.code_R.any())
+        # By a quarter each time: the tables take memory by the square, which for 1,025 slots would else be four times.
+        self._room = room = max(slots, self._room + max(self._room // 4, _FIRST_ROOM))
         decoder = self.decoder
         num_texts = decoder.embed_positions.num_embeddings
         num_codes = num_texts if decoder.config.use_ofasys else len(decoder.code_ids)
         step_C = torch.arange(room, device=self.code_R.device)
         texts, codes = step_C[:num_texts], step_C[:num_codes]
         raw_VD, normed_VD, relative = decoder.positions(texts, codes)
-        row_2C = torch.stack([step_C.clamp(max=num_texts - 1), step_C.clamp(max=num_codes - 1) + len(texts)])
+        both = (step_C.clamp(max=num_texts - 1), step_C.clamp(max=num_codes - 1) + len(texts))
+        row_2C = torch.stack([both[kind] for kind in self._kinds])
         self._raw_2CD = raw_VD[row_2C]
         sizes = (decoder.config.num_heads, decoder.config.attention_scale)
         own, cross = (

@@ -14,7 +14,7 @@ from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.init import Linear
 from ofa_ds.model.positions import RelativeRow
 from ofa_ds.model.products import linear
-from ofa_ds.terms import PAD_ID
+from ofa_ds.terms import NUM_SPECIAL_IDS, PAD_ID
 from ofa_kernels.attention import AttentionPlan, attention
 from ofa_kernels.cross_entropy import linear_cross_entropy
 from ofa_kernels.layer_norm import add_branch, add_layer_norm, gelu_layer_norm, layer_norm
@@ -50,9 +50,14 @@ class TokenEmbedding(nn.Module):
         """ids [...] -> embeddings [..., D]; hidden [M, D] -> logits [M, V]; both -> (loss, nll, correct), [M] each.
 
         allowed: over which classes the loss is; counted: which targets are not pad; as `linear_cross_entropy` has them.
+        Logits with a range (start, end) allowed are those of the special ids and of it: [M, 4 + end - start].
         """
         if not x.is_floating_point():
             return F.embedding(x, self.weight)
+        if targets is None and allowed is not None:
+            start, end = allowed
+            parts = (self.weight[:NUM_SPECIAL_IDS], self.weight[start:end])
+            return torch.cat([linear(x, part, min_rows=MIN_ROWS_OF_LOGITS) for part in parts], -1)
         if targets is None:
             return linear(x, self.weight, min_rows=MIN_ROWS_OF_LOGITS)
         return linear_cross_entropy(

@@ -74,9 +74,9 @@ class OFA(nn.Module):
         tokens_MD = self.encoder.embed_tokens(batch.decoder_tokens)
         return self.decoder(batch, tokens_MD, *self.encoder.memory(batch, encoded))
 
-    def logits(self, hidden_MD: Tensor) -> Tensor:
-        """[M, V]."""
-        return self.encoder.embed_tokens(hidden_MD)
+    def logits(self, hidden_MD: Tensor, id_range: tuple[int, int] | None = None) -> Tensor:
+        """[M, V]; of the special ids and start <= id < end alone where a range is given."""
+        return self.encoder.embed_tokens(hidden_MD, allowed=id_range)
 
     @torch.no_grad()
     def start_decoding(
@@ -102,9 +102,12 @@ class OFA(nn.Module):
         return state
 
     @torch.no_grad()
-    def decode_step(self, tokens_R: Tensor, state: DecodingState) -> Tensor:
-        """Logits [R, V] after one more token per row, bos first. Raises ValueError past the position table."""
-        return self.logits(state.advance(self.encoder.embed_tokens(tokens_R)))
+    def decode_step(
+        self, tokens_R: Tensor, state: DecodingState, id_range: tuple[int, int] | None = None
+    ) -> Tensor:  # fmt: skip
+        """Logits after one more token per row, bos first, as `logits` has them. Raises ValueError past the position
+        table."""
+        return self.logits(state.advance(self.encoder.embed_tokens(tokens_R)), id_range)
 
     @torch.no_grad()
     def decode_tree(self, tokens_EQ: Tensor, depth_Q: Tensor, seen_QQ: Tensor, state: DecodingState) -> Tensor:
