@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ofa_ds.cli.codes_judge import add_judge
 from ofa_ds.cli.codes_train import add_train
 from ofa_ds.cli.heavy_imports import heavy_imports
 from ofa_ds.cli.parser import Commands, UsageError, command, drawing, group, positive
@@ -26,6 +27,7 @@ def add_codes(commands: Commands) -> None:
     _add_encode(codes)
     _add_decode(codes)
     add_train(codes)
+    add_judge(codes)
 
 
 def _add_encode(codes: Commands) -> None:

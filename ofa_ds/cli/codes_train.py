@@ -19,7 +19,7 @@ def add_train(actions: Commands) -> None:
         actions, "train", _train,
         "Train a VQGAN on pictures: L1 and the codebook's term, and where asked for a perceptual distance and an "
         "adversary. The same command goes on where it was stopped.",
-        example="ofa-ds codes train photos --out runs/vqgan --steps 20000 n_embed=1024 ch=64",
+        example="ofa-ds codes train photos --out runs/vqgan --steps 20000 ch=64",
     )  # fmt: skip
     parser.add_argument("pictures", type=here, help="a folder, a TSV of OFA's or shards")
     parser.add_argument("--out", type=here, metavar="DIR", required=True, help="the run: checkpoints and the VQGAN")

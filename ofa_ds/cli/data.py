@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ofa_ds.cli.inference import add_codes_model
 from ofa_ds.cli.parser import Commands, UsageError, command, drawing, group, natural, positive, recipe_of, text
 from ofa_ds.cli.shards_build import add_build
 from ofa_ds.cli.shards_import import add_import
@@ -104,6 +105,7 @@ def add_shards(commands: Commands) -> None:
         "--recipe", default="", help="a recipe, whose settings to apply; else pretrain-tiny, or the task's own"
     )
     show.add_argument("--vocab", default="", metavar="DIR", help="vocabulary; else the recipe's")
+    add_codes_model(show)
     show.add_argument("set", nargs="*", metavar="KEY=VALUE", help="recipe overrides, such as data.image_size=256")
 
 
@@ -154,7 +156,12 @@ def _shards_show(options: argparse.Namespace) -> None:
     vocab = load_vocab(directory)
     model = model_config(recipe, vocab.size)
     config = dataclasses.replace(recipe.data, shards=str(options.dir))
-    ctx = context_of(shards, vocab, config, patch_size=model.patch_size, max_positions=model.max_positions)
+    paint = None
+    if options.codes_model is not None:
+        from ofa_ds.inference.painting import painter
+
+        paint = painter(options.codes_model, vocab, config.code_image_size)
+    ctx = context_of(shards, vocab, config, patch_size=model.patch_size, max_positions=model.max_positions, paint=paint)
     show_shards(shards, ctx, task=task or options.task, row=options.row, png=options.png)
 
 

@@ -46,6 +46,7 @@ def add_evaluate(commands: Commands) -> None:
         metavar="FILE",
         help="write a sheet for each task: boxes, source, expected and generated text",
     )
+    add_codes_model(parser)
     _add_settings(parser)
 
 
@@ -65,7 +66,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         device = ranks.device
     result = evaluate(
         options.checkpoint, options.shards, tasks=options.task, rows=options.rows, how=_how(options), png=options.png,
-        device=device, average=options.ema, vocab=options.vocab, share=share,
+        device=device, average=options.ema, vocab=options.vocab, codes_model=options.codes_model, share=share,
     )  # fmt: skip
     if not is_alone:
         from ofa_ds.engine.process_group import leave_distributed
@@ -109,6 +110,7 @@ def add_generate(commands: Commands) -> None:
     parser.add_argument(
         "--png", type=drawing, metavar="FILE", help="write the picture with the generated boxes and text here"
     )
+    add_codes_model(parser)
     _add_settings(parser)
 
 
@@ -119,6 +121,7 @@ def _generate(options: argparse.Namespace) -> None:
     answer = generate_one(
         options.checkpoint, options.task, image=options.image, text=options.text, how=_how(options),
         answers=options.answers, png=options.png, average=options.ema, vocab=options.vocab,
+        codes_model=options.codes_model,
     )  # fmt: skip
     print(answer)
 
@@ -203,6 +206,14 @@ def _add_how(parser: argparse.ArgumentParser, beams: str) -> None:
         "--prompt", choices=("none", "src", "prev_output"),
         help="of downstream tasks: what the decoder reads before the answer; as the model was fine-tuned where not "
         "given, none where it was not",
+    )  # fmt: skip
+
+
+def add_codes_model(parser: argparse.ArgumentParser) -> None:
+    """For commands that draw image codes."""
+    parser.add_argument(
+        "--codes-model", type=Path, metavar="DIR",
+        help="VQGAN that paints image codes in --png; else each code has some colour",
     )  # fmt: skip
 
 

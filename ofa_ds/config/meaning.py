@@ -96,6 +96,7 @@ FREE = (
     "train.keep",
     "train.save_in_background",
     "train.sample_every",
+    "train.codes_model",
     "train.profile_steps",
     "train.profile_ranks",
     "train.memory_snapshot",

@@ -348,6 +348,8 @@ class TrainConfig:
     """Training waits only for a copy of its state (as much host memory again), another process writes it."""
     sample_every: Count = Field(0, ge=0)
     """Steps between pictures of what the model generates, written to TensorBoard; 0 for none."""
+    codes_model: Text = ""
+    """Directory of the VQGAN that paints image codes there; empty: some colour each."""
     profile_steps: StepWindow = ""
     """Steps that are traced, "FIRST:LAST" from 1 on, both included, such as "20:25" (docs/running.md, Profiling)."""
     profile_ranks: tuple[Annotated[Count, Field(ge=0)], ...] = (0,)

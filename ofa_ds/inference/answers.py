@@ -16,6 +16,7 @@ from ofa_ds.data.image import decode
 from ofa_ds.data.shards import Shards
 from ofa_ds.inference.asking import AS_THE_TASK_SAYS, How, answers_to, asked_as, check_list, with_settings
 from ofa_ds.inference.loaded_model import LoadedModel, generated, load_model
+from ofa_ds.inference.painting import that_paints
 from ofa_ds.tasks import instruction, preview
 from ofa_ds.tasks.boxes import expected_objects, objects_of
 from ofa_ds.tasks.candidates import Candidates
@@ -30,7 +31,7 @@ EXPECTED, GENERATED = (60, 180, 75), (230, 25, 75)
 PRETRAINED_BEAMS = 5
 """Of an answer to a user, where neither a downstream task nor the user says how many."""
 
-_CODES_GAP = 8
+CODES_GAP = 8
 """Pixels between expected and generated codes."""
 _NO_BOXES = np.empty((0, 4), np.float32)
 
@@ -83,10 +84,10 @@ def draw_answer(ctx: Context, example: Example, ids: Sequence[int], *, expected:
         scale = preview.PICTURE_PIXELS / example.image.shape[1]
         _draw_boxes(card, [(np.array(box) * scale + preview.MARGIN_PIXELS, *rest) for box, *rest in boxes])
     if example.code and expected and ids:
-        codes = preview.draw_codes(ids)
+        codes = preview.draw_codes(ctx, example, ids)
         left = 2 * preview.MARGIN_PIXELS + preview.PICTURE_PIXELS
-        top = preview.MARGIN_PIXELS + preview.PICTURE_PIXELS - codes.height + _CODES_GAP
-        card.paste(codes.crop((0, 0, codes.width, codes.height - _CODES_GAP)), (left, top))
+        top = preview.MARGIN_PIXELS + preview.PICTURE_PIXELS - codes.height + CODES_GAP
+        card.paste(codes.crop((0, 0, codes.width, codes.height - CODES_GAP)), (left, top))
     return card
 
 
@@ -116,16 +117,17 @@ def readable(ctx: Context, ids: Sequence[int]) -> str:
 def generate_one(
     checkpoint: str | Path, task: str, *, image: str | Path | None = None, text: str = "",
     how: How = AS_THE_TASK_SAYS, answers: Path | None = None, png: str | Path | None = None, average: bool = False,
-    vocab: Path | None = None,
+    vocab: Path | None = None, codes_model: Path | None = None,
 ) -> str:  # fmt: skip
     """The model's answer to one task. Boxes, one a line, are told in pixels of the picture that was given.
 
     task: one of terms.TASKS, or `instruction` for a text as it stands. text: what `Task.text_is` says, such as the
     question. how: without a number of beams a pretraining task and an instruction have PRETRAINED_BEAMS. answers: a
-    file of the answers that may be given. average: ask the moving average of the weights.
+    file of the answers that may be given. average: ask the moving average of the weights. codes_model: the VQGAN that
+    paints image codes in `png`.
     Raises ValueError: a picture or text that the task needs is missing, malformed, or too long for the model.
     """
-    model = load_model(checkpoint, average=average, vocab=vocab, precision=how.precision)
+    model = that_paints(load_model(checkpoint, average=average, vocab=vocab, precision=how.precision), codes_model)
     print(model.describe(), file=sys.stderr)
     if task == instruction.NAME:
         if answers is not None:

@@ -32,6 +32,7 @@ from ofa_ds.inference.asking import (
     with_settings,
 )
 from ofa_ds.inference.loaded_model import LoadedModel, load_model, token_sums
+from ofa_ds.inference.painting import that_paints
 from ofa_ds.inference.share import ALONE, Share
 from ofa_ds.progress import Progress
 from ofa_ds.tasks import judges
@@ -48,18 +49,20 @@ CARDS = 6
 def evaluate(
     checkpoint: str | Path, shards: str | Path, *, tasks: Sequence[str] | None = None, rows: int = 1000,
     how: How = AS_THE_TASK_SAYS, png: str | Path | None = None, device: str | torch.device | None = None,
-    average: bool = False, vocab: Path | None = None, share: Share = ALONE,
+    average: bool = False, vocab: Path | None = None, codes_model: Path | None = None, share: Share = ALONE,
 ) -> dict[str, Any]:  # fmt: skip
     """Judge a checkpoint, or the newest one of a run directory, on held-out shards.
 
     rows: examples of each task at most, the first of the shards. how: answers are found; pretraining tasks are answered
     greedily where it says no number of beams. png: a picture per task goes here. average: judge the moving average of
-    the weights. vocab: as in `load_model`. share: this process's part; rank 0 draws.
+    the weights. vocab: as in `load_model`. codes_model: the VQGAN that paints image codes in `png`. share: this
+    process's part; rank 0 draws.
     Returns {"checkpoint", "step", "shards", "beam", "decoding", "seconds", "tasks": what `judge_tasks` returns}.
     """
     began = time.monotonic()
     data = Shards(shards, task=next((name for name in tasks or () if name in DOWNSTREAM), ""))
     model = load_model(checkpoint, device, average=average, vocab=vocab, precision=how.precision)
+    model = that_paints(model, codes_model)
     if share.rank == 0:
         print(model.describe(), file=sys.stderr)
     result = judge_tasks(model, data, tasks=tasks, rows=rows, how=how, slowly=True, share=share)

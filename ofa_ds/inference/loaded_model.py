@@ -25,7 +25,7 @@ from ofa_ds.inference.generate import GenerationConfig, generate
 from ofa_ds.model.config import model_config
 from ofa_ds.model.ofa import OFA
 from ofa_ds.model.running import implementations
-from ofa_ds.tasks.context import PIXELS_PER_CODE, Context
+from ofa_ds.tasks.context import PIXELS_PER_CODE, Context, PaintCodes
 from ofa_ds.tasks.task import context_of
 from ofa_ds.terms import PAD_ID
 
@@ -48,6 +48,8 @@ class LoadedModel:
     recipe: Recipe
     path: str = ""
     step: int = 0
+    paint: PaintCodes | None = None
+    """Where a VQGAN is at hand for what people look at."""
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +64,7 @@ class LoadedModel:
         config = self.model.config
         return context_of(
             shards, self.vocab, self.recipe.data, patch_size=config.patch_size, max_positions=config.max_positions,
-            split="heldout",
+            split="heldout", paint=self.paint,
         )  # fmt: skip
 
     def pack(self, examples: Sequence[Example]) -> Batch:

@@ -5,7 +5,7 @@ Legend: T source tokens, M target tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +29,9 @@ Row = Mapping[str, Any]
 
 PIXELS_PER_CODE = 8
 
+PaintCodes = Callable[[Sequence[int]], np.ndarray]
+"""Ids of image codes, as many as a square has -> the picture they stand for, uint8 [H, W, 3]."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
@@ -47,6 +50,8 @@ class Context:
     """The answers that the task may give, where they are a list."""
     readable: bool = True
     """Write out the texts of text infilling too, which takes longer than the rest of it; training does without."""
+    paint: PaintCodes | None = None
+    """Where a VQGAN is at hand for what people look at."""
 
     def __post_init__(self) -> None:
         self.config.check_sizes()

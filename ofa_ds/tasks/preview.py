@@ -134,7 +134,7 @@ def draw_card(example: Example, texts: Sequence[tuple[str, str]], ctx: Context) 
     font, bold = ImageFont.load_default(FONT_PIXELS), ImageFont.load_default(FONT_PIXELS + 4)
     columns = [_draw_picture(example, ctx.patch_size)] if example.image is not None else []
     if example.code:
-        columns.append(draw_codes(example.target[:-1].tolist()))
+        columns.append(draw_codes(ctx, example, example.target[:-1].tolist()))
     left = sum(column.width + MARGIN_PIXELS for column in columns) + MARGIN_PIXELS
     lines: list[tuple[str, ImageFont.FreeTypeFont, tuple[int, int, int]]] = [(example.task, bold, (0, 0, 0))]
     for heading, text in texts:
@@ -194,15 +194,27 @@ def _draw_picture(example: Example, patch_size: int) -> Image.Image:
     return picture
 
 
-def draw_codes(codes: Sequence[int]) -> Image.Image:
-    """One colour per code, the first square of them: equal codes look equal, nothing else is meant."""
+def draw_codes(ctx: Context, example: Example, codes: Sequence[int]) -> Image.Image:
+    """What they stand for, in the hole of the example's picture where it has one.
+
+    Where nothing is at hand to paint it, one colour per code, the first square of them: equal codes look equal, nothing
+    else is meant.
+    """
+    size = PICTURE_PIXELS // 2, PICTURE_PIXELS // 2
     side = math.isqrt(len(codes))
+    if ctx.paint is not None and codes and side * side == len(codes):
+        pixels = ctx.paint(codes)
+        if example.image is not None and example.hole is not None:
+            y0, x0, y1, x1 = example.hole
+            middle, pixels = pixels, example.image.copy()
+            pixels[y0:y1, x0:x1] = middle
+        return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
     colours = [
         colorsys.hsv_to_rgb(code * 0.618034 % 1, 0.35 + code * 0.381966 % 0.6, 0.55 + code * 0.271 % 0.4)
         for code in codes[: side * side]
     ]
     pixels = (np.array(colours).reshape(side, side, 3) * 255).astype(np.uint8)
-    return Image.fromarray(pixels).resize((PICTURE_PIXELS // 2, PICTURE_PIXELS // 2), Image.Resampling.NEAREST)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, max_lines: int = 12) -> list[str]:

@@ -23,7 +23,7 @@ from ofa_ds.data.image import Framed
 from ofa_ds.data.negative_files import Negatives
 from ofa_ds.tasks import caption, detection, grounding, image_infilling, judges, matching, text_infilling, vqa
 from ofa_ds.tasks.candidates import Candidates
-from ofa_ds.tasks.context import Context, Row, row_generator, view
+from ofa_ds.tasks.context import Context, PaintCodes, Row, row_generator, view
 from ofa_ds.tasks.downstream import caption as captioning
 from ofa_ds.tasks.downstream import gigaword, glue, imagenet, refcoco, snli_ve, text_to_image
 from ofa_ds.tasks.downstream import vqa as answering
@@ -161,13 +161,13 @@ def sides_of(config: DataConfig) -> tuple[int, ...]:
 
 def context_of(
     shards: Shards | None, vocab: Vocab, config: DataConfig, *, patch_size: int, max_positions: int,
-    split: Literal["train", "heldout"] = "train", readable: bool = True,
+    split: Literal["train", "heldout"] = "train", readable: bool = True, paint: PaintCodes | None = None,
 ) -> Context:  # fmt: skip
     """What every row of these shards needs besides itself; without shards, what a question of a user needs."""
     return Context(
         vocab=vocab, negatives=NO_NEGATIVES if shards is None else shards.negatives, config=config,
         patch_size=patch_size, max_positions=max_positions, split=split, readable=readable,
-        candidates=candidates_of(config.task.name, () if shards is None else shards.answers, vocab),
+        paint=paint, candidates=candidates_of(config.task.name, () if shards is None else shards.answers, vocab),
     )  # fmt: skip
 
 

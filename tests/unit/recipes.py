@@ -24,7 +24,7 @@ def leaves(kind: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 PATHS = [
     "run_dir", "deepspeed", "data.shards", "data.vocab", "data.heldout", "criterion.scst_document_frequency",
-    "train.init_from", "train.best_metric", "train.wandb", "train.calibration",
+    "train.init_from", "train.best_metric", "train.wandb", "train.calibration", "train.codes_model",
 ]  # fmt: skip
 """Keys whose value is any text."""
 TEXT = st.text(min_size=1, max_size=30).filter(lambda text: text.strip() and "\0" not in text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,13 @@ from ofa_ds.vision.config import VqganConfig, parse_config
 from ofa_ds.vision.files import load_vqgan, save_vqgan
 from ofa_ds.vision.losses import SLICES, VGG16, Lpips, load_lpips
 from ofa_ds.vision.sources import open_pictures
-from ofa_ds.vision.training import COLDEST, WARMEST, Settings, new_model, perplexity, temperature_at
+from ofa_ds.vision.training import COLDEST, WARMEST, Settings, Trainer, new_model, perplexity, temperature_at
 from ofa_ds.vision.training_run import Start, train_codes
 
 SIZES = dict(n_embed=16, embed_dim=8, z_channels=8, resolution=16, ch=32, ch_mult=(1, 1), num_res_blocks=1,
              attn_resolutions=())  # fmt: skip
 CONFIG = VqganConfig(**SIZES)
+CPU = torch.device("cpu")
 SETTINGS = dict(num_steps=4, batch=4, side=24, crop=24, lr=2e-3)
 
 
@@ -211,6 +213,20 @@ def test_lpips_loads_under_torchvision_s_names_and_under_a_checkpoint_s(tmp_path
     torch.save(heads | {"lin0.model.1.weight": torch.full((1, 64, 1, 1), torch.nan)}, tmp_path / "vgg.pth")
     with pytest.raises(ValueError, match="lin0.model.1.weight: want finite values of shape"):
         load_lpips([tmp_path / "vgg16.pth", tmp_path / "vgg.pth"])
+
+
+def test_every_term_that_is_asked_for_is_in_the_loss(folder: Path) -> None:
+    torch.manual_seed(0)
+    settings = Settings(**SETTINGS, kl_weight=0.0, perceptual_weight=0.5)
+    lpips = Lpips().eval()
+    with closing(Trainer(new_model(CONFIG, 1), open_pictures(folder), settings, device=CPU, lpips=lpips)) as trainer:
+        told = trainer.train_step()
+    assert told.perceptual != 0 and told.loss == pytest.approx(told.l1 + 0.5 * told.perceptual, rel=1e-6)
+    settings = Settings(**SETTINGS, kl_weight=0.0, adversary_weight=0.8, adversary_start=1)
+    with closing(Trainer(new_model(CONFIG, 1), open_pictures(folder), settings, device=CPU)) as trainer:
+        before, after = trainer.train_step(), trainer.train_step()
+    assert before.loss == pytest.approx(before.l1) and before.adversary == 0
+    assert after.loss != pytest.approx(after.l1, rel=1e-4) and after.adversary > 0
 
 
 def test_what_made_the_run_stands_beside_it(folder: Path, tmp_path: Path) -> None:

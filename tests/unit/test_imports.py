@@ -27,7 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"batch", "config", "ofa_kernels", "places", "terms"},
     "engine": {"config", "terms"},
     "checkpoint": {"config", "engine", "progress", "storage", "terms"},
-    "inference": {"batch", "checkpoint", "config", "data", "model", "progress", "storage", "tasks", "terms"},
+    "inference": {
+        "batch", "checkpoint", "config", "data", "model", "progress", "storage", "tasks", "terms", "vision",
+    },
     "convert": {"checkpoint", "config", "data", "engine", "model", "progress", "storage", "terms"},
     "train": {
         "batch", "beat", "checkpoint", "config", "convert", "data", "engine", "inference", "model", "places", "plan",

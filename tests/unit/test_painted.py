@@ -1,0 +1,117 @@
+"""What a model paints into the middle of pictures is compared with the truth, and with what it paints blindly."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scenes_shards import build
+from tiny_vqgan import CONFIG
+
+from ofa_ds.config import BatchConfig, DataConfig, ModelOptions, Recipe
+from ofa_ds.data.shards import Shards
+from ofa_ds.data.vocab import load_vocab
+from ofa_ds.inference import painted
+from ofa_ds.inference.answers import CODES_GAP, draw_answer
+from ofa_ds.inference.loaded_model import LoadedModel
+from ofa_ds.inference.painted import judge_painted
+from ofa_ds.inference.painting import that_paints
+from ofa_ds.model.config import model_config
+from ofa_ds.model.ofa import OFA
+from ofa_ds.tasks import preview
+from ofa_ds.vision.coder import Coder
+from ofa_ds.vision.files import save_vqgan
+from ofa_ds.vision.vqgan import Vqgan
+
+SIDES = {"image_size": 64, "infill_image_size": 64, "code_image_size": 32, "max_image_size": 64, "sample_patches": 0}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return Shards(build(tmp_path_factory.mktemp("painted"), 48) / "shards")
+
+
+@pytest.fixture(scope="module")
+def model(shards: Shards) -> LoadedModel:
+    torch.manual_seed(0)
+    vocab = load_vocab(shards.path.parent / "vocab")
+    data = DataConfig(shards=str(shards.path), vocab=str(shards.path.parent / "vocab"), augment="none", **SIDES)
+    recipe = Recipe(model=ModelOptions(preset="nano"), data=data, batch=BatchConfig(global_rows=12, micro_rows=12))
+    config = dataclasses.replace(model_config(recipe, vocab.size), dim=64, ffn_dim=128, init_std=64**-0.5)
+    return LoadedModel(model=OFA(config).eval(), vocab=vocab, recipe=recipe)
+
+
+@pytest.fixture(scope="module")
+def coder() -> Coder:
+    torch.manual_seed(0)
+    return Coder(Vqgan(CONFIG), 32)
+
+
+def test_right_codes_are_as_far_off_as_their_own_painting_and_others_further(
+    model: LoadedModel, shards: Shards, coder: Coder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Answers are set: the rows' own codes where the picture is the row's, else code 0 everywhere."""
+    start = model.vocab.code_start
+
+    def answers(_model, _ctx, _task, asked, *_) -> list[list[int]]:
+        sees = [len(np.unique(example.image)) > 1 and not shuffled(example) for example in asked]
+        return [example.target[:-1].tolist() if own else [start] * 16 for example, own in zip(asked, sees, strict=True)]
+
+    def shuffled(example) -> bool:
+        return not (example.image == pictures[example.row_id]).all()
+
+    ctx = model.context(shards)
+    asked = painted.collect(shards, ctx, [painted.NAME], 6)[painted.NAME]
+    pictures = {example.row_id: example.image for example in asked}
+    monkeypatch.setattr(painted, "answers_to", answers)
+    found = judge_painted(model, shards, coder, rows=6, png=tmp_path / "sheet.png")
+    y0, x0, y1, x1 = asked[0].hole
+    errors = {"own": [], "grey": []}
+    for example in asked:
+        for how, codes in (("own", example.target[:-1] - start), ("grey", np.zeros(16, np.int64))):
+            picture = coder.paint([codes])[0].astype(float)
+            errors[how].append(np.abs(picture - example.image[y0:y1, x0:x1]).mean())
+    assert found["examples"] == 6
+    assert found["colour_error"]["own"] == pytest.approx(np.mean(errors["own"])) == found["right_codes"]
+    for how in ("grey", "shuffled", "blind"):
+        assert found["colour_error"][how] == pytest.approx(np.mean(errors["grey"]))
+    assert found["token_accuracy"]["own"] == 1 and found["token_accuracy"]["blind"] < 0.9
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (3 * 132 - 4, 8 * 132 - 4, 3)
+    assert (sheet[:128:2, :128:2] == asked[0].image).all()
+    assert (sheet[2 * y0 : 2 * y1, 132 + 2 * x0 : 132 + 2 * x1] == 128).all()
+    mine = coder.paint([asked[0].target[:-1] - start])[0]
+    assert (sheet[2 * y0 : 2 * y1 : 2, 264 + 2 * x0 : 264 + 2 * x1 : 2] == mine).all()
+
+
+def test_a_vqgan_of_another_codebook_is_told(model: LoadedModel, shards: Shards) -> None:
+    other = Coder(Vqgan(dataclasses.replace(CONFIG, n_embed=64)), 32)
+    with pytest.raises(ValueError, match="--model: 64 codes of 8 pixels each, want 128, which"):
+        judge_painted(model, shards, other, rows=6)
+
+
+def test_a_card_shows_the_picture_with_what_codes_stand_for_in_its_hole(
+    model: LoadedModel, shards: Shards, coder: Coder, tmp_path: Path
+) -> None:
+    save_vqgan(coder.model, tmp_path / "vqgan")
+    model = that_paints(model, tmp_path / "vqgan")
+    ctx = model.context(shards)
+    example = preview.find_example(shards, painted.NAME, 0, ctx)
+    start = model.vocab.code_start
+    side, (y0, x0, y1, x1) = preview.PICTURE_PIXELS // 2, example.hole
+    answer = [start + 5] * 16
+    card = np.asarray(draw_answer(ctx, example, answer).convert("RGB"))
+    left, top = 2 * preview.MARGIN_PIXELS + preview.PICTURE_PIXELS, preview.MARGIN_PIXELS
+    for at, codes in ((top, example.target[:-1] - start), (top + side + CODES_GAP, np.array(answer) - start)):
+        wanted = example.image.copy()
+        wanted[y0:y1, x0:x1] = coder.paint([codes])[0]
+        shown = card[at : at + side - CODES_GAP, left : left + side]
+        assert (shown[1::3, 1::3] == wanted[: len(shown[1::3])]).all()
+    false_colours = np.asarray(draw_answer(dataclasses.replace(ctx, paint=None), example, answer).convert("RGB"))
+    assert (false_colours != card).any()
+    with pytest.raises(ValueError, match="no VQGAN there"):
+        that_paints(model, tmp_path / "nothing")
