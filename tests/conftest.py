@@ -38,10 +38,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--repeats", type=int, default=250, metavar="N", help="on a GPU: runs that must give the same bits; 250"
     )
     parser.addoption("--slow", action="store_true", help="also what takes minutes a test")
+    parser.addoption("--brief", action="store_true", help="leave out what is marked `long`")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: minutes; runs with --slow only")
+    config.addinivalue_line("markers", "long: many seconds of what has shorter tests too; left out with --brief")
     config.addinivalue_line("markers", "gpu: needs a GPU, and TRITON_INTERPRET=0")
     config.addinivalue_line(
         "markers",
@@ -83,6 +85,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item, mark in marked if mark is not None and not golden_files(config, mark)]
     if not config.getoption("slow"):
         left_out += [item for item in items if item.get_closest_marker("slow")]
+    if config.getoption("brief"):
+        left_out += [item for item in items if item.get_closest_marker("long")]
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not gpu_is_there():
         left_out += on_gpu

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Sets up .venv (see launchers/setup_env.sh) and runs every test.
+# Sets up .venv (see launchers/setup_env.sh) and runs the tests: all rooms, about twenty minutes on two cores.
 #
 #   bash tests/run.sh [PYTEST ARGUMENT ...]       such as: tests/unit, -k resume, -x
+#   bash tests/run.sh --all                       also those marked `long`: an hour; what .ci/run does
 #   bash tests/run.sh --slow -m slow              the tests that take minutes each
 #
 # Without a file or folder, in three parts: what needs one process a test, as many at once as there are cores (at most 8);
 # what starts ranks here, two files at once; launches and what has hosts of its own, one by one, and what failed of these
 # once more. -n 0: all one by one.
-# What is named runs by itself, in one process; -n 2 for two.
+# What is named runs by itself, all of it, in one process; -n 2 for two.
 # tests/multihost and tests/chaos need root, pdsh, sshd, ip (chaos: nft, cc too), and say so where they are skipped.
 # OFA_DS_VENV: another environment.
 set -euo pipefail
@@ -27,11 +28,22 @@ launches=tests/reliability/test_launch.py
 mapfile -t by_twos < <(existing tests/distributed tests/reliability)
 mapfile -t one_by_one < <(existing tests/multihost tests/chaos)
 is_named=false stops_at_first=false before=
+everything=false arguments=()
 for argument in "$@"; do
+  if [ "$argument" = --all ]; then
+    everything=true
+    continue
+  fi
+  arguments+=("$argument")
   if [ -e "${argument%%::*}" ] && [ "$before" != --golden ]; then is_named=true; fi
   before=$argument
-  case $argument in -x | --exitfirst | --maxfail*) stops_at_first=true ;; esac
+  case $argument in
+    -x | --exitfirst | --maxfail*) stops_at_first=true ;;
+    --slow) everything=true ;;
+  esac
 done
+set -- "${arguments[@]}"
+if ! $is_named && ! $everything; then set -- --brief "$@"; fi
 
 log=$(mktemp "${TMPDIR:-/tmp}/ofa-ds-tests.XXXXXX")
 trap 'rm -f "$log"' EXIT

@@ -72,6 +72,13 @@ def test_a_value_of_golden_is_no_folder_to_run(script: Script) -> None:
     assert len(calls) == 3 and all(call[-2:] == ["--golden", "tests/parity/golden"] for call in calls)
 
 
+def test_what_is_long_is_left_out_unless_all_is_asked_for_or_it_is_named(script: Script) -> None:
+    assert all("--brief" in call for call in script.run("-x")[2])
+    assert not any({"--brief", "--all"} & {*call} for call in script.run("--all", "-x")[2])
+    assert not any("--brief" in call for call in script.run("tests/unit")[2])
+    assert "tests/run.sh --all" in (ROOT / ".ci/run").read_text()
+
+
 @pytest.mark.parametrize("named", ["tests/unit", "tests/unit/test_docs.py", "tests/unit/test_docs.py::test_x[a/b]"])
 def test_what_is_named_runs_alone_in_one_process(script: Script, named: str) -> None:
     code, last, calls = script.run(named, "-x")
