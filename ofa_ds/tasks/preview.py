@@ -139,7 +139,7 @@ def draw_card(example: Example, texts: Sequence[tuple[str, str]], ctx: Context) 
     lines: list[tuple[str, ImageFont.FreeTypeFont, tuple[int, int, int]]] = [(example.task, bold, (0, 0, 0))]
     for heading, text in texts:
         lines.append((heading, font, (120, 120, 120)))
-        lines += [(line, font, (0, 0, 0)) for line in _wrap(text, font)]
+        lines += [(line, font, (0, 0, 0)) for line in wrap(text, font)]
     height = max([column.height for column in columns] + [len(lines) * (FONT_PIXELS + 7)]) + 2 * MARGIN_PIXELS
     card = Image.new("RGB", (left + TEXT_PIXELS + MARGIN_PIXELS, height), "white")
     x = MARGIN_PIXELS
@@ -217,12 +217,12 @@ def draw_codes(ctx: Context, example: Example, codes: Sequence[int]) -> Image.Im
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, max_lines: int = 12) -> list[str]:
-    """Lines that fit TEXT_PIXELS."""
+def wrap(text: str, font: ImageFont.FreeTypeFont, *, width: int = TEXT_PIXELS, max_lines: int = 12) -> list[str]:
+    """Lines that fit `width` pixels."""
     lines, line = [], ""
     for word in text[:MAX_CHARACTERS].split(" "):
         longer = f"{line} {word}" if line else word
-        if line and font.getlength(longer) > TEXT_PIXELS:
+        if line and font.getlength(longer) > width:
             lines.append(line)
             line = word
         else:

@@ -15,7 +15,10 @@ _declared: list[torch.library.Library] = []
 
 
 def library(name: str, what: str) -> ModuleType:
-    """`open_clip` or `torch_fidelity`. what: is made with it. Raises ValueError that says how to install it."""
+    """`open_clip` or `torch_fidelity`, or a module of theirs. what: is made with it.
+
+    Raises ValueError that says how to install it.
+    """
     try:
         _import_torchvision()
         return importlib.import_module(name)
