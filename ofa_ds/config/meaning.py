@@ -31,6 +31,7 @@ MEANING = (
     "data.max_image_size",
     "data.sample_patches",
     "data.augment",
+    "data.decode",
     "data.max_source_words",
     "data.max_target_words",
     "data.max_text_tokens",

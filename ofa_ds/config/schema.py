@@ -148,6 +148,8 @@ class DataConfig:
     """Patches kept of each vision-language picture, drawn without replacement; 0 keeps all."""
     augment: Literal["ofa", "none"] = "ofa"
     """`ofa`: random resize, crop, RandomAugment, scale jitter (docs/ofa.md, Tasks: pictures). `none`: plain resize."""
+    decode: Literal["exact", "dct_scaled"] = "exact"
+    """`dct_scaled`: JPEGs twice as large as they are needed, or more, are decoded at 1/2, 1/4 or 1/8 of their sides."""
     max_source_words: Count = Field(80, ge=1)
     max_target_words: Count = Field(30, ge=1)
     max_text_tokens: Count = Field(256, ge=1)

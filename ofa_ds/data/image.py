@@ -9,16 +9,17 @@ Images are uint8 [H, W, 3]. Boxes are float32 [N, 4]: x0, y0, x1, y1 in pixels o
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-import simplejpeg
 import torch
 from PIL import Image
 
-from ofa_ds.data.picture import MAX_PIXELS, Buffer, decode_rgb, jpeg_rgb
+from ofa_ds.data.picture import Buffer, decode_rgb
+from ofa_ds.data.stored_jpeg import StoredJpeg, stored_jpeg
 
-JPEG_MAGIC = b"\xff\xd8"
+Picture = np.ndarray | StoredJpeg
+"""uint8 [H, W, 3], or what stands in for it until its size on the network's side is known."""
 
 SHORT_SIDE_RANGE = 480 / 384
 """The largest random short side, relative to the network's picture."""
@@ -40,9 +41,9 @@ CUBIC_REACH = 2
 
 
 class Framed(NamedTuple):
-    """A picture and the boxes in its own pixels."""
+    """A picture and the boxes in its own pixels, as stored; what was resized is an array."""
 
-    image: np.ndarray
+    image: Picture
     boxes: np.ndarray
 
 
@@ -51,40 +52,85 @@ def decode(data: Buffer) -> np.ndarray:
 
     Raises ValueError "image: reason": not a picture, truncated, over MAX_PIXELS, or grey without a known white.
     """
-    if bytes(data[:2]) == JPEG_MAGIC:
-        try:
-            height, width = simplejpeg.decode_jpeg_header(data)[:2]
-        except ValueError:
-            return decode_rgb(data)  # which words the error
-        if height * width <= MAX_PIXELS and (found := jpeg_rgb(data)) is not None:
-            return found
-    return decode_rgb(data)
+    stored = stored_jpeg(data)
+    return decode_rgb(data) if stored is None else stored.pixels()[0]
 
 
-def resize(image_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Antialiased bicubic, within 2 of Pillow's and 2.4 times as fast."""
+def load(data: Buffer, how: Literal["exact", "dct_scaled"]) -> Picture:
+    """`decode`, or with `dct_scaled` a JPEG that `resize` decodes no larger than it needs. how: data.decode.
+
+    Raises ValueError as `decode`; of a damaged JPEG `resize` raises it then.
+    """
+    stored = stored_jpeg(data) if how == "dct_scaled" else None
+    return decode(data) if stored is None else stored
+
+
+def resize(picture_HW3: Picture, height: int, width: int) -> np.ndarray:
+    """Antialiased bicubic, within 2 of Pillow's and 2.4 times as fast.
+
+    A stored JPEG is decoded at 1/2, 1/4 or 1/8 where that is no smaller, and resized from there.
+    """
+    if not isinstance(picture_HW3, StoredJpeg):
+        return _resized(picture_HW3, picture_HW3.shape[:2], height, width)
+    pixels_HW3, divisor = picture_HW3.pixels(max(height / picture_HW3.height, width / picture_HW3.width))
+    if divisor == 1:  # mirrored first, as what was decoded at once
+        return resize(_mirrored(pixels_HW3, picture_HW3.mirrored), height, width)
+    extent = (picture_HW3.height / divisor, picture_HW3.width / divisor)
+    return _mirrored(_resized(pixels_HW3, extent, height, width), picture_HW3.mirrored)
+
+
+def _mirrored(image_HW3: np.ndarray, is_so: bool) -> np.ndarray:
+    return image_HW3[:, ::-1].copy() if is_so else image_HW3  # of one column torch takes no other reversal
+
+
+def _resized(image_HW3: np.ndarray, extent: tuple[float, float], height: int, width: int) -> np.ndarray:
+    """extent: height and width that count, less than a pixel short of those that there are."""
     old_height, old_width = image_HW3.shape[:2]
-    if (old_height, old_width) == (height, width):
+    if extent == (height, width):
         return image_HW3
     columns_first = width > old_width or old_height > 3 * old_width or old_height * width > MAX_BETWEEN
     if height < old_height and columns_first:  # as Pillow, which rounds between the two; torch goes along rows first
-        image_HW3 = _interpolate(image_HW3, height, old_width)
-    return _interpolate(image_HW3, height, width)
+        image_HW3 = _interpolate(image_HW3, (extent[0], old_width), height, old_width)
+        extent = (height, extent[1])
+    return _interpolate(image_HW3, extent, height, width)
 
 
-def _interpolate(image_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
+def _interpolate(image_HW3: np.ndarray, extent: tuple[float, float], height: int, width: int) -> np.ndarray:
     if not image_HW3.flags.writeable:
         image_HW3 = image_HW3.copy()  # torch warns about read-only memory
     image_13HW = torch.from_numpy(image_HW3)[None].permute(0, 3, 1, 2)  # these strides take torch's fast path
-    out_13HW = torch.nn.functional.interpolate(image_13HW, (height, width), mode="bicubic", antialias=True)
-    return np.ascontiguousarray(out_13HW[0].permute(1, 2, 0).numpy())
+    wanted: dict[str, tuple[float, float]] = {"size": (height, width)}
+    if extent != image_HW3.shape[:2]:  # torch rounds down to the size: a little more makes it that size or one more
+        wanted = {"scale_factor": (height / extent[0] * (1 + 1e-9), width / extent[1] * (1 + 1e-9))}
+    out_13HW = torch.nn.functional.interpolate(image_13HW, **wanted, mode="bicubic", antialias=True)
+    return np.ascontiguousarray(out_13HW[0, :, :height, :width].permute(1, 2, 0).numpy())
 
 
-def part_of_resized(image_HW3: np.ndarray, size: tuple[int, int], place: tuple[int, int], side: int) -> np.ndarray:
+def decoded(picture_HW3: Picture) -> np.ndarray:
+    """Every pixel, uint8 [H, W, 3]."""
+    if not isinstance(picture_HW3, StoredJpeg):
+        return picture_HW3
+    return _mirrored(picture_HW3.pixels()[0], picture_HW3.mirrored)
+
+
+def resized_part(picture_HW3: Picture, part: tuple[int, int, int, int], side: int) -> np.ndarray:
+    """`part` (top, left, height, width) resized to [side, side, 3]."""
+    top, left, height, width = part
+    if isinstance(picture_HW3, StoredJpeg):
+        pixels_HW3, divisor = picture_HW3.pixels(side / min(height, width))
+        if divisor > 1:
+            box = tuple(edge / divisor for edge in (left, top, left + width, top + height))
+            return np.array(Image.fromarray(pixels_HW3).resize((side, side), Image.Resampling.BICUBIC, box=box))
+        picture_HW3 = _mirrored(pixels_HW3, picture_HW3.mirrored)
+    return resize(np.ascontiguousarray(picture_HW3[top : top + height, left : left + width]), side, side)
+
+
+def part_of_resized(picture_HW3: Picture, size: tuple[int, int], place: tuple[int, int], side: int) -> np.ndarray:
     """What a resize to `size` (height, width) shows at `place` (top, left): [side, side, 3], within 2 of `resize`.
 
     Costs memory for that part alone, however long the whole would be.
     """
+    image_HW3 = decoded(picture_HW3)
     window = []
     for old, new, start in zip(image_HW3.shape[:2], size, place, strict=True):
         first, last = start * old / new, (start + side) * old / new
@@ -145,8 +191,10 @@ def box_crop(framed: Framed, side: int) -> Framed:
 def flip(framed: Framed) -> Framed:
     """Mirrored left to right."""
     width = framed.image.shape[1]
+    stored = isinstance(framed.image, StoredJpeg)
+    image_HW3 = framed.image.mirror() if stored else _mirrored(framed.image, True)
     boxes_N4 = framed.boxes[:, [2, 1, 0, 3]] * np.array([-1, 1, -1, 1], np.float32)
-    return Framed(np.ascontiguousarray(framed.image[:, ::-1]), boxes_N4 + np.array([width, 0, width, 0], np.float32))
+    return Framed(image_HW3, boxes_N4 + np.array([width, 0, width, 0], np.float32))
 
 
 def large_scale_jitter(framed: Framed, side: int, rng: np.random.Generator) -> Framed:

@@ -66,13 +66,14 @@ def check_image(image: Buffer) -> tuple[int, int]:
         return picture.size  # only now: Pillow turns a TIFF while it loads it
 
 
-def _jpeg_rgb(image: Buffer) -> np.ndarray | None:
+def _jpeg_rgb(image: Buffer, least: tuple[int, int] = (0, 0)) -> np.ndarray | None:
     """A JPEG as uint8 [H, W, 3]; None for a kind that only Pillow converts. Its size was looked at before.
 
+    least: of height and width, to which the DCT may shrink it; not at all where 0.
     Raises _Refused for damage: where data are missing or are no codes, decoders go on, and paint grey or noise.
     """
     try:
-        return simplejpeg.decode_jpeg(image, colorspace="RGB")
+        return simplejpeg.decode_jpeg(image, colorspace="RGB", min_height=least[0], min_width=least[1])
     except ValueError as error:
         if str(error).startswith(_DAMAGE):
             what = "truncated" if "remature end" in str(error) else "damaged"
@@ -80,10 +81,10 @@ def _jpeg_rgb(image: Buffer) -> np.ndarray | None:
         return None
 
 
-def jpeg_rgb(image: Buffer) -> np.ndarray | None:
+def jpeg_rgb(image: Buffer, least: tuple[int, int] = (0, 0)) -> np.ndarray | None:
     """The same; raises ValueError "image: reason"."""
     try:
-        return _jpeg_rgb(image)
+        return _jpeg_rgb(image, least)
     except _Refused as error:
         raise ValueError(f"image: {error}") from error
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from ofa_ds.data.augment import random_augment
-from ofa_ds.data.image import resize
+from ofa_ds.data.image import Picture, resized_part
 
 IMAGENET_MEAN = np.array((0.485, 0.456, 0.406))
 IMAGENET_DEVIATION = np.array((0.229, 0.224, 0.225))
@@ -40,18 +40,17 @@ Operation = Callable[[Image.Image, float, int], Image.Image]
 """(picture, level / 10, sign) -> picture."""
 
 
-def strong_augment(image_HW3: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+def strong_augment(picture_HW3: Picture, side: int, rng: np.random.Generator) -> np.ndarray:
     """A random part, mirrored half of the time, RandAugment, RandomAugment, erasing: [side, side, 3]."""
-    image_HW3 = random_resized_crop(image_HW3, side, rng)
+    image_HW3 = random_resized_crop(picture_HW3, side, rng)
     if rng.random() < 0.5:
         image_HW3 = np.ascontiguousarray(image_HW3[:, ::-1])
     image_HW3 = random_augment(rand_augment(image_HW3, rng), rng)
     return random_erasing(image_HW3, rng)
 
 
-def random_resized_crop(image_HW3: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    top, left, height, width = crop_box(*image_HW3.shape[:2], rng)
-    return resize(np.ascontiguousarray(image_HW3[top : top + height, left : left + width]), side, side)
+def random_resized_crop(picture_HW3: Picture, side: int, rng: np.random.Generator) -> np.ndarray:
+    return resized_part(picture_HW3, crop_box(*picture_HW3.shape[:2], rng), side)
 
 
 def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ofa_ds.data.answer_list import read_answers_file
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import decode
+from ofa_ds.data.image import Picture, decoded, load
 from ofa_ds.data.shards import Shards
 from ofa_ds.inference.asking import AS_THE_TASK_SAYS, How, answers_to, asked_as, check_list, with_settings
 from ofa_ds.inference.loaded_model import LoadedModel, generated, load_model
@@ -140,7 +140,7 @@ def generate_one(
     if answers is not None:
         ctx = dataclasses.replace(ctx, candidates=_listed(ctx, what, answers))
     check_list(trained, ctx, what, how, "give one with --answers FILE")
-    picture = _read_picture(task, image) if what.needs_picture else None
+    picture = _read_picture(ctx, task, image) if what.needs_picture else None
     example = ask(ctx, task, picture, text)
     if how.beams is None and not is_downstream:
         how = dataclasses.replace(how, beams=PRETRAINED_BEAMS)
@@ -156,7 +156,7 @@ def _instructed(
     if how.search in ("all", "beam"):
         raise ValueError(f"--decoding {how.search}: an instruction has no list of answers")
     ctx = model.context()
-    picture = None if image is None else _read_picture(instruction.NAME, image)
+    picture = None if image is None else _read_picture(ctx, instruction.NAME, image)
     example = instruction.ask(ctx, picture, text)
     packed = dataclasses.replace(example, task=TASKS[0])  # a batch counts its examples by task
     ids = generated(model, [packed], beam=how.beams or PRETRAINED_BEAMS, max_tokens=SHORT_ANSWER_TOKENS)[0]
@@ -165,7 +165,7 @@ def _instructed(
     return _told(ctx, example, ids, picture)
 
 
-def _told(ctx: Context, example: Example, ids: Sequence[int], picture: np.ndarray | None) -> str:
+def _told(ctx: Context, example: Example, ids: Sequence[int], picture: Picture | None) -> str:
     """The answer as text; its boxes, where there are some, in pixels of the picture."""
     found = [] if picture is None else objects_of(ctx, ids)
     if not found:
@@ -180,10 +180,12 @@ def _listed(ctx: Context, task: Task, answers: Path) -> Candidates | None:
     return candidates_of(task.name, read_answers_file(answers), ctx.vocab)
 
 
-def _read_picture(task: str, image: str | Path | None) -> np.ndarray:
+def _read_picture(ctx: Context, task: str, image: str | Path | None) -> Picture:
     if image is None:
         raise ValueError(f"{task} is about a picture: give --image FILE")
     try:
-        return decode(Path(image).read_bytes())
+        picture = load(Path(image).read_bytes(), ctx.config.decode)
+        decoded(picture)  # where it is damaged that is told here, with its name
+        return picture
     except (OSError, ValueError) as error:
         raise ValueError(f"--image {image}: {error}") from error

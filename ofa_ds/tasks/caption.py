@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed, resize
+from ofa_ds.data.image import Framed, Picture, resize
 from ofa_ds.data.text import clean_caption
 from ofa_ds.tasks.context import Context, Row, frame, question, sample_patches
 from ofa_ds.terms import PAD_ID
@@ -23,7 +23,7 @@ def build(row: Row, seen: Framed | None, rng: np.random.Generator, ctx: Context)
     return example
 
 
-def ask(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask(ctx: Context, picture: Picture | None, text: str) -> Example:
     side = ctx.config.image_size
     return question(ctx, PROMPT, image=resize(picture, side, side))
 

@@ -117,8 +117,8 @@ def question(ctx: Context, text: str, source: Sequence[int] | None = None, **fie
 
 def view(row: Row, rng: np.random.Generator, ctx: Context) -> Framed:
     """The picture of a vision-language row as the network sees it; drawn once for all tasks of the row."""
-    box = row["box"]
-    framed = Framed(pictures.decode(row["image"]), np.array([] if box is None else [box], np.float32).reshape(-1, 4))
+    boxes_N4 = np.array([] if row["box"] is None else [row["box"]], np.float32).reshape(-1, 4)
+    framed = Framed(pictures.load(row["image"], ctx.config.decode), boxes_N4)
     side = ctx.config.image_size
     if not ctx.train or ctx.config.augment == "none":
         return pictures.resize_framed(framed, side, side)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ofa_ds.data import image as pictures
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed
+from ofa_ds.data.image import Framed, Picture
 from ofa_ds.tasks import judges
 from ofa_ds.tasks.boxes import bin_ids, objects_of, readable_bins
 from ofa_ds.tasks.context import Context, Row, frame, question
@@ -42,7 +42,7 @@ def build(row: Row, seen: Framed | None, rng: np.random.Generator, ctx: Context)
 
 def _view(row: Row, rng: np.random.Generator, ctx: Context) -> Framed:
     boxes_N4 = np.asarray(row["boxes"], np.float32).reshape(-1, BINS_A_BOX)
-    framed = Framed(pictures.decode(row["image"]), boxes_N4)
+    framed = Framed(pictures.load(row["image"], ctx.config.decode), boxes_N4)
     side = ctx.config.infill_image_size
     if ctx.train and rng.random() < 0.5:
         framed = pictures.flip(framed)
@@ -51,7 +51,7 @@ def _view(row: Row, rng: np.random.Generator, ctx: Context) -> Framed:
     return pictures.resize_framed(framed, side, side)
 
 
-def ask(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask(ctx: Context, picture: Picture | None, text: str) -> Example:
     side = ctx.config.infill_image_size
     return question(ctx, PROMPT, image=pictures.resize(picture, side, side))
 

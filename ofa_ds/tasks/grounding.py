@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed, resize
+from ofa_ds.data.image import Framed, Picture, resize
 from ofa_ds.data.text import clean_caption
 from ofa_ds.tasks import judges
 from ofa_ds.tasks.boxes import bin_ids, boxes_of, readable_bins
@@ -36,13 +36,13 @@ def build_phrase(row: Row, seen: Framed | None, rng: np.random.Generator, ctx: C
     )  # fmt: skip
 
 
-def ask_box(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask_box(ctx: Context, picture: Picture | None, text: str) -> Example:
     side = ctx.config.image_size
     source = PHRASE_PROMPT.format(clean_caption(text, ctx.config.max_source_words))
     return question(ctx, source, image=resize(picture, side, side))
 
 
-def ask_phrase(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask_phrase(ctx: Context, picture: Picture | None, text: str) -> Example:
     """text: the region "x0,y0,x1,y1" in pixels of the picture. Raises ValueError for any other."""
     side = ctx.config.image_size
     box = np.array([read_region(text, picture)], np.float32) * np.array([side / n for n in picture.shape[1::-1]] * 2)
@@ -51,7 +51,7 @@ def ask_phrase(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
     return question(ctx, f"{REGION_PROMPT} {text}", source, image=seen, boxes=box.astype(np.float32))
 
 
-def read_region(text: str, picture: np.ndarray) -> tuple[float, float, float, float]:
+def read_region(text: str, picture: Picture) -> tuple[float, float, float, float]:
     """The box "x0,y0,x1,y1" in pixels of a picture. Raises ValueError for what is none, or not inside it."""
     height, width = picture.shape[:2]
     try:

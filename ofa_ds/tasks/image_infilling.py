@@ -8,7 +8,7 @@ import numpy as np
 
 from ofa_ds.data import image as pictures
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed
+from ofa_ds.data.image import Framed, Picture
 from ofa_ds.tasks import judges
 from ofa_ds.tasks.context import PIXELS_PER_CODE, Context, Row, frame, question
 
@@ -42,7 +42,7 @@ def _hole(ctx: Context) -> tuple[int, int, int, int]:
     return start, start, start + side, start + side
 
 
-def ask(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask(ctx: Context, picture: Picture | None, text: str) -> Example:
     side = ctx.config.infill_image_size
     return question(ctx, PROMPT, image=pictures.resize(picture, side, side), hole=_hole(ctx), code=True)
 

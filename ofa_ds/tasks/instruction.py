@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import resize
+from ofa_ds.data.image import Picture, resize
 from ofa_ds.tasks.boxes import bin_ids
 from ofa_ds.tasks.context import Context, question
 from ofa_ds.tasks.grounding import read_region
@@ -19,7 +19,7 @@ _SYMBOL = re.compile(r" ?<(mask|box:[^>]*)>")
 """A symbol of the vocabulary takes the blank before it along: the next word brings its own."""
 
 
-def ask(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask(ctx: Context, picture: Picture | None, text: str) -> Example:
     """The text as it stands, with one blank before it. picture: uint8 [h, w, 3] of any size.
 
     Raises ValueError: no text, too much of it for the model, or a region that is no box inside the picture.

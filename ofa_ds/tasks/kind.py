@@ -9,14 +9,14 @@ from typing import Any, Literal
 import numpy as np
 
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed
+from ofa_ds.data.image import Framed, Picture
 from ofa_ds.tasks import judges
 from ofa_ds.tasks.context import Context, Row
 from ofa_ds.terms import GROUP_OF
 
 Build = Callable[[Row, Framed | None, np.random.Generator, Context], Example]
 BuildHeldOut = Callable[[Row, Framed | None, np.random.Generator, Context], list[Example]]
-Ask = Callable[[Context, np.ndarray | None, str], Example]
+Ask = Callable[[Context, Picture | None, str], Example]
 Judge = Callable[[Context, Sequence[Example], judges.Answers], judges.Scores]
 HandIn = Callable[[Context, Sequence[Example], judges.Answers], list[Any]]
 
@@ -62,7 +62,7 @@ class Task:
     """Every text of a row as the task presents it: what a vocabulary is trained on."""
 
     ask: Ask
-    """(context, picture uint8 [h, w, 3] of any size, --text) -> the example without its answer, worded as in training.
+    """(context, picture of any size, --text) -> the example without its answer, worded as in training.
 
     Raises ValueError for a text that cannot be asked.
     """

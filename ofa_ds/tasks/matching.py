@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed, resize
+from ofa_ds.data.image import Framed, Picture, resize
 from ofa_ds.data.text import clean_caption, clean_question
 from ofa_ds.tasks import judges
 from ofa_ds.tasks.context import Context, Row, frame, question, sample_patches
@@ -45,7 +45,7 @@ def statement(row: Row, seen: Framed | None, rng: np.random.Generator, ctx: Cont
     return frame(row, ctx, source, YES if match else NO, image=seen.image, patches=sample_patches(rng, ctx), conf=conf)
 
 
-def ask(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask(ctx: Context, picture: Picture | None, text: str) -> Example:
     side = ctx.config.image_size
     source = CAPTION_PROMPT.format(clean_caption(text, ctx.config.max_source_words))
     return question(ctx, source, image=resize(picture, side, side))

@@ -19,7 +19,7 @@ import numpy as np
 
 from ofa_ds.config import DataConfig, TaskOptions
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed
+from ofa_ds.data.image import Framed, Picture
 from ofa_ds.data.negative_files import Negatives
 from ofa_ds.tasks import caption, detection, grounding, image_infilling, judges, matching, text_infilling, vqa
 from ofa_ds.tasks.candidates import Candidates
@@ -227,7 +227,7 @@ def asked_for(config: DataConfig) -> tuple[str, ...]:
     return tuple(name for name, task in TABLE.items() if task.family in families)
 
 
-def ask(ctx: Context, name: str, picture: np.ndarray | None, text: str) -> Example:
+def ask(ctx: Context, name: str, picture: Picture | None, text: str) -> Example:
     """The example of a task without its answer, worded as in training. picture: uint8 [h, w, 3] of any size.
 
     Raises ValueError where the text is missing, is too long for the model or, for a region, is not a box inside the

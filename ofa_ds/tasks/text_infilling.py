@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed
+from ofa_ds.data.image import Framed, Picture
 from ofa_ds.tasks.context import Context, Row, frame, question
 from ofa_ds.tasks.noising import mask_spans
 
@@ -29,7 +29,7 @@ def build(row: Row, seen: Framed | None, rng: np.random.Generator, ctx: Context)
     return frame(row, ctx, *texts, source=before + noised + after, target=ids, conf=conf, cut=cut)
 
 
-def ask(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask(ctx: Context, picture: Picture | None, text: str) -> Example:
     """text: <mask> stands for what is missing."""
     vocab, most = ctx.vocab, ctx.max_positions
     pieces = f" {text.strip().lower()}".replace(" <mask>", "<mask>").split("<mask>")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed, resize
+from ofa_ds.data.image import Framed, Picture, resize
 from ofa_ds.data.text import clean_question
 from ofa_ds.tasks import judges
 from ofa_ds.tasks.context import Context, Row, frame, question, sample_patches
@@ -25,7 +25,7 @@ def best_answer(row: Row) -> tuple[str, float]:
     return max(row["answers"], key=lambda answer: answer[1])
 
 
-def ask(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask(ctx: Context, picture: Picture | None, text: str) -> Example:
     side = ctx.config.image_size
     asked = " " + clean_question(text, ctx.config.max_source_words)
     return question(ctx, asked, image=resize(picture, side, side))

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ofa_ds.data import augment, image
 from ofa_ds.data.image import Framed
+from ofa_ds.data.strong_augment import random_resized_crop
 
 
 def encode(pixels: np.ndarray, kind: str = "PNG", **options) -> bytes:
@@ -199,6 +200,23 @@ def test_flip_mirrors_pixels_and_boxes():
     out = image.flip(marked(20, 30, (2, 3, 9, 8)))
     np.testing.assert_array_equal(out.boxes, [[21, 3, 28, 8]])
     np.testing.assert_array_equal(bright_box(out.image), out.boxes[0])
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (40, 1), (1, 40)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("how", ["exact", "dct_scaled"])
+def test_a_picture_of_one_pixel_row_or_column_goes_every_way_of_training(kind, how, height, width):
+    data = encode(np.full((height, width, 3), 200, np.uint8), kind, **({"quality": 95} if kind == "JPEG" else {}))
+    framed = Framed(image.load(data, how), np.array([[0, 0, width, height]], np.float32))
+    rng = np.random.default_rng(0)
+    for each in (framed, image.flip(framed)):
+        views = [
+            image.resize_framed(each, 32, 32).image, image.large_scale_jitter(each, 32, rng).image,
+            image.box_crop(image.random_resize(each, 32, rng), 32).image,
+            image.center_crop(image.random_resize(each, 32, rng).image, 32),
+            random_resized_crop(each.image, 32, rng),
+        ]  # fmt: skip
+        assert all(view.shape == (32, 32, 3) and np.abs(view.astype(int) - 200).max() <= 2 for view in views)
 
 
 def test_jitter_scales_between_one_and_one_and_a_half_and_keeps_boxes_on_objects():

@@ -19,7 +19,14 @@ OLD_RECIPE = Path(__file__).parents[1] / "fixtures" / "checkpoint_0f884a0" / "ru
 
 def test_every_key_of_text_is_known_to_these_tests() -> None:
     listed = {key for key, kind in leaves() if is_text(kind)}
-    choices = {"model.preset", "model.batch_norm", "data.augment", "kernels.attention", "kernels.layer_norm"}
+    choices = {
+        "model.preset",
+        "model.batch_norm",
+        "data.augment",
+        "data.decode",
+        "kernels.attention",
+        "kernels.layer_norm",
+    }
     choices |= {"model.pixel_norm", "data.task.name", "data.task.prompt", "data.task.language", "criterion.kind"}
     assert listed == {*PATHS, *choices, "kernels.cross_entropy", "train.profile_steps"}
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed
+from ofa_ds.data.image import Framed, Picture
 from ofa_ds.tasks import caption_scores
 from ofa_ds.tasks.caption_scores import bare
 from ofa_ds.tasks.context import Context, Row
@@ -33,7 +33,7 @@ def build(row: Row, seen: Framed | None, rng: np.random.Generator, ctx: Context)
     return downstream_frame(row, ctx, source, f" {text}", rng=rng, image=image)
 
 
-def ask(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask(ctx: Context, picture: Picture | None, text: str) -> Example:
     row, image = asked_row(picture, ""), seen_by_the_network(picture, ctx)
     return downstream_frame(row, ctx, PROMPTS[ctx.config.task.language], "", answer=(), image=image)
 

@@ -61,15 +61,15 @@ def downstream_frame(
 
 def picture_of(row: Row, ctx: Context) -> np.ndarray | None:
     """uint8 [S, S, 3], S = data.image_size, whatever the ratio of the sides was; None where the row has no picture."""
-    return seen_by_the_network(pictures.decode(row["image"]), ctx) if row["image"] else None
+    return seen_by_the_network(pictures.load(row["image"], ctx.config.decode), ctx) if row["image"] else None
 
 
-def seen_by_the_network(picture_HW3: np.ndarray, ctx: Context) -> np.ndarray:
+def seen_by_the_network(picture_HW3: pictures.Picture, ctx: Context) -> np.ndarray:
     """The whole picture, squashed to data.image_size (docs/downstream.md, Pictures)."""
     return pictures.resize(picture_HW3, ctx.config.image_size, ctx.config.image_size)
 
 
-def asked_row(picture_HW3: np.ndarray | None, text: str, text_pair: str = "") -> Row:
+def asked_row(picture_HW3: pictures.Picture | None, text: str, text_pair: str = "") -> Row:
     """What a user asks, as a row without an answer."""
     height, width = (0, 0) if picture_HW3 is None else picture_HW3.shape[:2]
     return {"id": "", "text": text, "text_pair": text_pair, "width": width, "height": height, "answers": []}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed
+from ofa_ds.data.image import Framed, Picture
 from ofa_ds.data.text import clean_caption
 from ofa_ds.tasks.context import Context, Row
 from ofa_ds.tasks.downstream import scoring
@@ -34,7 +34,7 @@ def build(row: Row, seen: Framed | None, rng: np.random.Generator, ctx: Context)
     return _example(row, ctx, _clean(best[0], ctx.config.max_target_words), rng=rng)
 
 
-def ask(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask(ctx: Context, picture: Picture | None, text: str) -> Example:
     return _example(asked_row(None, text), ctx, "", answer=())
 
 

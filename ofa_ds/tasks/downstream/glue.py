@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed
+from ofa_ds.data.image import Framed, Picture
 from ofa_ds.tasks.context import Context, Row
 from ofa_ds.tasks.downstream import scoring
 from ofa_ds.tasks.downstream.frame import asked_row, asked_sentences, best_answer, downstream_frame
@@ -38,7 +38,7 @@ def _task(
             return downstream_frame(row, ctx, source, "", answer=(), ends=False)
         return downstream_frame(row, ctx, source, f" {best[0]}", ends=False, rng=rng)
 
-    def ask(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+    def ask(ctx: Context, picture: Picture | None, text: str) -> Example:
         first, second = asked_sentences(text, 2 if "text_pair" in columns else 1)
         source = _asked(asked_row(None, first, second), instruction, ctx.config.max_source_words)
         return downstream_frame(asked_row(None, first, second), ctx, source, "", answer=(), ends=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed, decode
+from ofa_ds.data.image import Framed, Picture, load
 from ofa_ds.data.strong_augment import strong_augment
 from ofa_ds.tasks.context import Context, Row
 from ofa_ds.tasks.downstream import scoring
@@ -19,13 +19,16 @@ def build(row: Row, seen: Framed | None, rng: np.random.Generator, ctx: Context)
     """Training sees a part of the picture, strongly augmented, unless data.augment says `none`."""
     best = best_answer(row)
     augmented = ctx.train and ctx.config.augment == "ofa"
-    image = strong_augment(decode(row["image"]), ctx.config.image_size, rng) if augmented else picture_of(row, ctx)
+    if augmented:
+        image = strong_augment(load(row["image"], ctx.config.decode), ctx.config.image_size, rng)
+    else:
+        image = picture_of(row, ctx)
     if best is None:
         return downstream_frame(row, ctx, PROMPT, "", answer=(), image=image)
     return downstream_frame(row, ctx, PROMPT, f" {best[0]}", rng=rng, image=image)
 
 
-def ask(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask(ctx: Context, picture: Picture | None, text: str) -> Example:
     image = seen_by_the_network(picture, ctx)
     return downstream_frame(asked_row(picture, ""), ctx, PROMPT, "", answer=(), image=image)
 

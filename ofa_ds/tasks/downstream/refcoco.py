@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed, scale_boxes
+from ofa_ds.data.image import Framed, Picture, scale_boxes
 from ofa_ds.data.text import clean_caption
 from ofa_ds.tasks.boxes import bin_ids, readable_bins
 from ofa_ds.tasks.context import Context, Row
@@ -40,7 +40,7 @@ def _scaled(row: Row, ctx: Context) -> np.ndarray:
     return scale_boxes(Framed(shape, np.array([row["box"]], np.float32)), *[ctx.config.image_size] * 2)
 
 
-def ask(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask(ctx: Context, picture: Picture | None, text: str) -> Example:
     row, image = asked_row(picture, text), seen_by_the_network(picture, ctx)
     return downstream_frame(row, ctx, _source(text, ctx), "", answer=(), image=image)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed
+from ofa_ds.data.image import Framed, Picture
 from ofa_ds.data.text import clean_caption
 from ofa_ds.tasks.context import Context, Row
 from ofa_ds.tasks.downstream import scoring
@@ -41,7 +41,7 @@ def build(row: Row, seen: Framed | None, rng: np.random.Generator, ctx: Context)
     return _example(row, ctx, f" {best[0]}", rng=rng, image=picture_of(row, ctx))
 
 
-def ask(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask(ctx: Context, picture: Picture | None, text: str) -> Example:
     hypothesis, premise = asked_sentences(text, 2 if ctx.config.task.premise or "\t" in text else 1)
     row, image = asked_row(picture, hypothesis, premise), seen_by_the_network(picture, ctx)
     return _example(row, ctx, "", answer=(), image=image)

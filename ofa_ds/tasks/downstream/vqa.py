@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed
+from ofa_ds.data.image import Framed, Picture
 from ofa_ds.data.text import clean_question
 from ofa_ds.tasks.context import Context, Row
 from ofa_ds.tasks.downstream import scoring
@@ -55,7 +55,7 @@ def _answer_ids(text: str, ctx: Context) -> list[int]:
     return ids if EOS_ID in trie.next(ids) and EOS_ID not in trie.next(cut) else cut
 
 
-def ask(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask(ctx: Context, picture: Picture | None, text: str) -> Example:
     return _example(asked_row(picture, text), ctx, "", (), image=seen_by_the_network(picture, ctx))
 
 
