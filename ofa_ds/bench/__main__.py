@@ -27,6 +27,10 @@ def main() -> None:
     verifying = benches.add_parser("verify", help="checksums of shards, beside a plain read of the same files")
     verifying.add_argument("--shards", type=Path, required=True, help="a directory of shards, of some gigabytes")
     verifying.add_argument("--repeats", type=int, default=3, help="of each way (default 3)")
+    decoding = benches.add_parser("decode", help="JPEGs decoded and resized, exactly and by the DCT, beside Pillow")
+    decoding.add_argument("--tsv", type=Path, help="a file with JPEGs in its second column, beside drawn ones")
+    decoding.add_argument("--pictures", type=int, default=100, help="of the file and of each size (default 100)")
+    decoding.add_argument("--repeats", type=int, default=5, help="of each way (default 5)")
     feeding = benches.add_parser("loader", help="batches on their way to training, beside torch's DataLoader")
     feeding.add_argument("--repeats", type=int, default=3, help="of each measurement (default 3)")
     scale = benches.add_parser("scale", help="opening and reading a billion rows, their order, their shuffle")
@@ -91,6 +95,15 @@ def main() -> None:
             result = bench_verify(options.shards, options.repeats)
         except (ValueError, RuntimeError) as error:
             parser.error(f"--shards: {error}")
+    elif options.what == "decode":
+        from ofa_ds.bench.decode import bench_decode, table
+
+        if min(options.pictures, options.repeats) < 1:
+            parser.error("--pictures and --repeats: want at least 1")
+        try:
+            result = bench_decode(options.tsv, options.pictures, options.repeats)
+        except (OSError, ValueError) as error:
+            parser.error(f"--tsv: {error}")
     elif options.what == "loader":
         from ofa_ds.bench.loader import bench_loader, table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Framed
+from ofa_ds.data.image import Framed, Picture
 from ofa_ds.tasks.context import PIXELS_PER_CODE, Context, Row
 from ofa_ds.tasks.downstream import scoring
 from ofa_ds.tasks.downstream.frame import asked_row, best_answer, downstream_frame
@@ -36,7 +36,7 @@ def build(row: Row, seen: Framed | None, rng: np.random.Generator, ctx: Context)
     return downstream_frame(row, ctx, source, readable, answer=[ctx.vocab.code(code) for code in codes], code=True)
 
 
-def ask(ctx: Context, picture: np.ndarray | None, text: str) -> Example:
+def ask(ctx: Context, picture: Picture | None, text: str) -> Example:
     """Raises ValueError for more words than training reads of a caption."""
     limit = ctx.config.max_source_words
     if (words := len(text.split())) > limit:
