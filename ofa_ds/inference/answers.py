@@ -31,7 +31,7 @@ EXPECTED, GENERATED = (60, 180, 75), (230, 25, 75)
 PRETRAINED_BEAMS = 5
 """Of an answer to a user, where neither a downstream task nor the user says how many."""
 
-CODES_GAP = 8
+_CODES_GAP = 8
 """Pixels between expected and generated codes."""
 _NO_BOXES = np.empty((0, 4), np.float32)
 
@@ -69,7 +69,10 @@ def sample_cards(
 
 
 def draw_answer(ctx: Context, example: Example, ids: Sequence[int], *, expected: bool = True) -> Image.Image:
-    """One card: expected boxes green, generated ones red; image codes of both, the expected above."""
+    """One card: expected boxes green, generated ones red; image codes of both, the expected above.
+
+    Where something paints them (`Context.paint`) they are pictures, as `preview.views_of` has them.
+    """
     given = objects_of(ctx, ids)
     known = expected or _shows(ctx, example.task) == "region"  # which is part of the question
     boxes = [(box, EXPECTED, name) for box, name in expected_objects(example)] if known else []
@@ -79,15 +82,21 @@ def draw_answer(ctx: Context, example: Example, ids: Sequence[int], *, expected:
         texts.append(("expected (green)" if len(example.boxes) else "expected", example.target_text))
     texts.append(("generated (red)" if given else "generated", readable(ctx, ids)))
     target = example.target if expected else np.array([*ids, ctx.vocab.eos])
-    card = preview.draw_card(dataclasses.replace(example, boxes=_NO_BOXES, labels=(), target=target), texts, ctx)
+    views: list[np.ndarray] = []
+    shown = dataclasses.replace(example, boxes=_NO_BOXES, labels=(), target=target)
+    try:
+        views = preview.views_of(ctx, shown, ids if expected else ())
+    except ValueError as error:  # an answer need not be a run of codes
+        texts.append(("not painted", str(error)))
+    card = preview.draw_card(shown, texts, ctx, views)
     if example.image is not None:
         scale = preview.PICTURE_PIXELS / example.image.shape[1]
         _draw_boxes(card, [(np.array(box) * scale + preview.MARGIN_PIXELS, *rest) for box, *rest in boxes])
-    if example.code and expected and ids:
-        codes = preview.draw_codes(ctx, example, ids)
+    if example.code and expected and ids and not views:
+        codes = preview.draw_codes(ids)
         left = 2 * preview.MARGIN_PIXELS + preview.PICTURE_PIXELS
-        top = preview.MARGIN_PIXELS + preview.PICTURE_PIXELS - codes.height + CODES_GAP
-        card.paste(codes.crop((0, 0, codes.width, codes.height - CODES_GAP)), (left, top))
+        top = preview.MARGIN_PIXELS + preview.PICTURE_PIXELS - codes.height + _CODES_GAP
+        card.paste(codes.crop((0, 0, codes.width, codes.height - _CODES_GAP)), (left, top))
     return card
 
 

@@ -23,9 +23,12 @@ SEED = 1
 """The draw that is shown: that of epoch 0 under the default seed."""
 
 PICTURE_PIXELS = 384
+VIEW_PIXELS = 256
+"""Width of each of several pictures of a card."""
 TEXT_PIXELS = 460
 FONT_PIXELS = 19
 MARGIN_PIXELS = 14
+HOLE_GREY = 127
 DIMMED = 0.5
 """Brightness of patches that were not sampled."""
 
@@ -57,8 +60,38 @@ def show_shards(shards: Shards, ctx: Context, *, task: str | None, row: int, png
     for example in shown:
         print(describe(example, ctx))
     if png is not None and shown:
-        draw_sheet([draw_card(example, facts(example, ctx), ctx) for example in shown]).save(png)
+        cards = [draw_card(example, facts(example, ctx), ctx, views_of(ctx, example)) for example in shown]
+        draw_sheet(cards).save(png)
         print(f"{png}: {len(shown)} example{'s' * (len(shown) != 1)}")
+
+
+def views_of(ctx: Context, example: Example, generated: Sequence[int] = ()) -> list[np.ndarray]:
+    """uint8 [H, W, 3] each of an example with image codes, where something is at hand to paint them; else none.
+
+    Of infilling: the original, it with the hole, the hole filled with what its target stands for, and with what
+    `generated` ids do; of a whole picture the last two. Raises ValueError for ids that cannot be painted, or that
+    fill no hole.
+    """
+    if ctx.paint is None or not example.code:
+        return []
+    answers = [ids for ids in (example.target[:-1].tolist(), list(generated)) if ids]
+    painted = [ctx.paint(ids) for ids in answers]
+    if example.hole is None or example.image is None:
+        return painted
+    y0, x0, y1, x1 = example.hole
+    empty = np.full((y1 - y0, x1 - x0, 3), HOLE_GREY, np.uint8)
+    return [example.image, *(_filled(example, middle) for middle in (empty, *painted))]
+
+
+def _filled(example: Example, middle: np.ndarray) -> np.ndarray:
+    y0, x0, y1, x1 = example.hole
+    if middle.shape[:2] != (y1 - y0, x1 - x0):
+        raise ValueError(
+            f"{middle.shape[1]} x {middle.shape[0]} pixels are painted, the hole has {x1 - x0} x {y1 - y0}"
+        )
+    pixels = example.image.copy()
+    pixels[y0:y1, x0:x1] = middle
+    return pixels
 
 
 def find_example(shards: Shards, name: str, row: int, ctx: Context, *, max_rows: int | None = None) -> Example:
@@ -129,12 +162,19 @@ def describe(example: Example, ctx: Context) -> str:
     return "\n".join(lines)
 
 
-def draw_card(example: Example, texts: Sequence[tuple[str, str]], ctx: Context) -> Image.Image:
-    """The picture with boxes on the left, headed texts on the right."""
+def draw_card(
+    example: Example, texts: Sequence[tuple[str, str]], ctx: Context, views: Sequence[np.ndarray] = ()
+) -> Image.Image:
+    """The picture with boxes on the left, headed texts on the right.
+
+    views: pictures in place of it and of its codes.
+    """
     font, bold = ImageFont.load_default(FONT_PIXELS), ImageFont.load_default(FONT_PIXELS + 4)
-    columns = [_draw_picture(example, ctx.patch_size)] if example.image is not None else []
-    if example.code:
-        columns.append(draw_codes(ctx, example, example.target[:-1].tolist()))
+    columns = [_scaled(Image.fromarray(view), VIEW_PIXELS) for view in views]
+    if example.image is not None and not views:
+        columns.append(_draw_picture(example, ctx.patch_size))
+    if example.code and not views:
+        columns.append(draw_codes(example.target[:-1].tolist()))
     left = sum(column.width + MARGIN_PIXELS for column in columns) + MARGIN_PIXELS
     lines: list[tuple[str, ImageFont.FreeTypeFont, tuple[int, int, int]]] = [(example.task, bold, (0, 0, 0))]
     for heading, text in texts:
@@ -177,11 +217,9 @@ def _draw_picture(example: Example, patch_size: int) -> Image.Image:
         pixels = pixels[: dim.shape[0], : dim.shape[1]] * dim[..., None]
     if example.hole is not None:
         y0, x0, y1, x1 = example.hole
-        pixels[y0:y1, x0:x1] = 127.5
+        pixels[y0:y1, x0:x1] = HOLE_GREY
     scale = PICTURE_PIXELS / width
-    picture = Image.fromarray(pixels.astype(np.uint8)).resize(
-        (PICTURE_PIXELS, round(height * scale)), Image.Resampling.NEAREST
-    )
+    picture = _scaled(Image.fromarray(pixels.astype(np.uint8)), PICTURE_PIXELS)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_PIXELS - 2)
     names = example.labels or ("",) * len(example.boxes)
     for number, (box, name) in enumerate(zip(example.boxes * scale, names, strict=True)):
@@ -194,27 +232,19 @@ def _draw_picture(example: Example, patch_size: int) -> Image.Image:
     return picture
 
 
-def draw_codes(ctx: Context, example: Example, codes: Sequence[int]) -> Image.Image:
-    """What they stand for, in the hole of the example's picture where it has one.
+def _scaled(picture: Image.Image, width: int) -> Image.Image:
+    return picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.NEAREST)
 
-    Where nothing is at hand to paint it, one colour per code, the first square of them: equal codes look equal, nothing
-    else is meant.
-    """
-    size = PICTURE_PIXELS // 2, PICTURE_PIXELS // 2
+
+def draw_codes(codes: Sequence[int]) -> Image.Image:
+    """One colour per code, the first square of them: equal codes look equal, nothing else is meant."""
     side = math.isqrt(len(codes))
-    if ctx.paint is not None and codes and side * side == len(codes):
-        pixels = ctx.paint(codes)
-        if example.image is not None and example.hole is not None:
-            y0, x0, y1, x1 = example.hole
-            middle, pixels = pixels, example.image.copy()
-            pixels[y0:y1, x0:x1] = middle
-        return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
     colours = [
         colorsys.hsv_to_rgb(code * 0.618034 % 1, 0.35 + code * 0.381966 % 0.6, 0.55 + code * 0.271 % 0.4)
         for code in codes[: side * side]
     ]
     pixels = (np.array(colours).reshape(side, side, 3) * 255).astype(np.uint8)
-    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+    return Image.fromarray(pixels).resize((PICTURE_PIXELS // 2, PICTURE_PIXELS // 2), Image.Resampling.NEAREST)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, *, width: int = TEXT_PIXELS, max_lines: int = 12) -> list[str]:

@@ -16,7 +16,7 @@ from ofa_ds.config import BatchConfig, DataConfig, ModelOptions, Recipe
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
 from ofa_ds.inference import painted
-from ofa_ds.inference.answers import CODES_GAP, draw_answer
+from ofa_ds.inference.answers import draw_answer
 from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.inference.painted import judge_painted
 from ofa_ds.inference.painting import that_paints
@@ -102,16 +102,35 @@ def test_a_card_shows_the_picture_with_what_codes_stand_for_in_its_hole(
     ctx = model.context(shards)
     example = preview.find_example(shards, painted.NAME, 0, ctx)
     start = model.vocab.code_start
-    side, (y0, x0, y1, x1) = preview.PICTURE_PIXELS // 2, example.hole
+    y0, x0, y1, x1 = example.hole
     answer = [start + 5] * 16
     card = np.asarray(draw_answer(ctx, example, answer).convert("RGB"))
-    left, top = 2 * preview.MARGIN_PIXELS + preview.PICTURE_PIXELS, preview.MARGIN_PIXELS
-    for at, codes in ((top, example.target[:-1] - start), (top + side + CODES_GAP, np.array(answer) - start)):
-        wanted = example.image.copy()
-        wanted[y0:y1, x0:x1] = coder.paint([codes])[0]
-        shown = card[at : at + side - CODES_GAP, left : left + side]
-        assert (shown[1::3, 1::3] == wanted[: len(shown[1::3])]).all()
+    side, gap = preview.VIEW_PIXELS, preview.MARGIN_PIXELS
+    right, own = coder.paint([example.target[:-1] - start, np.array(answer) - start])
+    for k, middle in enumerate((example.image[y0:y1, x0:x1], preview.HOLE_GREY, right, own)):
+        wanted, left = example.image.copy(), gap + k * (side + gap)
+        wanted[y0:y1, x0:x1] = middle
+        scale = side // len(wanted)
+        shown = card[gap : gap + side, left : left + side]
+        assert np.array_equal(shown, wanted.repeat(scale, 0).repeat(scale, 1)), k
     false_colours = np.asarray(draw_answer(dataclasses.replace(ctx, paint=None), example, answer).convert("RGB"))
-    assert (false_colours != card).any()
+    assert false_colours.shape != card.shape
     with pytest.raises(ValueError, match="no VQGAN there"):
         that_paints(model, tmp_path / "nothing")
+
+
+def test_what_is_no_run_of_codes_is_said_and_not_painted(
+    model: LoadedModel, shards: Shards, coder: Coder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[dict[str, str]] = []
+    draw = preview.draw_card
+    monkeypatch.setattr(preview, "draw_card", lambda e, texts, *rest: said.append(dict(texts)) or draw(e, texts, *rest))
+    save_vqgan(coder.model, tmp_path / "vqgan")
+    ctx = that_paints(model, tmp_path / "vqgan").context(shards)
+    example = preview.find_example(shards, painted.NAME, 0, ctx)
+    code = ctx.vocab.code_start
+    for ids, problem in (([4] * 16, "of the codebook"), ([code] * 15, "want 16"), ([code] * 4, "want 16")):
+        draw_answer(ctx, example, ids)
+        assert problem in said[-1]["not painted"]
+    draw_answer(ctx, example, [code] * 16)
+    assert "not painted" not in said[-1]

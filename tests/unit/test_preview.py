@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from tiny_sources import write_sources
 
 from ofa_ds.cli import main
 from ofa_ds.config import DataConfig
+from ofa_ds.data import image as pictures
 from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.example import Example
 from ofa_ds.data.shard_file import ShardFile
@@ -63,6 +65,25 @@ def test_all_eight_tasks_are_written_and_drawn(show, tmp_path, capsys):
     assert "| what are the objects in the image?" in out and "<code_" in out and "<mask>" in out
     sheet = np.array(Image.open(tmp_path / "all.png"))
     assert sheet.shape[0] > 4 * preview.PICTURE_PIXELS and (sheet != 255).mean() > 0.1
+
+
+def test_infilling_is_drawn_as_original_hole_and_what_the_codes_of_the_row_stand_for(folder, vocab_ctx, tmp_path):
+    asked = []
+    ctx = dataclasses.replace(vocab_ctx, paint=lambda ids: asked.append(ids) or np.full((16, 16, 3), 77, np.uint8))
+    shards, png = Shards(folder / "shards"), tmp_path / "a.png"
+    preview.show_shards(shards, ctx, task="image_infilling", row=1, png=png)
+    row = shards.row("image", 1)
+    assert asked == [[ctx.vocab.code(int(code)) for code in row["codes"]]]
+    sheet, side, gap = np.array(Image.open(png)), preview.VIEW_PIXELS, preview.MARGIN_PIXELS
+    for k, middle in enumerate((None, preview.HOLE_GREY, 77)):
+        wanted = pictures.decode(row["image"]).copy()
+        if middle is not None:
+            wanted[8:24, 8:24] = middle
+        shown = sheet[gap : gap + side, gap + k * (side + gap) :][:, :side]
+        assert np.array_equal(shown, wanted.repeat(8, 0).repeat(8, 1)), k
+    small = dataclasses.replace(ctx, paint=lambda ids: np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="8 x 8 pixels are painted, the hole has 16 x 16"):
+        preview.show_shards(shards, small, task="image_infilling", row=1, png=tmp_path / "b.png")
 
 
 def test_one_task_and_row_can_be_chosen(show, capsys):
