@@ -26,7 +26,8 @@ from ofa_ds.model.config import ModelConfig
 from ofa_ds.model.ofa import OFA
 from ofa_ds.model.resnet import PointwiseConv
 from ofa_ds.places import places_of
-from ofa_ds.plan.gathering import Coordinator
+from ofa_ds.plan.coordinator import Held
+from ofa_ds.plan.gathering import GatheredBytes
 from ofa_ds.plan.layout import Layout
 from ofa_ds.plan.work import Work
 from ofa_kernels import _launch, attention, cross_entropy, layer_norm
@@ -186,30 +187,30 @@ class _Pieces:
 class Zero:
     """DeepSpeed's hooks of stages 2 and 3: gradients go into a bucket; at 3, weights beside the real ones come and go.
 
-    What is gathered when is `ofa_ds.plan.gathering`'s, which tests/distributed/test_gathering.py holds to DeepSpeed's;
-    the order of calls, and what lies between them, is the model's own.
+    What is gathered when is `ofa_ds.plan.coordinator`'s, which tests/distributed/test_gathering.py compares with
+    DeepSpeed's; the order of calls, and what lies between them, is the model's own.
     """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self.layout = layout
         leaf = set(layout.leaf_classes)
-        self.modules: dict[str, list[int]] = {}
         self.weights = list(model.parameters())
         number = {id(each): i for i, each in enumerate(self.weights)}
+        self.held = Held([each.numel() for each in self.weights], {}, {}, {}, set())
         self.bucket: list[Tensor] = []
         self.elements = 0
-        self.coordinator: Coordinator | None = None
+        self.coordinator: GatheredBytes | None = None
         if layout.stage == 2:
             for each in self.weights:
                 each.register_post_accumulate_grad_hook(self._add)
             return
         self._hook(model, "", leaf, number)
-        self.modules.setdefault("encoder", []).append(number[id(model.encoder.type_embedding.weight)])
+        for table in (self.held.own, self.held.direct, self.held.below):
+            table["encoder"].append(number[id(model.encoder.type_embedding.weight)])
         self.coordinator = self._new(None)
 
-    def _new(self, order: list[str] | None) -> Coordinator:
-        sizes = [each.numel() for each in self.weights]
-        return Coordinator(self.modules, sizes, self.layout, _Pieces(), order)
+    def _new(self, order: list[str] | None) -> GatheredBytes:
+        return GatheredBytes(self.held, self.layout, _Pieces(), order)
 
     def again(self) -> None:
         """The next step: the order of modules is known."""
@@ -218,12 +219,16 @@ class Zero:
     def finish(self) -> None:
         self._reduce()
         if self.coordinator is not None:
-            self.coordinator.finish()
+            self.coordinator.end_backward()
 
     def _hook(self, module: nn.Module, name: str, leaf: set[str], number: dict[int, int]) -> None:
         is_leaf = type(module).__name__ in leaf
         own = list(module.parameters(recurse=is_leaf))
-        self.modules[name] = [number[id(each)] for each in own]
+        direct, below = ([number[id(each)] for each in module.parameters(recurse=deep)] for deep in (False, True))
+        self.held.direct[name], self.held.below[name] = direct, below
+        self.held.own[name] = list(below if is_leaf else direct)
+        if is_leaf:
+            self.held.leaves.add(name)
         remaining = [0]
 
         def enter(inputs: Any) -> Any:

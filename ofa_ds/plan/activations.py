@@ -6,25 +6,23 @@ Legend: P image tokens, T source text tokens, N = P + T encoder tokens, M decode
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
 
 from ofa_ds.config.architecture import ModelConfig
 from ofa_ds.plan.attention import Attended, attention
-from ofa_ds.plan.gathering import Coordinator
+from ofa_ds.plan.coordinator import Coordinator, held
+from ofa_ds.plan.gathering import GatheredBytes
 from ofa_ds.plan.gradients import Gradients
 from ofa_ds.plan.layout import Layout
 from ofa_ds.plan.operators import Branch, Operators
+from ofa_ds.plan.order import WITHOUT_MODULES, external
 from ofa_ds.plan.parameters import Parameter, parameters
 from ofa_ds.plan.stems import features
 from ofa_ds.plan.tape import Ledger, Tape, Value
 from ofa_ds.plan.vocabulary import vocabulary_loss
 from ofa_ds.plan.work import Work
-
-WITHOUT_MODULES = ("TokenEmbedding", "LayerNorm", "GeluLayerNorm", "Linear", "Embedding", "BatchNorm", "Conv2d")
-"""Classes that are gathered on their own anyway."""
 
 
 def activations(
@@ -45,18 +43,13 @@ def activations(
     """
     leaves = [name for name in layout.leaf_classes if name not in WITHOUT_MODULES]
     params = parameters(config, leaf_classes=leaves)
+    modules = held(params, external(params, images=bool(work.images)))
     order: list[str] | None = None
     for _ in range(2 if layout.stage == 3 else 1):  # once to know the order of modules
         ledger = Ledger()
         weights = Gradients(params, layout, ledger, accumulation)
-        units: dict[str, list[int]] = {}
-        for i, each in enumerate(params):
-            units.setdefault(each.unit, []).append(i)
-            if each.name == "encoder.type_embedding.weight" and work.images:  # read there, for its dtype
-                units.setdefault("encoder", []).append(i)
         if layout.stage == 3:
-            sizes = [math.prod(each.shape) for each in params]
-            weights.coordinator = Coordinator(units, sizes, layout, ledger, order)
+            weights.coordinator = GatheredBytes(modules, layout, ledger, order)
             if watch is not None and order is not None:
                 weights.coordinator.watch = partial(watch, weights.coordinator)
         tape = Tape(ledger, layout.weight_bytes, weights, _hooks(params, layout.stage), fake=fake)

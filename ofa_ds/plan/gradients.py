@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ofa_ds.plan.gathering import Coordinator
+from ofa_ds.plan.coordinator import Coordinator
 from ofa_ds.plan.layout import BYTES, Layout
 from ofa_ds.plan.parameters import Parameter
 from ofa_ds.plan.tape import Buffer, Leaf, Ledger
@@ -81,4 +81,4 @@ class Gradients:
         if self.layout.stage >= 2:
             self._reduce()
         if self.coordinator is not None:
-            self.coordinator.finish()
+            self.coordinator.end_backward()

@@ -71,13 +71,9 @@ class Order:
             self.own.setdefault(each.unit, []).append(each.name)
             self.direct.setdefault(each.module, []).append(each.name)
         self.leaves = {each.unit for each in self.parameters if each.unit != each.module}
-        self.external: dict[str, list[str]] = {}
-        """Of others' parameters, those that it reads itself: DeepSpeed fetches them with its own from then on."""
-        if "encoder" in self.leaves:  # its embedding is called from outside, where DeepSpeed does not see the module
-            self.external[""] = self.own[""] = ["encoder.embed_tokens.weight"]
-        elif image_groups:
-            self.external["encoder"] = ["encoder.type_embedding.weight"]
-            self.own["encoder"] = [*self.own.get("encoder", ()), *self.external["encoder"]]
+        self.external = external(self.parameters, images=bool(image_groups))
+        for module, names in self.external.items():
+            self.own[module] = [*self.own.get(module, ()), *names]
         self.root = self._model(image_groups)
 
     # The model, as its modules call each other.
@@ -314,6 +310,13 @@ class _Backward:
             self._uses[name] -= 1
             if not self._uses[name]:
                 yield Event("gradient", name, True)
+
+
+def external(parameters: Iterable[Parameter], *, images: bool) -> dict[str, list[str]]:
+    """module -> parameters of others that it reads itself: DeepSpeed fetches them with its own from then on."""
+    if any(each.unit == "encoder" != each.module for each in parameters):
+        return {"": ["encoder.embed_tokens.weight"]}  # called from outside, where DeepSpeed does not see the module
+    return {"encoder": ["encoder.type_embedding.weight"]} if images else {}
 
 
 def _linear_modules(parameters: Iterable[Parameter]) -> set[str]:

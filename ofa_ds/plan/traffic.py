@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ofa_ds.config.architecture import ModelConfig
-from ofa_ds.plan.gathers import Coordinator, Gather, padded
+from ofa_ds.plan.coordinator import Coordinator, held, padded
 from ofa_ds.plan.layout import BYTES, Layout
 from ofa_ds.plan.order import Event, Order
 
@@ -91,20 +91,19 @@ def _own(event: Event) -> Sent:
 
 
 def _stage3(order: Order, events: list[Event], layout: Layout, accumulation: int) -> list[Event | Sent]:
-    coordinator = Coordinator(order, layout)
+    coordinator = _Gathers(order, layout)
     found: list[Event | Sent] = []
     for _ in range(SETTLED + 1):
         found.clear()
         for _ in range(accumulation):
             found += _micro_batch3(order, events, layout, coordinator)
         found += _norms(order, layout)
-        found += (_gather(each, layout, "step") for each in coordinator.end_step())
+        coordinator.end_step()
+        found += (coordinator.gather((weight,), "step") for weight in coordinator.kept)
     return found
 
 
-def _micro_batch3(
-    order: Order, events: list[Event], layout: Layout, coordinator: Coordinator
-) -> Iterator[Event | Sent]:
+def _micro_batch3(order: Order, events: list[Event], layout: Layout, coordinator: _Gathers) -> Iterator[Event | Sent]:
     bucket = _Bucket(layout.reduce_bucket)
     numel = {each.name: each.numel for each in order.parameters}
     coordinator.begin()
@@ -112,18 +111,36 @@ def _micro_batch3(
         yield event
         when = "backward" if event.backward else "forward"
         if event.kind == "fetch":
-            coordinator.fetch(event)
+            coordinator.enter(event.name, not event.backward or event.again)
         elif event.kind == "release":
-            coordinator.release(event)
+            coordinator.leave(event.name, not event.backward or event.again)
         elif event.kind == "reduce":
             yield _own(event)
         elif (full := bucket.add(numel[event.name])) is not None:
             yield _scatter(full, layout)
-        yield from (_gather(each, layout, when) for each in coordinator.gathers)
-        coordinator.gathers.clear()
+        yield from (coordinator.gather(weights, when, second) for weights, second in coordinator.waiting)
+        coordinator.waiting.clear()
     coordinator.end_backward()
     if bucket.sizes:
         yield _scatter(bucket.sizes, layout)
+
+
+class _Gathers(Coordinator):
+    """All-gathers that have begun since they were last asked for."""
+
+    def __init__(self, order: Order, layout: Layout) -> None:
+        super().__init__(held(order.parameters, order.external), layout)
+        self._names = [each.name for each in order.parameters]
+        self.waiting: list[tuple[tuple[int, ...], bool]] = []
+        """(weights, whether within a host)."""
+
+    def sent(self, weights: tuple[int, ...], second: bool) -> None:
+        self.waiting.append((weights, second))
+
+    def gather(self, weights: tuple[int, ...], when: str, second: bool = False) -> Sent:
+        elements = sum(padded(self.held.sizes[weight], self.layout.world) for weight in weights)
+        names = (self._names[weight] for weight in weights)
+        return _call("all_gather", elements, self.layout.precision, when, "host" if second else "world", *names)
 
 
 class _Bucket:
@@ -140,10 +157,6 @@ class _Bucket:
             full, self.sizes = self.sizes, []
         self.sizes.append(numel)
         return full
-
-
-def _gather(gather: Gather, layout: Layout, when: str) -> Sent:
-    return _call("all_gather", gather.elements, layout.precision, when, gather.group, *gather.parameters)
 
 
 def _scatter(sizes: list[int], layout: Layout) -> Sent:

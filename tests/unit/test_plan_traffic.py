@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ofa_ds.model.config import preset
-from ofa_ds.plan.gathers import padded
+from ofa_ds.plan.coordinator import padded
 from ofa_ds.plan.layout import BYTES, Layout
 from ofa_ds.plan.parameters import parameters
 from ofa_ds.plan.traffic import collectives
