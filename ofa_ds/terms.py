@@ -57,3 +57,7 @@ ANNOTATIONS = {"coco-captions": "caption", "coco-instances": "detection", "vqa-v
 
 IMPORT_FORMATS = ("webdataset", "parquet", "huggingface", *ANNOTATIONS)
 """Foreign data sets that become shards. What each is stands in `ofa_ds.data.importing`."""
+
+CLIP_SCORE, FID, INCEPTION_SCORE = "CLIP score", "FID", "Inception score"
+PICTURE_SCORES = (CLIP_SCORE, FID, INCEPTION_SCORE)
+"""Of painted pictures, with weights that the user names; none of them is a share."""

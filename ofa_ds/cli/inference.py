@@ -47,16 +47,34 @@ def add_evaluate(commands: Commands) -> None:
         help="write a sheet for each task: boxes, source, expected and generated text",
     )
     add_codes_model(parser)
+    _add_score_files(parser)
     _add_settings(parser)
 
 
+def _add_score_files(parser: argparse.ArgumentParser) -> None:
+    of = parser.add_argument_group(
+        "pictures that --codes-model paints of a text", "Files of yours: none is downloaded."
+    )
+    of.add_argument("--clip", type=Path, metavar="FILE", help="weights of CLIP, for the CLIP score")
+    of.add_argument("--inception", type=Path, metavar="FILE", help="torch-fidelity's InceptionV3, for FID and IS")
+    of.add_argument(
+        "--reference", type=Path, metavar="PATH", help="pictures, or an .npz with mu and sigma, that FID compares with"
+    )
+
+
 def _evaluate(options: argparse.Namespace) -> None:
+    if options.codes_model is None and (options.clip or options.inception or options.reference):
+        raise UsageError("--clip, --inception and --reference judge pictures: say what paints them, --codes-model DIR")
+    if options.reference is not None and options.inception is None:
+        raise UsageError("--reference: FID wants --inception too")
     is_alone = int(_rendezvous()["WORLD_SIZE"]) == 1
     with heavy_imports():
         from ofa_ds.inference.evaluate import evaluate
         from ofa_ds.inference.share import ALONE, Share
         from ofa_ds.inference.table import format_table
+        from ofa_ds.vision.picture_scores import ScoreFiles
 
+    named = {name: getattr(options, name) for name in ("clip", "inception", "reference")}
     share, device = ALONE, None
     if not is_alone:
         from ofa_ds.engine.process_group import gather, init_distributed
@@ -66,7 +84,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         device = ranks.device
     result = evaluate(
         options.checkpoint, options.shards, tasks=options.task, rows=options.rows, how=_how(options), png=options.png,
-        device=device, average=options.ema, vocab=options.vocab, codes_model=options.codes_model, share=share,
+        device=device, average=options.ema, vocab=options.vocab, codes_model=options.codes_model,
+        score_files=ScoreFiles(**named), share=share,
     )  # fmt: skip
     if not is_alone:
         from ofa_ds.engine.process_group import leave_distributed

@@ -32,6 +32,7 @@ from ofa_ds.inference.asking import (
     with_settings,
 )
 from ofa_ds.inference.loaded_model import LoadedModel, load_model, token_sums
+from ofa_ds.inference.painted_scores import PaintedScores
 from ofa_ds.inference.painting import that_paints
 from ofa_ds.inference.share import ALONE, Share
 from ofa_ds.progress import Progress
@@ -39,6 +40,8 @@ from ofa_ds.tasks import judges
 from ofa_ds.tasks.context import Context
 from ofa_ds.tasks.kind import Task
 from ofa_ds.tasks.task import DOWNSTREAM, DOWNSTREAM_FAMILY, asked_for, examples_of, table_of
+from ofa_ds.terms import PICTURE_SCORES
+from ofa_ds.vision.picture_scores import NO_FILES, ScoreFiles
 
 GREY = 128
 """Pixel value of the grey picture: the middle of the normalised range."""
@@ -49,14 +52,15 @@ CARDS = 6
 def evaluate(
     checkpoint: str | Path, shards: str | Path, *, tasks: Sequence[str] | None = None, rows: int = 1000,
     how: How = AS_THE_TASK_SAYS, png: str | Path | None = None, device: str | torch.device | None = None,
-    average: bool = False, vocab: Path | None = None, codes_model: Path | None = None, share: Share = ALONE,
+    average: bool = False, vocab: Path | None = None, codes_model: Path | None = None,
+    score_files: ScoreFiles = NO_FILES, share: Share = ALONE,
 ) -> dict[str, Any]:  # fmt: skip
     """Judge a checkpoint, or the newest one of a run directory, on held-out shards.
 
     rows: examples of each task at most, the first of the shards. how: answers are found; pretraining tasks are answered
     greedily where it says no number of beams. png: a picture per task goes here. average: judge the moving average of
-    the weights. vocab: as in `load_model`. codes_model: the VQGAN that paints image codes in `png`. share: this
-    process's part; rank 0 draws.
+    the weights. vocab: as in `load_model`. codes_model: the VQGAN that paints image codes in `png`. score_files:
+    weights that judge what it paints. share: this process's part; rank 0 draws.
     Returns {"checkpoint", "step", "shards", "beam", "decoding", "seconds", "tasks": what `judge_tasks` returns}.
     """
     began = time.monotonic()
@@ -65,7 +69,8 @@ def evaluate(
     model = that_paints(model, codes_model)
     if share.rank == 0:
         print(model.describe(), file=sys.stderr)
-    result = judge_tasks(model, data, tasks=tasks, rows=rows, how=how, slowly=True, share=share)
+    painted = _painted_scores(model, data, score_files) if share.rank == 0 else None
+    result = judge_tasks(model, data, tasks=tasks, rows=rows, how=how, slowly=True, painted=painted, share=share)
     if png is not None and share.rank == 0:
         rows = CARDS // len(result) if DOWNSTREAM_FAMILY in data.families else 1
         sample_sheet(model, data, tasks=list(result), rows=rows, how=how).save(png)
@@ -75,16 +80,28 @@ def evaluate(
     }  # fmt: skip
 
 
+def _painted_scores(model: LoadedModel, shards: Shards, files: ScoreFiles) -> PaintedScores | None:
+    """None where no row asks for a picture, and where nothing paints it, which is said."""
+    if not any(name in DOWNSTREAM and DOWNSTREAM[name].decoding.codes for name in shards.types):
+        return None
+    if model.paint is None:
+        what = f"no {', '.join(PICTURE_SCORES)}: say what paints the codes, --codes-model DIR"
+        print(f"{what}, and with what they are judged, --clip and --inception", file=sys.stderr)
+        return None
+    return PaintedScores(model, files)
+
+
 def judge_tasks(
     model: LoadedModel, shards: Shards, *, tasks: Sequence[str] | None = None, rows: int = 1000,
-    how: How = AS_THE_TASK_SAYS, blind: bool = True, slowly: bool = False, share: Share = ALONE,
+    how: How = AS_THE_TASK_SAYS, blind: bool = True, slowly: bool = False, painted: PaintedScores | None = None,
+    share: Share = ALONE,
 ) -> dict[str, Any]:  # fmt: skip
     """{task: {"examples", "loss", "token_accuracy", "scores", "by_type" (vqa)}} of the tasks that the shards have.
 
     tasks: those that the model's recipe trains, where not given. blind False: only with its own pictures. slowly: the
-    scores of `Task.judge_slowly` too. share: of several processes that hold the same model, each of which calls this;
-    all return the same, but for the slow scores, which rank 0 alone has. Shares are 0 ... 1, losses nats per token,
-    each as in `beside_blind`.
+    scores of `Task.judge_slowly` too. painted: judges what tasks paint; rank 0 alone has it. share: of several
+    processes that hold the same model, each of which calls this; all return the same, but for the slow scores and those
+    of pictures, which rank 0 alone has. Shares are 0 ... 1, losses nats per token, each as in `beside_blind`.
     Raises ValueError: there is nothing to ask, or nothing says what is right.
     """
     table, judged = table_of(shards.families), {}
@@ -104,8 +121,9 @@ def judge_tasks(
     for name, asked in held_out.items():
         if asked:
             judged[name] = judge(
-                models[name], contexts[name], table[name], asked, how=how, blind=blind, slowly=slowly, share=share
-            )
+                models[name], contexts[name], table[name], asked, how=how, blind=blind, slowly=slowly, painted=painted,
+                share=share,
+            )  # fmt: skip
     return judged
 
 
@@ -173,7 +191,7 @@ def blinded(asked: Sequence[Example], how: str) -> list[Example] | None:
 
 def judge(
     model: LoadedModel, ctx: Context, task: Task, asked: list[Example], *, how: How = AS_THE_TASK_SAYS,
-    blind: bool = True, slowly: bool = False, share: Share = ALONE,
+    blind: bool = True, slowly: bool = False, painted: PaintedScores | None = None, share: Share = ALONE,
 ) -> dict[str, Any]:  # fmt: skip
     """Loss, token accuracy and scores of one task, with its own pictures and blind."""
     views = {"own": asked}
@@ -201,6 +219,9 @@ def judge(
         if slowly and task.judge_slowly is not None and share.rank == 0:
             for kind, given in answers.items():
                 by_view[kind] |= task.judge_slowly(ctx, asked, given)
+        if painted is not None and task.decoding.codes:
+            for kind, given in answers.items():
+                by_view[kind] |= painted(asked, given, all_scores=kind == "own")
         result["scores"] = {
             name: beside_blind({kind: each.get(name) for kind, each in by_view.items()}) for name in by_view["own"]
         }

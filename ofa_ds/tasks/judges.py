@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ofa_ds.terms import PICTURE_SCORES
+
 if TYPE_CHECKING:
     from ofa_ds.data.example import Example
     from ofa_ds.tasks.context import Context
@@ -29,7 +31,7 @@ TOKEN_ACCURACY = "token accuracy"
 """The score of every task; the only one of those without a judge."""
 
 CIDER = "CIDEr"
-NOT_SHARES = frozenset({CIDER})
+NOT_SHARES = frozenset({CIDER, *PICTURE_SCORES})
 """Scores that are not 0 ... 1."""
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ofa_ds.progress import Progress
+from ofa_ds.terms import CLIP_SCORE, FID, INCEPTION_SCORE, PICTURE_SCORES
 from ofa_ds.vision import inception
 from ofa_ds.vision.clip import Clip, load_clip
-
-CLIP_SCORE, FID, INCEPTION_SCORE = "CLIP score", "FID", "Inception score"
-NAMES = (CLIP_SCORE, FID, INCEPTION_SCORE)
 
 Say = Callable[[str], object]
 
@@ -31,47 +30,69 @@ class ScoreFiles:
     """Pictures, or an .npz with mu and sigma, that FID compares with."""
 
 
-def picture_scores(
-    samples: Sequence[Sequence[np.ndarray]], captions: Sequence[str], files: ScoreFiles, *,
-    device: str | torch.device = "cpu", say: Say = print,
-) -> dict[str, float | None]:  # fmt: skip
-    """{name: score} under NAMES; None where a file is not named or the pictures are too few. say: is told why, a line.
+NO_FILES = ScoreFiles()
 
-    samples: of each caption, one picture uint8 RGB [H, W, 3] or several. Of several the one nearest to its caption
-    counts, as in the original: the CLIP score is the mean of the largest cosines x 100, and the others look at that
-    picture alone; without CLIP at the first. Raises ValueError where a file that is named is wrong.
-    """
-    if not samples or len(samples) != len(captions) or not all(samples):
-        raise ValueError(f"pictures to judge: want one or more of each caption, got {len(samples)} and {len(captions)}")
-    scores: dict[str, float | None] = dict.fromkeys(NAMES)
-    chosen = [pictures[0] for pictures in samples]
-    if files.clip is None:
-        say(f"no {CLIP_SCORE}: name CLIP's weights, OpenAI's ViT-B-16.pt or another form of them")
-    else:
-        scores[CLIP_SCORE], chosen = clip_score(load_clip(files.clip, device), samples, captions)
-    if files.inception is None:
-        say(f"no {FID}, no {INCEPTION_SCORE}: name torch-fidelity's {inception.WEIGHTS}")
+
+class PictureJudge:
+    """Everything that is named is loaded at once, so that a wrong file is told before pictures are painted."""
+
+    def __init__(self, files: ScoreFiles, *, device: str | torch.device = "cpu", say: Say = print) -> None:
+        """say: is told what is left out and which file it wants, a line each. Raises ValueError: a file is wrong."""
+        self._say = say
+        self._clip = self._network = self._reference = None
+        if files.clip is None:
+            say(f"no {CLIP_SCORE}: name CLIP's weights, OpenAI's ViT-B-16.pt or another form of them")
+        else:
+            self._clip = load_clip(files.clip, device)
+        if files.inception is None:
+            say(f"no {FID}, no {INCEPTION_SCORE}: name torch-fidelity's {inception.WEIGHTS}")
+            return
+        self._network = inception.Inception(files.inception, device)
+        if files.reference is None:
+            say(f"no {FID}: name what to compare with: pictures, or an .npz with mu and sigma")
+        else:
+            self._reference = inception.reference_statistics(files.reference, self._network)
+
+    def scores(self, samples: Sequence[Sequence[np.ndarray]], captions: Sequence[str]) -> dict[str, float | None]:
+        """{name: score} under PICTURE_SCORES; None without its file, and where pictures are too few, which is said.
+
+        samples: of each caption, one picture uint8 RGB [H, W, 3] or several. Of several the one nearest to its caption
+        counts, as in the original: the CLIP score is the mean of the largest cosines x 100, and the others look at that
+        picture alone; without CLIP at the first.
+        """
+        if not samples or len(samples) != len(captions) or not all(map(len, samples)):
+            raise ValueError(f"pictures to judge: {len(samples)} of {len(captions)} captions; want some of each")
+        scores: dict[str, float | None] = dict.fromkeys(PICTURE_SCORES)
+        chosen = [pictures[0] for pictures in samples]
+        if self._clip is not None:
+            scores[CLIP_SCORE], chosen = clip_score(self._clip, samples, captions)
+        if self._network is None:
+            return scores
+        features, logits = self._network.features(chosen)
+        if len(chosen) < inception.SPLITS:
+            self._say(f"no {INCEPTION_SCORE}: want at least {inception.SPLITS} pictures, got {len(chosen)}")
+        else:
+            scores[INCEPTION_SCORE] = inception.inception_score(logits)[0]
+        if self._reference is not None:
+            scores[FID] = self._fid(features)
         return scores
-    network = inception.Inception(files.inception, device)
-    features, logits = network.features(chosen)
-    if len(chosen) < inception.SPLITS:
-        say(f"no {INCEPTION_SCORE}: want at least {inception.SPLITS} pictures, got {len(chosen)}")
-    else:
-        scores[INCEPTION_SCORE] = inception.inception_score(logits)[0]
-    if files.reference is None:
-        say(f"no {FID}: name what to compare with: pictures, or an .npz with mu and sigma")
-    elif len(chosen) < 2:
-        say(f"no {FID}: want at least 2 pictures, got {len(chosen)}")
-    else:
-        scores[FID] = inception.fid(
-            inception.statistics(features), inception.reference_statistics(files.reference, network)
-        )
-        if len(chosen) < inception.MIN_PICTURES:
-            say(
-                f"{FID} of {len(chosen)} pictures is too large, as {inception.MIN_PICTURES} features want as many; "
+
+    def _fid(self, features_ND: Tensor) -> float | None:
+        if len(features_ND) < 2:
+            self._say(f"no {FID}: want at least 2 pictures, got {len(features_ND)}")
+            return None
+        if len(features_ND) < inception.MIN_PICTURES:
+            self._say(
+                f"{FID} of {len(features_ND)} pictures is too large: {inception.MIN_PICTURES} features want as many; "
                 "compare it with that of the same number alone"
             )
-    return scores
+        return inception.fid(inception.statistics(features_ND), self._reference)
+
+    def clip_scores(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, float | None]:
+        """The CLIP score alone, of one picture of each caption; nothing without its file."""
+        if self._clip is None:
+            return {}
+        return {CLIP_SCORE: clip_score(self._clip, [[picture] for picture in pictures], captions)[0]}
 
 
 def clip_score(
