@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv beside this checkout and installs ofa-ds there, in the versions of constraints.txt.
 #
-#   bash launchers/setup_env.sh [EXTRA]      EXTRA: dev (what the tests need), eval, mpi; see setup.py
+#   bash launchers/setup_env.sh [EXTRA]      EXTRA: dev (what the tests need), eval, images, mpi; see setup.py
 #
 # A second run sees that nothing changed and returns at once. PYTHON=... chooses the interpreter (3.10 or newer);
 # OFA_DS_VENV=... another place than .venv. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply.
@@ -30,7 +30,7 @@ pip_install() {
   fail "pip could not install ${*: -1}; the whole story is in $log"
 }
 
-case $extra in ''|dev|eval|mpi) ;; *) fail "EXTRA $extra: want dev, eval or mpi" ;; esac
+case $extra in ''|dev|eval|images|mpi) ;; *) fail "EXTRA $extra: want dev, eval, images or mpi" ;; esac
 wanted=$(cat "$root/setup.py" "$root/constraints.txt" | cksum)
 stamp=$venv/.ready${extra:+-$extra}
 is_ready() { [ -x "$venv/bin/ofa-ds" ] && [ "$(cat "$1" 2>/dev/null)" = "$wanted" ]; }
