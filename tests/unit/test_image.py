@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from peak_memory import PeakMemory
 from PIL import Image
 
 from ofa_ds.data import augment, image
@@ -36,22 +36,6 @@ def marked(height: int, width: int, box: tuple[int, int, int, int]) -> Framed:
     x0, y0, x1, y1 = box
     pixels[y0:y1, x0:x1] = 255
     return Framed(pixels, np.array([box], np.float32))
-
-
-class PeakMemory:
-    """`with PeakMemory() as peak: ...`; then `peak.bytes` is how far the process rose over where it began."""
-
-    def __enter__(self) -> PeakMemory:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-        self._before = self._status("VmRSS")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bytes = self._status("VmHWM") - self._before
-
-    @staticmethod
-    def _status(name: str) -> int:
-        return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) << 10
 
 
 def bright_box(pixels: np.ndarray) -> np.ndarray:

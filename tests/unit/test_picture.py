@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from peak_memory import PeakMemory
 from PIL import Image
 
 from ofa_ds.data import image as pictures
@@ -170,6 +171,81 @@ def test_what_the_build_takes_the_training_decodes(data: bytes, draw: st.DataObj
         assert str(error).startswith("image: ") and "\n" not in str(error)
     else:
         assert pictures.decode(damaged).shape == (height, width, 3)
+
+
+@pytest.mark.parametrize("mode, kind", COLOUR)
+def test_a_single_pixel_is_a_picture(mode: str, kind: str) -> None:
+    data = encode(Image.new("RGB", (1, 1), (250, 250, 250)).convert(mode), kind)
+    assert check_image(data) == (1, 1)
+    for how in ("exact", "dct_scaled"):
+        seen = pictures.resize(pictures.load(data, how), 24, 24)
+        assert seen.shape == (24, 24, 3) and seen.min() >= 245 and np.ptp(seen, (0, 1)).max() <= 2
+
+
+def large_jpeg(width: int, height: int, precision: int = 8) -> bytes:
+    """A small picture whose header says another size."""
+    data = encode(Image.fromarray(RAMP).convert("RGB"), "JPEG")
+    at = data.index(b"\xff\xc0") + 4
+    return data[:at] + struct.pack(">BHH", precision, height, width) + data[at + 5 :]
+
+
+def large_gif(width: int, height: int) -> bytes:
+    data = encode(Image.fromarray(RAMP).convert("P"), "GIF")
+    return data[:6] + struct.pack("<HH", width, height) + data[10:]
+
+
+def large_bmp(width: int, height: int) -> bytes:
+    data = encode(Image.fromarray(RAMP), "BMP")
+    return data[:18] + struct.pack("<ii", width, height) + data[26:]
+
+
+def large_webp(width: int, height: int) -> bytes:
+    data = encode(Image.new("RGBA", (8, 8)), "WEBP", save_all=True, append_images=[Image.new("RGBA", (8, 8), "red")])
+    at = data.index(b"VP8X") + 12
+    return data[:at] + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little") + data[at + 6 :]
+
+
+def large_tiff(width: int, height: int) -> bytes:
+    data = tiff(RAMP.tobytes(), 8)
+    for tag, small, large in ((256, 96, width), (257, 8, height)):
+        data = data.replace(struct.pack("<HHII", tag, 4, 1, small), struct.pack("<HHII", tag, 4, 1, large))
+    return data
+
+
+LARGE = {
+    "PNG": lambda width, height: png(width, height, 8, 2, b""), "JPEG": large_jpeg, "GIF": large_gif, "BMP": large_bmp,
+    "WEBP": large_webp, "TIFF": large_tiff,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize("size", [(10_000, 10_000), (16_000, 12_000)])
+def test_a_hundred_megapixels_are_refused_from_the_header_alone(kind: str, size: tuple[int, int]) -> None:
+    data = LARGE[kind](*size)
+    too_large = "" if kind == "WEBP" else ".*too large"  # its decoder sees the lie before
+    with PeakMemory() as peak:
+        for read in (check_image, decode_rgb, pictures.decode, scaled):
+            with pytest.raises(ValueError, match=f"^image: {too_large}") as error:
+                read(data)
+            assert "\n" not in str(error.value)
+    assert peak.bytes < 30 << 20
+
+
+def scaled(data: bytes) -> np.ndarray:
+    return pictures.resize(pictures.load(data, "dct_scaled"), 9, 9)
+
+
+def test_a_jpeg_that_lies_about_its_size_below_the_limit_is_refused() -> None:
+    for data in (large_jpeg(97, 200), large_jpeg(2000, 2000)):
+        for how in ("exact", "dct_scaled"):
+            with pytest.raises(ValueError, match="^image: undecodable, (truncated|damaged)"):
+                pictures.resize(pictures.load(data, how), 40, 40)
+
+
+def test_a_jpeg_of_12_bits_is_refused() -> None:
+    for read in (check_image, decode_rgb, pictures.decode):
+        with pytest.raises(ValueError, match="^image: undecodable"):
+            read(large_jpeg(96, 8, precision=12))
 
 
 def noise(kind: str, **options) -> bytes:
