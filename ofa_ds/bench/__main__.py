@@ -37,7 +37,7 @@ def main() -> None:
     scale.add_argument("--shards", type=int, default=10_000, help="of 100,000 rows each (default 10,000)")
     scale.add_argument("--workers", type=int, default=4, help="that open them at once (default 4)")
     scale.add_argument("--repeats", type=int, default=5, help="of each order (default 5)")
-    scale.add_argument("--folder", type=Path, help="where 1 GB may be written for a while (default: a temporary one)")
+    scale.add_argument("--folder", type=Path, help="where 2 GB may be written for a while (default: a temporary one)")
     rewards = benches.add_parser("cider", help="the reward of SCST for 320 captions, beside the library's scorer")
     rewards.add_argument("--repeats", type=int, default=7, help="of each way (default 7)")
     critical = benches.add_parser("scst", help="the parts of an SCST micro-batch of tiny on one thread")
@@ -53,7 +53,7 @@ def main() -> None:
     build.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     many = benches.add_parser("many-ranks", help="what the host does around a collective of a layer")
     many.add_argument("--repeats", type=int, default=5, help="of each way (default 5)")
-    for bench in (step, saves, formats, rows, verifying, scale, feeding, rewards, critical, answers, build, many):
+    for bench in benches.choices.values():
         bench.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.what == "step":

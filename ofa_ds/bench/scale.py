@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from ofa_ds.data.batch_index import index_file
+from ofa_ds.data.columns import SCHEMAS
 from ofa_ds.data.manifest import Family, Manifest, Source, fingerprint
 from ofa_ds.data.order import BLOCK, Permutation
 from ofa_ds.data.shard_writer import ShardWriter, Written
@@ -32,7 +33,9 @@ FAMILY = "vision_language"
 ROWS_A_SHARD = 100_000
 READ = 2_000
 """Rows that a worker reads, each in another place."""
-PHOTOGRAPHS, DECODED, SIDE = 8_000, 800, 384
+PHOTOGRAPHS, DECODED, SIDE = 20_000, 800, 384
+FEWER = (1_000, 5_000)
+"""Rows, the first of them, whose order is compared too: what of them is not pictures fits in a cache."""
 PERMUTED = 1 << 24
 
 
@@ -173,16 +176,15 @@ def photographs(folder: Path, rows: int) -> Path:
 
 
 def orders(folder: Path, repeats: int) -> dict[str, tuple[float, float]]:
-    """What is done -> microseconds a row, in the order of the files and in that of an epoch, from memory."""
+    """What is done -> CPU microseconds a row, in the order of the files and in that of an epoch, from memory.
+
+    Each is the median of `repeats`, in which both orders take turns.
+    """
     from ofa_ds.data.image import decode, resize  # torch: not in the processes whose memory is measured
 
     shards = Shards(folder)
     count = shards.families[FAMILY]
-    shuffled = Permutation(count, seed=1, epoch=0).at(np.arange(count)).tolist()
-
-    def read(rows: Iterable[int]) -> None:
-        for i in rows:
-            shards.row(FAMILY, i)
+    others = [name for name in SCHEMAS[FAMILY].names if name != "image"]
 
     def prepare(rows: Sequence[int]) -> None:
         for start in range(0, len(rows), 16):
@@ -191,21 +193,43 @@ def orders(folder: Path, repeats: int) -> dict[str, tuple[float, float]]:
             for i in part:
                 resize(decode(shards.row(FAMILY, i)["image"]), SIDE, SIDE)
 
-    read(shuffled)
-    found: dict[str, tuple[float, float]] = {}
-    for name, way, few in (("rows", read, count), ("rows, decoded and resized", prepare, min(count, DECODED))):
-        taken: tuple[list[float], list[float]] = ([], [])
-        for _ in range(repeats):
-            for times, rows in zip(taken, (list(range(few)), shuffled[:few]), strict=True):
-                times.append(_seconds(lambda rows=rows, way=way: way(rows)) / few * 1e6)
-        found[name] = (statistics.median(taken[0]), statistics.median(taken[1]))
-    return found
+    def read(rows: Sequence[int]) -> None:
+        for i in rows:
+            shards.row(FAMILY, i)
+
+    def read_of_each(names: Sequence[str]) -> Callable[[Sequence[int]], None]:
+        def way(rows: Sequence[int]) -> None:
+            for i in rows:
+                shards.fields(FAMILY, i, names)
+
+        return way
+
+    cases = [(f"{few:,} rows", read, few, few) for few in FEWER if few < count]
+    cases += [
+        (f"{count:,} rows", read, count, count), ("their pictures alone", read_of_each(["image"]), count, count),
+        ("all but their pictures", read_of_each(others), count, count),
+        ("rows, decoded and resized", prepare, min(count, DECODED), count),
+    ]  # fmt: skip
+    read(range(count))
+    return {name: _in_both_orders(way, few, among, repeats) for name, way, few, among in cases}
+
+
+def _in_both_orders(way: Callable[[Sequence[int]], None], few: int, among: int, repeats: int) -> tuple[float, float]:
+    """few: rows that are read; when shuffled, of the first `among`."""
+    shuffled = Permutation(among, seed=1, epoch=0).at(np.arange(few)).tolist()
+    taken: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for times, rows in zip(taken, (list(range(few)), shuffled), strict=True):
+            began = time.process_time()
+            way(rows)
+            times.append((time.process_time() - began) / few * 1e6)
+    return statistics.median(taken[0]), statistics.median(taken[1])
 
 
 def bench_scale(
     shards: int, workers: int, repeats: int, folder: Path | None = None, *, rows: int = ROWS_A_SHARD
 ) -> dict[str, Any]:
-    """rows: of each shard. folder: where a gigabyte may be written for a while."""
+    """rows: of each shard. folder: where two gigabytes may be written for a while."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         small, large = make(Path(place) / "small", 10, rows), make(Path(place) / "large", shards, rows)
         result: dict[str, Any] = {"shards": shards, "rows": shards * rows, "workers": workers}
@@ -234,5 +258,7 @@ def table(result: dict[str, Any]) -> str:
         f"{rates['numpy']:.0f} M rows/s ({ratio:.1f} x)"
     )
     for name, (straight, shuffled) in result["orders"].items():
-        lines.append(f"{name}: {straight:.1f} us in order, {shuffled:.1f} us shuffled ({shuffled / straight - 1:+.1%})")
+        lines.append(
+            f"{name}: {straight:.1f} us of CPU in order, {shuffled:.1f} shuffled ({shuffled / straight - 1:+.1%})"
+        )
     return "\n".join(lines)
