@@ -102,7 +102,8 @@ stopped="evaluating"
 if [ ! -f "$run/evaluation.json" ] || [ ! -f "$run/tasks.png" ] || [ "$run/finished" -nt "$run/evaluation.json" ]; then
   step "evaluating on held-out scenes"
   unset OMP_NUM_THREADS  # one process now: it may have all cores
-  ofa-ds evaluate "$run" --shards "$data/heldout" --rows 400 --json --png "$run/tasks.png" >"$run/evaluation.json.part"
+  ofa-ds evaluate "$run" --shards "$data/heldout" --rows 400 --json --png "$run/tasks.png" --codes-model scenes \
+    >"$run/evaluation.json.part"
   mv "$run/evaluation.json.part" "$run/evaluation.json"
 fi
 took=$((SECONDS - started))

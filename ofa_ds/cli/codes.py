@@ -110,10 +110,12 @@ def _decode(options: argparse.Namespace) -> None:
         from ofa_ds.vision.coder import Coders, this_device
         from ofa_ds.vision.decoding import paint_files, paint_sheet
         from ofa_ds.vision.files import load_vqgan
+        from ofa_ds.vision.scenes_coder import ScenesCoder, names_scenes
 
     task = CODE_TASKS[options.task]
     rows = code_rows(options.source, task) if options.codes is None else iter([given_row(options.codes)])
-    coders = Coders(load_vqgan(options.model, device=this_device(), say=_say))
+    is_rule = names_scenes(options.model)
+    coders = ScenesCoder() if is_rule else Coders(load_vqgan(options.model, device=this_device(), say=_say))
     if options.out is not None:
         print(f"pictures: {paint_files(rows, coders, options.out, limit=options.rows)} in {options.out}")
         return

@@ -17,7 +17,7 @@ def add_judge(actions: Commands) -> None:
         actions, "judge", _judge,
         "How far colours are off in the middle of pictures that a model paints (image infilling), beside the same "
         "model that sees a grey picture or another row's.",
-        example="ofa-ds codes judge runs/nano --shards data/scenes/heldout --model vqgan --png painted.png",
+        example="ofa-ds codes judge runs/nano --shards data/scenes/heldout --model scenes --png painted.png",
     )  # fmt: skip
     parser.add_argument("checkpoint", type=here, help="a checkpoint, or a run directory (its newest one)")
     parser.add_argument("--shards", type=here, required=True, metavar="DIR", help="held-out shards")
@@ -35,10 +35,10 @@ def _judge(options: argparse.Namespace) -> None:
         from ofa_ds.data.shards import Shards
         from ofa_ds.inference.loaded_model import load_model
         from ofa_ds.inference.painted import judge_painted
-        from ofa_ds.vision.coder import load_coder, this_device
+        from ofa_ds.inference.painting import coder_of
 
     model = load_model(options.checkpoint, vocab=options.vocab)
-    coder = load_coder(options.model, device=this_device(), code_image_size=model.recipe.data.code_image_size)
+    coder = coder_of(options.model, model.recipe.data.code_image_size)
     found = judge_painted(model, Shards(options.shards), coder, rows=options.rows, png=options.png)
     print(json.dumps(found) if options.json else _in_words(found))
 

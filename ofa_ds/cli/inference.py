@@ -232,7 +232,7 @@ def add_codes_model(parser: argparse.ArgumentParser) -> None:
     """For commands that draw image codes."""
     parser.add_argument(
         "--codes-model", type=Path, metavar="DIR",
-        help="VQGAN that paints image codes in --png; else each code has some colour",
+        help="VQGAN that paints image codes in --png, or `scenes` for the rule of scenes; else each has some colour",
     )  # fmt: skip
 
 

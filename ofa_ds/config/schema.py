@@ -351,7 +351,7 @@ class TrainConfig:
     sample_every: Count = Field(0, ge=0)
     """Steps between pictures of what the model generates, written to TensorBoard; 0 for none."""
     codes_model: Text = ""
-    """Directory of the VQGAN that paints image codes there; empty: some colour each."""
+    """Directory of the VQGAN that paints image codes there, or "scenes" for their rule; empty: some colour each."""
     profile_steps: StepWindow = ""
     """Steps that are traced, "FIRST:LAST" from 1 on, both included, such as "20:25" (docs/running.md, Profiling)."""
     profile_ranks: tuple[Annotated[Count, Field(ge=0)], ...] = (0,)

@@ -19,6 +19,7 @@ from ofa_ds.inference.painting import check_codes
 from ofa_ds.tasks.context import Context
 from ofa_ds.tasks.task import task_of
 from ofa_ds.vision.coder import Coder
+from ofa_ds.vision.scenes_coder import ScenesCoder
 
 NAME = "image_infilling"
 SHOWN = 8
@@ -29,7 +30,7 @@ Pixels = np.ndarray
 
 
 def judge_painted(
-    model: LoadedModel, shards: Shards, coder: Coder, *, rows: int, png: Path | None = None
+    model: LoadedModel, shards: Shards, coder: Coder | ScenesCoder, *, rows: int, png: Path | None = None
 ) -> dict[str, Any]:
     """Codes are generated greedily, painted, and compared with the middle that was there.
 

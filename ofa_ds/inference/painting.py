@@ -12,6 +12,7 @@ from ofa_ds.data.vocab import Vocab
 from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.tasks.context import PIXELS_PER_CODE, PaintCodes
 from ofa_ds.vision.coder import Coder, load_coder, this_device
+from ofa_ds.vision.scenes_coder import ScenesCoder, names_scenes
 
 
 def that_paints(model: LoadedModel, vqgan: Path | None) -> LoadedModel:
@@ -23,7 +24,7 @@ def that_paints(model: LoadedModel, vqgan: Path | None) -> LoadedModel:
 
 def painter(vqgan: Path, vocab: Vocab, code_image_size: int) -> PaintCodes:
     """Raises ValueError as `load_vqgan`, and for one with other codes than the vocabulary has."""
-    coder = load_coder(vqgan, device=this_device(), code_image_size=code_image_size)
+    coder = coder_of(vqgan, code_image_size)
     check_codes(coder, vocab, str(vqgan))
 
     def paint(ids: Sequence[int]) -> np.ndarray:
@@ -32,7 +33,14 @@ def painter(vqgan: Path, vocab: Vocab, code_image_size: int) -> PaintCodes:
     return paint
 
 
-def check_codes(coder: Coder, vocab: Vocab, name: str) -> None:
+def coder_of(vqgan: Path, code_image_size: int) -> Coder | ScenesCoder:
+    """On this machine's device. vqgan: a directory, or "scenes" for the rule of scenes. Raises ValueError."""
+    if names_scenes(vqgan):
+        return ScenesCoder()
+    return load_coder(vqgan, device=this_device(), code_image_size=code_image_size)
+
+
+def check_codes(coder: Coder | ScenesCoder, vocab: Vocab, name: str) -> None:
     """Raises ValueError where the VQGAN cannot be the one whose codes the vocabulary has."""
     if (coder.pixels_per_code, coder.num_codes) != (PIXELS_PER_CODE, vocab.num_codes):
         raise ValueError(

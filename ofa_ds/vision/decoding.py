@@ -14,12 +14,13 @@ from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import check_space, new_directory, sync
 from ofa_ds.vision.code_rows import CodeRow
 from ofa_ds.vision.coder import GPU_BATCH, Coders
+from ofa_ds.vision.scenes_coder import ScenesCoder
 
 SHEET_GAP = 2
 """Pixels between the pictures of a sheet."""
 
 
-def paint_files(rows: Iterator[CodeRow], coders: Coders, out: Path, *, limit: int | None = None) -> int:
+def paint_files(rows: Iterator[CodeRow], coders: Coders | ScenesCoder, out: Path, *, limit: int | None = None) -> int:
     """A new directory with a PNG of each row, in order, and how many they are. `limit`: of that many at most.
 
     Named by number and id. Raises ValueError, OSError, and leaves nothing.
@@ -47,7 +48,7 @@ def paint_files(rows: Iterator[CodeRow], coders: Coders, out: Path, *, limit: in
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]")
 
 
-def paint_sheet(rows: Sequence[CodeRow], coders: Coders) -> Image.Image:
+def paint_sheet(rows: Sequence[CodeRow], coders: Coders | ScenesCoder) -> Image.Image:
     """All on one sheet, as near to a square as it goes. Raises ValueError where there are none."""
     if not rows:
         raise ValueError("no row has codes")

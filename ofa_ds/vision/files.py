@@ -63,15 +63,15 @@ def model_files(folder: Path) -> list[Path]:
     return [folder / name for name in ((CONFIG, WEIGHTS) if own else (RELEASED_CONFIG, RELEASED_WEIGHTS))]
 
 
-def save_vqgan(model: Vqgan, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+def save_vqgan(model: Vqgan, folder: Path) -> None:
     """A new directory of our own form, there when it is complete. Raises ValueError where something is there."""
     with new_directory(folder) as partial:
-        write_vqgan(model, partial, dtype=dtype)
+        write_vqgan(model, partial)
 
 
-def write_vqgan(model: Vqgan, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+def write_vqgan(model: Vqgan, folder: Path) -> None:
     """The files of our own form into a directory that is not seen yet; they are durable then."""
-    weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.detach().cpu().float().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(FORMAT | dataclasses.asdict(model.config), indent=1)
     (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from PIL import Image
 from scenes_shards import build
 from tiny_vqgan import CONFIG
 
+from ofa_ds.cli.main import main
 from ofa_ds.config import BatchConfig, DataConfig, ModelOptions, Recipe
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
@@ -19,7 +20,7 @@ from ofa_ds.inference import painted
 from ofa_ds.inference.answers import draw_answer
 from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.inference.painted import judge_painted
-from ofa_ds.inference.painting import that_paints
+from ofa_ds.inference.painting import coder_of, that_paints
 from ofa_ds.model.config import model_config
 from ofa_ds.model.ofa import OFA
 from ofa_ds.tasks import preview
@@ -86,6 +87,29 @@ def test_right_codes_are_as_far_off_as_their_own_painting_and_others_further(
     assert (sheet[2 * y0 : 2 * y1, 132 + 2 * x0 : 132 + 2 * x1] == 128).all()
     mine = coder.paint([asked[0].target[:-1] - start])[0]
     assert (sheet[2 * y0 : 2 * y1 : 2, 264 + 2 * x0 : 264 + 2 * x1 : 2] == mine).all()
+
+
+def test_scenes_are_painted_by_their_rule_where_no_vqgan_has_that_name(
+    model: LoadedModel, shards: Shards, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scenes").mkdir()  # where somebody drew them: no VQGAN
+    coder = coder_of(Path("scenes"), 32)
+    example = preview.find_example(shards, painted.NAME, 0, model.context(shards))
+    y0, x0, y1, x1 = example.hole
+    codes = example.target[:-1] - model.vocab.code_start
+    shown = that_paints(model, Path("scenes")).paint(example.target[:-1])
+    assert (shown == coder.paint([codes.reshape(4, 4)])[0]).all()
+    assert (shown == example.image[y0:y1, x0:x1]).all(-1).mean() > 0.85
+    for wrong, text in ((codes[:15], "row: want as many codes as a square"), (codes + 128, "row: want 0 ... 127 of")):
+        with pytest.raises(ValueError, match=text):
+            coder.paint([wrong], ["row"])
+    given = ["codes", "decode", "--codes", " ".join(map(str, codes)), "--model", "scenes", "--png", "painted.png"]
+    assert main(given) == 0
+    assert (np.asarray(Image.open("painted.png")) == shown).all()
+    (tmp_path / "scenes").rmdir()
+    save_vqgan(Vqgan(CONFIG), tmp_path / "scenes")
+    assert isinstance(coder_of(Path("scenes"), 32), Coder)
 
 
 def test_a_vqgan_of_another_codebook_is_told(model: LoadedModel, shards: Shards) -> None:
