@@ -24,7 +24,7 @@ setup(
     ],
     package_dir={"ofa_ds.ds_configs": "ds_configs", "ofa_kernels": "kernels/ofa_kernels"},
     package_data={"ofa_ds": ["recipes/*.toml", "recipes/parts/*.toml"], "ofa_ds.ds_configs": ["*.json"]},
-    entry_points={"console_scripts": ["ofa-ds = ofa_ds.cli:main"]},
+    entry_points={"console_scripts": ["ofa-ds = ofa_ds.cli.main:script"]},
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19",

@@ -33,6 +33,9 @@ def main() -> None:
     decoding.add_argument("--repeats", type=int, default=5, help="of each way (default 5)")
     feeding = benches.add_parser("loader", help="batches on their way to training, beside torch's DataLoader")
     feeding.add_argument("--repeats", type=int, default=3, help="of each measurement (default 3)")
+    remote = benches.add_parser("remote", help="rows of shards in S3 behind a link with latency and a bandwidth")
+    remote.add_argument("--latency-ms", type=float, default=30.0, help="that the link adds (default 30)")
+    remote.add_argument("--mb-per-s", type=float, default=10.0, help="that it carries at most (default 10)")
     scale = benches.add_parser("scale", help="opening and reading a billion rows, their order, their shuffle")
     scale.add_argument("--shards", type=int, default=10_000, help="of 100,000 rows each (default 10,000)")
     scale.add_argument("--workers", type=int, default=4, help="that open them at once (default 4)")
@@ -110,6 +113,12 @@ def main() -> None:
         if options.repeats < 1:
             parser.error("--repeats: want at least 1")
         result = bench_loader(options.repeats)
+    elif options.what == "remote":
+        from ofa_ds.bench.remote import bench_remote, table
+
+        if options.latency_ms < 0 or options.mb_per_s <= 0:
+            parser.error("--latency-ms: want at least 0; --mb-per-s: want more than 0")
+        result = bench_remote(options.latency_ms, options.mb_per_s)
     elif options.what == "scale":
         from ofa_ds.bench.scale import bench_scale, table
 

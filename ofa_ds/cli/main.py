@@ -56,12 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(error, arguments, 1)
 
 
+def script() -> NoReturn:
+    """`ofa-ds`."""
+    leave(main())
+
+
 def leave(code: int) -> NoReturn:
     """End this process; a rank does so without Python's own end, once its work is done or saved.
 
     There the connections' threads are taken down in no certain order, and now and then abort one that has finished.
+    Nor is there a reason to wait for what was read ahead from a service and is not wanted any longer.
     """
-    if code in (0, STOPPED) and "RANK" in os.environ:
+    fetching = sys.modules.get("ofa_ds.data.remote.fetching")
+    if code in (0, STOPPED) and "RANK" in os.environ or fetching is not None and fetching.under_way():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

@@ -23,6 +23,9 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 _KNOWN = ("s3", "gs", "gcs", "hdfs", "viewfs", "file")
 _WILD = re.compile(r"[*?\[]")
 
+STALLED_S = 20
+"""A request to S3 that gets no byte for so long has failed; the library tries it three times."""
+
 
 def is_remote(location: str | Path) -> bool:
     """Whether it names a service rather than a path of this machine."""
@@ -66,7 +69,7 @@ def _s3(settings: tuple[str, str]) -> fs.FileSystem:
         scheme, _, host = endpoint.rpartition("://")
         options |= {"endpoint_override": host.rstrip("/"), "scheme": scheme or "https"}
         options.setdefault("region", "us-east-1")  # what stands behind an own endpoint seldom has regions
-    return fs.S3FileSystem(connect_timeout=10, request_timeout=60, **options)
+    return fs.S3FileSystem(connect_timeout=10, request_timeout=STALLED_S, **options)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ MAX_SMALL_BYTES = 1 << 30
 
 _BLOCK_BYTES = 1 << 23
 _DENIED = re.compile("ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE|HTTP status 40[0-3]|ExpiredToken")
-_GONE = re.compile("NO_SUCH_BUCKET|NO_SUCH_KEY")
+_GONE = re.compile("NO_SUCH_BUCKET|NO_SUCH_KEY|RESOURCE_NOT_FOUND")
 
 T = TypeVar("T")
 
@@ -69,17 +69,27 @@ def persistent(what: str, attempt: Callable[[], T], patience_s: float, limit_s: 
 def _within(limit_s: float, attempt: Callable[[], T]) -> T:
     """attempt() in a thread that nobody waits for any longer: so Ctrl-C ends this too. Raises OSError then."""
     future: futures.Future[T] = futures.Future()
+    _under_way.add(future)
 
     def run() -> None:
         try:
             future.set_result(attempt())
         except BaseException as error:
             future.set_exception(error)
+        _under_way.discard(future)
 
     threading.Thread(target=run, daemon=True, name="shards-fetch").start()
     if futures.wait([future], limit_s).not_done:
         raise OSError(f"no answer in {limit_s:.0f} s")
     return future.result()
+
+
+_under_way: set[futures.Future] = set()
+
+
+def under_way() -> bool:
+    """Whether requests run that nobody waits for any longer: Python's own end would wait for them, for a minute."""
+    return bool(_under_way)
 
 
 class RemoteFile:

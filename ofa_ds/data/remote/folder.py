@@ -28,7 +28,7 @@ from ofa_ds.data.shard_file import ShardFile
 CACHE = "OFA_DS_CACHE"
 """Environment: the directory of the cache."""
 
-THREADS = 8
+THREADS = 16
 """That fetch ahead, of each process."""
 
 MAPPED = 128
@@ -240,15 +240,3 @@ class RemoteShardFile(ShardFile):
     def _check(self, batch: int) -> None:
         self._folder.check(self, batch)
         self._checked.add(batch)
-
-    def checksum_problem(self, batch: int) -> str | None:
-        if batch == self.num_batches:
-            start = self.bytes_of(batch - 1).stop
-            got = xxhash.xxh3_64_hexdigest(self._remote.read(start, self.shard.num_bytes - start))
-            wrong = f"{self.location}: the footer has checksum {got}, want {self.shard.footer_xxh3}"
-            return None if got == self.shard.footer_xxh3 else wrong
-        try:
-            self.fetch(batch)
-        except RuntimeError as error:
-            return str(error)
-        return None
