@@ -5,8 +5,10 @@ Each is read once, into a list of items without pictures, a line of JSON each; p
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,16 +17,26 @@ from typing import Any
 
 from ofa_ds.data.building.source import Record, Row, SourceError, SourceFile, source_file
 from ofa_ds.data.building.work import ITEMS
-from ofa_ds.data.importing.item import Into, Item, Named, xywh
-from ofa_ds.storage import file_systems
+from ofa_ds.data.importing import plain_pickle
+from ofa_ds.data.importing.item import Into, Item, Named, short, xywh
+from ofa_ds.storage import file_systems, strict_json
 
 MAX_JSON_BYTES = 1 << 31
 MAX_PICTURE_BYTES = 1 << 28
 PIECE_ROWS = 5_000
 
 Table = Mapping[str, Any]
-Identity = (int, str)
-"""What ids are; a list or a table as one would be no key."""
+PICKLES = (".p", ".pkl", ".pickle")
+"""Ends of names: RefCOCO's refs are one."""
+
+MAX_ID_CHARACTERS = 256
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+_NO_PICTURE = (None, 0, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL)
+"""What a name that is none of a picture leads to; other errors are the machine's."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,10 @@ class ItemsPiece:
             image = file_systems.read_bytes(path, MAX_PICTURE_BYTES)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"image: {error}") from error
+        except OSError as error:
+            if error.errno not in _NO_PICTURE:
+                raise
+            raise ValueError(f"image: {path}: {error.strerror or error}") from error
         return self.into.row(
             Item(
                 id=table["id"], image=image, caption=table.get("caption", ""), question=table.get("question", ""),
@@ -82,7 +98,9 @@ class ItemsPiece:
 def pieces_of(form: str, locations: Sequence[str], images: str, into: Into, journal: Path) -> list[ItemsPiece]:
     """form: one of READERS. journal: directory for the list of items."""
     sources = tuple(source_file(location) for location in locations)
-    tables = [_json(location) for location in locations]
+    if form != "refcoco" and (pickles := [each for each in locations if each.endswith(PICKLES)]):
+        raise SourceError(f"{pickles[0]}: a pickle; {form} is read from JSON")
+    tables = [_content(location) for location in locations]
     path = journal / f"{ITEMS}.jsonl"
     cuts = [0]
     with path.open("wb") as file:
@@ -97,14 +115,16 @@ def pieces_of(form: str, locations: Sequence[str], images: str, into: Into, jour
     return [ItemsPiece(str(path), start, stop, sources, images, into) for start, stop in pairs if stop > start]
 
 
-def _json(location: str) -> Any:
+def _content(location: str) -> Any:
     try:
-        return json.loads(file_systems.read_bytes(location, MAX_JSON_BYTES))
-    except (ValueError, RecursionError) as error:
-        way = "; a pickle is not read: write it as JSON" if location.endswith((".p", ".pkl", ".pickle")) else ""
-        raise SourceError(f"{location}: not JSON: {error}{way}") from error
+        data = file_systems.read_bytes(location, MAX_JSON_BYTES)
     except FileNotFoundError as error:
         raise SourceError(f"{location}: no such file") from error
+    try:
+        return plain_pickle.loads(data) if location.endswith(PICKLES) else strict_json.loads(data)
+    except ValueError as error:
+        kind = "pickle of plain values" if location.endswith(PICKLES) else "JSON"
+        raise SourceError(f"{location}: not a {kind}: {error}") from error
 
 
 def _list(table: Any, key: str, location: str) -> list[Table]:
@@ -114,18 +134,22 @@ def _list(table: Any, key: str, location: str) -> list[Table]:
     return found
 
 
-def _need(table: Table, key: str, kind: type | tuple[type, ...], location: str, where: str) -> Any:
+def _text(table: Table, key: str, location: str, where: str) -> str:
+    """Its words, with a space between."""
     value = table.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise SourceError(f"{location}: {where}: {key}: want {_words(kind)}, got {value!r:.60}")
-    return value
+    if not isinstance(value, str) or _SURROGATE.search(value):
+        raise SourceError(f"{location}: {where}: {key}: want a text, got {short(value)}")
+    return " ".join(value.split())
 
 
-def _words(kind: type | tuple[type, ...]) -> str:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return " or ".join(
-        {str: "a text", int: "a whole number", list: "a list"}.get(each, each.__name__) for each in kinds
-    )
+def _id(table: Table, key: str, location: str, where: str) -> int | str:
+    """A list or a table as one would be no key; what has a line end would be no place."""
+    value = table.get(key)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
+        return value
+    if isinstance(value, str) and len(value) <= MAX_ID_CHARACTERS and not _UNPRINTABLE.search(value) and value.strip():
+        return value
+    raise SourceError(f"{location}: {where}: {key}: want a whole number or a text, got {short(value)}")
 
 
 def _images(table: Any, location: str) -> dict[Any, Table]:
@@ -133,28 +157,45 @@ def _images(table: Any, location: str) -> dict[Any, Table]:
     found: dict[Any, Table] = {}
     for number, image in enumerate(_list(table, "images", location)):
         where = f"images.{number}"
-        identity = _need(image, "id", Identity, location, where)
-        _safe(_need(image, "file_name", str, location, where), location, where)
+        identity = _id(image, "id", location, where)
+        _safe(image.get("file_name"), location, f"{where}: file_name")
         if identity in found:
             raise SourceError(f"{location}: {where}: the id {identity} is there twice")
         found[identity] = image
     return found
 
 
+class _Once:
+    """Ids that a source says are its own: one that is there twice shows that the file is damaged."""
+
+    def __init__(self, key: str, location: str) -> None:
+        self._key, self._location = key, location
+        self._seen: set[int | str] = set()
+
+    def of(self, table: Table, where: str) -> int | str:
+        identity = _id(table, self._key, self._location, where)
+        if identity in self._seen:
+            raise SourceError(f"{self._location}: {where}: the {self._key} {identity!r:.40} is there twice")
+        self._seen.add(identity)
+        return identity
+
+
 def _by_id(tables: Sequence[Table], key: str, location: str, name: str) -> dict[Any, tuple[Table, str]]:
     """id -> (table, its place). Of two with one id, which is meant cannot be known."""
     found: dict[Any, tuple[Table, str]] = {}
     for number, each in enumerate(tables):
-        identity = _need(each, key, Identity, location, where := f"{name}.{number}")
+        identity = _id(each, key, location, where := f"{name}.{number}")
         if identity in found:
             raise SourceError(f"{location}: {where}: the {key} {identity!r:.40} is there twice")
         found[identity] = (each, where)
     return found
 
 
-def _safe(name: str, location: str, where: str) -> str:
-    if PurePosixPath(name).is_absolute() or ".." in name.replace("\\", "/").split("/") or not name.strip():
-        raise SourceError(f"{location}: {where}: the file name {name!r:.80} leads out of the folder of pictures")
+def _safe(name: Any, location: str, where: str) -> str:
+    if not isinstance(name, str) or not name.strip() or _UNPRINTABLE.search(name):
+        raise SourceError(f"{location}: {where}: want the name of a picture, got {short(name)}")
+    if PurePosixPath(name).is_absolute() or ".." in name.replace("\\", "/").split("/"):
+        raise SourceError(f"{location}: {where}: {name!r:.80} leads out of the folder of pictures")
     return name
 
 
@@ -167,16 +208,18 @@ def coco_captions(tables: Sequence[Any], locations: Sequence[str]) -> Iterator[d
     """A row for each caption, in the order of the file."""
     for table, location in zip(tables, locations, strict=True):
         images = _images(table, location)
+        once = _Once("id", location)
         for number, each in enumerate(_list(table, "annotations", location)):
             where = f"annotations.{number}"
             image = _image_of(each, images, location, where)
-            caption = " ".join(_need(each, "caption", str, location, where).split())
-            yield {"id": str(each.get("id", number)), "image": image["file_name"], "caption": caption}
+            identity = once.of(each, where) if "id" in each else number
+            caption = _text(each, "caption", location, where)
+            yield {"id": str(identity), "image": image["file_name"], "caption": caption}
 
 
 def _image_of(each: Table, images: Mapping[Any, Table], location: str, where: str) -> Table:
-    identity = each.get("image_id")
-    if not isinstance(identity, int | str) or identity not in images:
+    identity = _id(each, "image_id", location, where)
+    if identity not in images:
         raise SourceError(f"{location}: {where}: image_id {identity!r:.40} is not among the images")
     return images[identity]
 
@@ -186,18 +229,23 @@ def coco_instances(tables: Sequence[Any], locations: Sequence[str]) -> Iterator[
     for table, location in zip(tables, locations, strict=True):
         images = _images(table, location)
         names = {
-            identity: str(each.get("name", ""))
-            for identity, (each, _) in _by_id(
+            identity: _text(each, "name", location, where)
+            for identity, (each, where) in _by_id(
                 _list(table, "categories", location), "id", location, "categories"
             ).items()
         }
         objects: dict[Any, list[Any]] = defaultdict(list)
+        once = _Once("id", location)
         for number, each in enumerate(_list(table, "annotations", location)):
             where = f"annotations.{number}"
             _image_of(each, images, location, where)
-            if each.get("iscrowd"):
+            if "id" in each:
+                once.of(each, where)
+            if (crowd := each.get("iscrowd", 0)) not in (0, 1):
+                raise SourceError(f"{location}: {where}: iscrowd: want 0 or 1, got {short(crowd)}")
+            if crowd:
                 continue
-            if _need(each, "category_id", Identity, location, where) not in names:
+            if _id(each, "category_id", location, where) not in names:
                 raise SourceError(f"{location}: {where}: category_id {each['category_id']!r:.40} has no name")
             box = _box(each, location, where)
             objects[each["image_id"]].append([box, str(each["category_id"]), names[each["category_id"]]])
@@ -209,7 +257,7 @@ def coco_instances(tables: Sequence[Any], locations: Sequence[str]) -> Iterator[
 
 def _box(each: Table, location: str, where: str) -> list[float]:
     try:
-        return list(xywh(_need(each, "bbox", list, location, where)))
+        return list(xywh(each.get("bbox")))
     except ValueError as error:
         raise SourceError(f"{location}: {where}: {error}") from error
 
@@ -225,36 +273,42 @@ def vqa_v2(tables: Sequence[Any], locations: Sequence[str]) -> Iterator[dict[str
     (asked, told), (asked_at, told_at) = (tuple(each[k] for k in order) for each in (tables, locations))
     answers = _by_id(_list(told, "annotations", told_at), "question_id", told_at, "annotations")
     questions = _by_id(_list(asked, "questions", asked_at), "question_id", asked_at, "questions")
-    split = str(asked.get("data_subtype", "train2014"))
+    split = _safe(asked.get("data_subtype", "train2014"), asked_at, "data_subtype")
     for identity, (each, where) in questions.items():
         if identity not in answers:
             raise SourceError(f"{asked_at}: {where}: question_id {identity} has no annotation in {told_at}")
-        image = _need(each, "image_id", int, asked_at, where)
-        given = [str(one.get("answer", "")) for one in _list(answers[identity][0], "answers", told_at)]
-        counts = Counter(" ".join(text.split()) for text in given if text.strip())
-        name = VQA_PICTURE.format(split=_safe(split, asked_at, "data_subtype"), id=image)
-        question = " ".join(_need(each, "question", str, asked_at, where).split())
+        if not isinstance(image := _id(each, "image_id", asked_at, where), int):
+            raise SourceError(f"{asked_at}: {where}: image_id: want a whole number, got {short(image)}")
+        told_where = f"{told_at}: {answers[identity][1]}"
+        given = [
+            _text(one, "answer", told_where, "answers") for one in _list(answers[identity][0], "answers", told_where)
+        ]
+        counts = Counter(text for text in given if text)
+        name = VQA_PICTURE.format(split=split, id=image)
+        question = _text(each, "question", asked_at, where)
         shares = [[text, min(1.0, count / 3)] for text, count in counts.items()]
         yield {"id": str(identity), "image": name, "question": question, "answers": shares}
 
 
 def refcoco(tables: Sequence[Any], locations: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Refs (a JSON list) and instances, two files in either order: a row for each sentence of each ref."""
+    """Refs (a list) and instances, two files in either order: a row for each sentence of each ref."""
     if len(tables) != 2:
-        raise SourceError(f"refcoco: want a file of refs (as JSON) and one of instances, got {len(tables)}")
+        raise SourceError(f"refcoco: want a file of refs and one of instances, got {len(tables)}")
     order = (0, 1) if isinstance(tables[0], list) else (1, 0)
     (refs, instances), (refs_at, instances_at) = (tuple(each[k] for k in order) for each in (tables, locations))
     images = _images(instances, instances_at)
+    once = _Once("sent_id", refs_at)
     found = _by_id(_list(instances, "annotations", instances_at), "id", instances_at, "annotations")
     for number, ref in enumerate(_list({"refs": refs}, "refs", refs_at)):
         where = f"refs.{number}"
-        if _need(ref, "ann_id", Identity, refs_at, where) not in found:
+        if _id(ref, "ann_id", refs_at, where) not in found:
             raise SourceError(f"{refs_at}: {where}: ann_id {ref['ann_id']!r:.40} is not in {instances_at}")
         each, place = found[ref["ann_id"]]
         image = _image_of(each, images, instances_at, place)
         for sentence in _list(ref, "sentences", f"{refs_at}: {where}"):
-            text = " ".join(str(sentence.get("sent") or sentence.get("raw") or "").split())
-            row = {"id": str(sentence.get("sent_id", f"{number}")), "image": image["file_name"], "caption": text}
+            identity = once.of(sentence, f"{where}: sentences")
+            text = _text(sentence, "sent" if sentence.get("sent") else "raw", refs_at, f"{where}: sentences")
+            row = {"id": str(identity), "image": image["file_name"], "caption": text}
             yield row | {"box": _box(each, instances_at, place)} | _size(image)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from ofa_ds.data.tsv import checked_row
 from ofa_ds.terms import IMPORTED
 
 Box = tuple[float, float, float, float]
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Named(NamedTuple):
@@ -86,6 +89,7 @@ class Into:
     def row(self, item: Item) -> Row:
         """Raises ValueError "column: reason"."""
         doubts: list[str] = []
+        _check_texts(item)
         if self.family == "text":
             return Row(checked_row("text", {"uniq_id": item.id, "text": item.text}, None))
         if not item.image:
@@ -119,6 +123,18 @@ class Into:
         }  # fmt: skip
 
 
+def _check_texts(item: Item) -> None:
+    """Half of a surrogate pair, which JSON lets pass, is no text."""
+    texts = {
+        "id": [item.id], "caption": [item.caption], "question": [item.question], "text": [item.text],
+        "answers": [text for text, _ in item.answers], "names": item.names,
+        "objects": [text for each in item.objects for text in (each.category, each.name)],
+    }  # fmt: skip
+    for name, found in texts.items():
+        if wrong := [text for text in found if _SURROGATE.search(text)]:
+            raise ValueError(f"{name}: want a text, got {short(wrong[0])}")
+
+
 def scaled(box: Box, scale: tuple[float, float]) -> Box:
     """Raises ValueError for a value that is not finite."""
     if not all(map(math.isfinite, box)):
@@ -141,9 +157,23 @@ def plain(column: str, text: str) -> str:
     return text
 
 
-def xywh(box: Sequence[Any]) -> Box:
+def xywh(box: Any) -> Box:
     """COCO's x, y, width, height -> x0, y0, x1, y1. Raises ValueError."""
-    if len(box) != 4 or not all(isinstance(value, int | float) and not isinstance(value, bool) for value in box):
-        raise ValueError(f"box: want x, y, width, height in pixels, got {box!r:.80}")
-    x, y, width, height = map(float, box)
+    if not isinstance(box, list) or len(box) != 4:
+        raise ValueError(f"box: want x, y, width, height in pixels, got {short(box)}")
+    x, y, width, height = (number_of("box", value) for value in box)
     return x, y, x + width, y + height
+
+
+def number_of(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(number := float(value)):
+            return number
+    except OverflowError:
+        pass  # a whole number of hundreds of digits
+    raise ValueError(f"{name}: want a finite number, got {short(value)}")
+
+
+def short(value: Any) -> str:
+    """As Python writes it, cut; of values that are nested without end the outermost."""
+    return f"{reprlib.repr(value):.80}"

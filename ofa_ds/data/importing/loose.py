@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ofa_ds.data.importing.item import Box, Item, Named
+from ofa_ds.data.importing.item import Box, Item, Named, number_of, short
 
 
 def text_of(name: str, value: Any) -> str:
@@ -15,7 +14,7 @@ def text_of(name: str, value: Any) -> str:
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if not isinstance(value, str):
-        raise ValueError(f"{name}: want a text, got {value!r:.60}")
+        raise ValueError(f"{name}: want a text, got {short(value)}")
     return " ".join(value.split("\n")).replace("\t", " ").replace("\r", " ")
 
 
@@ -30,7 +29,7 @@ def image_of(value: Any) -> bytes:
     """Bytes, or a table with them, as Hugging Face's data sets keep pictures."""
     if isinstance(value, Mapping):
         if value.get("bytes") is None and value.get("path"):
-            raise ValueError(f"image: only the path {value['path']!r:.60} is stored, not the picture")
+            raise ValueError(f"image: only the path {short(value['path'])} is stored, not the picture")
         value = value.get("bytes")
     if value is None:
         return b""
@@ -39,17 +38,11 @@ def image_of(value: Any) -> bytes:
     return value
 
 
-def number_of(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}: want a finite number, got {value!r:.60}")
-    return float(value)
-
-
 def box_of(name: str, value: Any) -> Box | None:
     if value is None:
         return None
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or len(value) != 4:
-        raise ValueError(f"{name}: want x0, y0, x1, y1 in pixels, got {value!r:.60}")
+        raise ValueError(f"{name}: want x0, y0, x1, y1 in pixels, got {short(value)}")
     x0, y0, x1, y1 = (number_of(name, each) for each in value)
     return x0, y0, x1, y1
 
@@ -69,14 +62,19 @@ def answers_of(value: Any) -> list[tuple[str, float]]:
 
 def objects_of(value: Any) -> list[Named]:
     """A list of {box, category, name}."""
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"objects: want a list, got {short(value)}")
     found = []
     for each in value or []:
         if not isinstance(each, Mapping):
-            raise ValueError(f"objects: want tables with box, category, name, got {each!r:.60}")
+            raise ValueError(f"objects: want tables with box, category, name, got {short(each)}")
         box = box_of("objects", each.get("box"))
         if box is None:
             raise ValueError("objects: one has no box")
-        found.append(Named(box, str(each.get("category", "")), text_of("objects", each.get("name"))))
+        category = each.get("category", "")
+        if not isinstance(category, int | str) or isinstance(category, bool):
+            raise ValueError(f"objects: category: want a whole number or a text, got {short(category)}")
+        found.append(Named(box, str(category), text_of("objects", each.get("name"))))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ofa_ds.data.building.source import Record, Row, SourceError, SourceFile, source_file
+from ofa_ds.data.importing.arrow_messages import check_stream, to_stream
 from ofa_ds.data.importing.item import Into
 from ofa_ds.data.importing.loose import item_of
+from ofa_ds.data.importing.parquet_pages import BATCH_ROWS, batch_rows, leaves
+from ofa_ds.data.importing.table_rows import is_read, rows_of
 from ofa_ds.storage import file_systems
 
 COLUMNS = {
@@ -25,11 +28,11 @@ COLUMNS = {
 }  # fmt: skip
 """Field -> names of columns, the first that is there."""
 
-BATCH_ROWS = 64
-"""Rows that are in memory at once."""
-
-MAX_GROUP_BYTES = 1 << 31
-"""Largest row group that is read: it is in memory as a whole while its pages are decoded."""
+_LIMITS: dict[str, Any] = {
+    "pre_buffer": False, "buffer_size": 1 << 23, "thrift_string_size_limit": 1 << 26,
+    "thrift_container_size_limit": 100_000,
+}  # fmt: skip
+"""A column is read page by page, not as a whole; what the file's directory may say of its own size."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,15 @@ class TablePiece:
 
     def records(self, part: int) -> Iterator[Record]:
         number = 0
+        wanted = {each for _, names in self.columns for each in names.split()}
         try:
-            for batch in _batches(self.file.location, self.group):
-                for row in batch.to_pylist():
+            for batch in _batches(self.file.location, self.group, wanted):
+                for row in rows_of(batch):
                     number += 1
                     where = f"row {number}" if self.group < 0 else f"row group {self.group} row {number}"
-                    size = sum(len(value) for value in _flat(row) if isinstance(value, str | bytes)) + 256
+                    size = 256 + (_size(row) if isinstance(row, Mapping) else 0)
                     yield Record(number, None, size, functools.partial(self._read, where, row), where)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if getattr(error, "errno", None):
                 raise
             what = " ".join(str(error).split())
@@ -70,16 +74,24 @@ class TablePiece:
                 f"{self.file.location}: damaged after row {number}: {what:.200}; copy it again"
             ) from error
 
-    def _read(self, where: str, row: Mapping[str, Any]) -> Row:
+    def _read(self, where: str, row: Mapping[str, Any] | ValueError) -> Row:
+        if isinstance(row, ValueError):
+            raise row
         found = {name: next((row[each] for each in names.split() if each in row), None) for name, names in self.columns}
         identity = found.pop("id", None)
+        if not isinstance(identity, int | str | None) or isinstance(identity, bool):
+            raise ValueError(f"id: want a whole number or a text, got {identity!r:.60}")
         key = f"{self.file.name} {where}" if identity is None else str(identity)
         return self.into.row(item_of(key, found))
 
 
-def _flat(row: Mapping[str, Any]) -> Iterator[Any]:
-    for value in row.values():
-        yield from _flat(value) if isinstance(value, Mapping) else [value]
+def _size(value: Any) -> int:
+    """Bytes of texts and pictures."""
+    if isinstance(value, Mapping):
+        return sum(map(_size, value.values()))
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    return len(value) if isinstance(value, str | bytes) else 0
 
 
 def pieces_of(locations: Sequence[str], into: Into, columns: tuple[tuple[str, str], ...]) -> list[TablePiece]:
@@ -87,11 +99,11 @@ def pieces_of(locations: Sequence[str], into: Into, columns: tuple[tuple[str, st
     found = []
     for location in (each for given in locations for each in _files_of(given)):
         file = source_file(location)
-        names, groups = _head(location)
+        known, names, groups = _head(location, {each for _, ends in columns for each in ends.split()})
         if not any(each in names for name, ends in columns if name != "id" for each in ends.split()):
             raise SourceError(
-                f"{location}: has none of the columns that are read; it has {', '.join(names)}; say which is which "
-                "with --column FIELD=NAME"
+                f"{location}: has none of the columns that are read; it has {', '.join(known)}; say which is "
+                "which with --column FIELD=NAME"
             )
         found += [TablePiece(file, group, file.num_bytes // max(len(groups), 1), into, columns) for group in groups]
     return found
@@ -138,46 +150,61 @@ def _split_of(file: Path, folder: Path) -> str:
     return named[1] if named else ""
 
 
-def _head(location: str) -> tuple[list[str], list[int]]:
-    """(names of columns, row groups)."""
+def _head(location: str, wanted: Set[str]) -> tuple[list[str], list[str], list[int]]:
+    """(names of columns, of those that are read, row groups)."""
     try:
-        with file_systems.open_input(location) as source:
+        with _opened(location) as source:
             if not location.endswith(".parquet"):
-                return _arrow(source).schema.names, [-1]
-            file = pq.ParquetFile(source)
-            groups = range(file.metadata.num_row_groups)
-            largest = max((file.metadata.row_group(group).total_byte_size for group in groups), default=0)
-            if largest > MAX_GROUP_BYTES:
-                raise SourceError(
-                    f"{location}: a row group of {largest} bytes; at most {MAX_GROUP_BYTES} are read at once: write it "
-                    "again with smaller row groups"
-                )
-            return file.schema_arrow.names, list(groups)
-    except (pa.ArrowException, OSError) as error:
+                check_stream(source, location)
+                to_stream(source)
+                schema, groups = pa.ipc.open_stream(source).schema, [-1]
+            else:
+                file = pq.ParquetFile(source, **_LIMITS)
+                schema, groups = file.schema_arrow, list(range(file.metadata.num_row_groups))
+            return schema.names, _read_names(location, schema, wanted), groups
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if getattr(error, "errno", None):
             raise
         what = " ".join(str(error).split())
         raise SourceError(f"{location}: neither Parquet nor Arrow, or damaged: {what:.200}") from error
 
 
-def _batches(location: str, group: int) -> Iterator[pa.RecordBatch]:
-    with file_systems.open_input(location) as source:
+def _batches(location: str, group: int, wanted: Set[str]) -> Iterator[pa.RecordBatch]:
+    """Of the columns that are wanted and there. Raises SourceError."""
+    with _opened(location) as source:
         if group >= 0:
-            yield from pq.ParquetFile(source).iter_batches(BATCH_ROWS, row_groups=[group])
+            yield from _of_group(location, source, group, wanted)
             return
-        reader = _arrow(source)
-        batches = reader if isinstance(reader, pa.RecordBatchStreamReader) else map(
-            reader.get_batch, range(reader.num_record_batches)
-        )  # fmt: skip
-        for batch in batches:
+        check_stream(source, location)
+        to_stream(source)
+        for batch in pa.ipc.open_stream(source):
+            mine = batch.select(_read_names(location, batch.schema, wanted))
             for start in range(0, batch.num_rows, BATCH_ROWS):
-                yield batch.slice(start, BATCH_ROWS)
+                yield mine.slice(start, BATCH_ROWS)
 
 
-def _arrow(source: pa.NativeFile) -> Any:
-    """A reader of an Arrow stream, which `save_to_disk` writes, or of an Arrow file."""
-    try:
-        return pa.ipc.open_file(source)
-    except pa.ArrowInvalid:
-        source.seek(0)
-        return pa.ipc.open_stream(source)
+def _of_group(location: str, source: pa.NativeFile, group: int, wanted: Set[str]) -> Iterator[pa.RecordBatch]:
+    file = pq.ParquetFile(source, **_LIMITS)
+    names = _read_names(location, file.schema_arrow, wanted)
+    rows = batch_rows(file, source, location, group, names)
+    # In a list, a text of a dictionary would be copied as often as it is there, however often that is.
+    columns = [file.schema.column(number) for number in leaves(file, names)]
+    lists = [each.path for each in columns if each.max_repetition_level and each.physical_type == "BYTE_ARRAY"]
+    file = pq.ParquetFile(source, metadata=file.metadata, read_dictionary=lists, **_LIMITS)
+    yield from file.iter_batches(rows, row_groups=[group], columns=names, use_threads=False)
+
+
+def _read_names(location: str, schema: pa.Schema, wanted: Set[str]) -> list[str]:
+    names = [each.name for each in schema if each.name in wanted]
+    for name in names:
+        if names.count(name) > 1:
+            raise SourceError(f"{location}: the column {name} is there twice")
+        if not is_read(kind := schema.field(name).type):
+            raise SourceError(f"{location}: column {name}: {kind!s:.80} is not read; say which is which with --column")
+    return names
+
+
+def _opened(location: str) -> pa.NativeFile:
+    if file_systems.is_remote(location):
+        return file_systems.open_input(location)
+    return pa.memory_map(str(file_systems.local_path(location)))

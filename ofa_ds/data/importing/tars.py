@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from ofa_ds.data.building.source import Record, Row, SourceError, SourceFile
 from ofa_ds.data.importing.item import Into
 from ofa_ds.data.importing.loose import item_of
 from ofa_ds.data.importing.tar_stream import MAX_MEMBER_BYTES, members_of
+from ofa_ds.storage import strict_json
 
 COLUMNS = {
     "image": "jpg jpeg png webp", "caption": "txt caption", "text": "txt text", "question": "json:question",
@@ -59,8 +59,8 @@ def _field(name: str, ends: str, members: Mapping[str, bytes]) -> Any:
         data = members[kind]
         if key:
             try:
-                table = json.loads(data)
-            except (ValueError, RecursionError) as error:
+                table = strict_json.loads(data)
+            except ValueError as error:
                 raise ValueError(f"{name}: the member .{kind} is not JSON: {error}") from error
             if isinstance(table, dict) and key in table:
                 return table[key]
