@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -17,6 +17,7 @@ from ofa_ds.config import ModelOptions, Recipe
 from ofa_ds.data.columns import SCHEMAS, from_columns
 from ofa_ds.data.example import Example
 from ofa_ds.data.image import decode, resize
+from ofa_ds.data.text import clean_caption
 from ofa_ds.data.vocab import Vocab, train_vocab
 from ofa_ds.inference.answering import answer
 from ofa_ds.inference.loaded_model import LoadedModel
@@ -167,6 +168,7 @@ def test_a_row_without_the_premise_that_is_asked_for_is_refused(bpe: Vocab) -> N
 @given(text=some_text, pair=some_text)
 @settings(max_examples=8, deadline=None)
 def test_a_vocabulary_is_trained_on_every_text_that_a_model_meets(bpe: Vocab, task: Task, text: str, pair: str) -> None:
+    assume(clean_caption(pair) or task.name != "snli_ve")  # it refuses a premise of signs alone
     options = {"objects": True, "premise": True}
     ctx = context(task, bpe, max_source_words=10_000, max_target_words=10_000, task=options)
     row = row_of(task, text=text, text_pair=pair)
