@@ -31,6 +31,9 @@ def main() -> None:
     decoding.add_argument("--tsv", type=Path, help="a file with JPEGs in its second column, beside drawn ones")
     decoding.add_argument("--pictures", type=int, default=100, help="of the file and of each size (default 100)")
     decoding.add_argument("--repeats", type=int, default=5, help="of each way (default 5)")
+    coding = benches.add_parser("codes", help="pictures into image codes on one thread, beside the original's way")
+    coding.add_argument("--pictures", type=int, default=4, help="of a round (default 4)")
+    coding.add_argument("--repeats", type=int, default=5, help="rounds of both ways (default 5)")
     feeding = benches.add_parser("loader", help="batches on their way to training, beside torch's DataLoader")
     feeding.add_argument("--repeats", type=int, default=3, help="of each measurement (default 3)")
     remote = benches.add_parser("remote", help="rows of shards in S3 behind a link with latency and a bandwidth")
@@ -107,6 +110,12 @@ def main() -> None:
             result = bench_decode(options.tsv, options.pictures, options.repeats)
         except (OSError, ValueError) as error:
             parser.error(f"--tsv: {error}")
+    elif options.what == "codes":
+        from ofa_ds.bench.codes import bench_codes, table
+
+        if min(options.pictures, options.repeats) < 1:
+            parser.error("--pictures and --repeats: want at least 1")
+        result = bench_codes(options.repeats, pictures=options.pictures)
     elif options.what == "loader":
         from ofa_ds.bench.loader import bench_loader, table
 

@@ -106,7 +106,7 @@ def _decode(options: argparse.Namespace) -> None:
     with heavy_imports():
         from itertools import islice
 
-        from ofa_ds.vision.code_rows import CODE_TASKS, code_rows, given_row
+        from ofa_ds.vision.code_rows import CODE_TASKS, code_rows, count_rows, given_row
         from ofa_ds.vision.coder import Coders, this_device
         from ofa_ds.vision.decoding import paint_files, paint_sheet
         from ofa_ds.vision.files import load_vqgan
@@ -117,7 +117,9 @@ def _decode(options: argparse.Namespace) -> None:
     is_rule = names_scenes(options.model)
     coders = ScenesCoder() if is_rule else Coders(load_vqgan(options.model, device=this_device(), say=_say))
     if options.out is not None:
-        print(f"pictures: {paint_files(rows, coders, options.out, limit=options.rows)} in {options.out}")
+        count = 1 if options.codes is not None else count_rows(options.source, task)
+        limit = min(count, options.rows or count)
+        print(f"pictures: {paint_files(rows, coders, options.out, limit=limit)} in {options.out}")
         return
     shown = list(islice(rows, options.rows or SHEET_ROWS))
     paint_sheet(shown, coders).save(options.png)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ofa_ds.data import tsv
-from ofa_ds.data.building.tsv_source import cut, lines_of
+from ofa_ds.data.building.tsv_source import count_lines, cut, lines_of
 from ofa_ds.data.shards import Shards
 
 
@@ -44,6 +44,13 @@ class CodeRow(NamedTuple):
 def code_rows(source: Path, task: CodeTask) -> Iterator[CodeRow]:
     """Of a TSV file, plain or compressed, or of shards. Raises ValueError "place: ..." for what has no codes."""
     return _of_shards(source, task) if source.is_dir() else _of_tsv(source, task)
+
+
+def count_rows(source: Path, task: CodeTask) -> int:
+    """For progress. Raises ValueError as `code_rows`."""
+    if not source.is_dir():
+        return count_lines(cut([str(source)], 1 << 62)[0][0])
+    return _opened(source, task).families[task.family]
 
 
 def given_row(text: str) -> CodeRow:
@@ -85,10 +92,15 @@ def _of_tsv(source: Path, task: CodeTask) -> Iterator[CodeRow]:
             raise ValueError(f"{place}: {error}") from error
 
 
-def _of_shards(source: Path, task: CodeTask) -> Iterator[CodeRow]:
+def _opened(source: Path, task: CodeTask) -> Shards:
     shards = Shards(source)
     if task.family not in shards.families:
         raise ValueError(f"{source}: has no rows of {task.name}, only {', '.join(shards.families)}")
+    return shards
+
+
+def _of_shards(source: Path, task: CodeTask) -> Iterator[CodeRow]:
+    shards = _opened(source, task)
     for i in range(shards.families[task.family]):
         row = shards.row(task.family, i)
         place = shards.named(task.family, i, row)

@@ -20,12 +20,12 @@ SHEET_GAP = 2
 """Pixels between the pictures of a sheet."""
 
 
-def paint_files(rows: Iterator[CodeRow], coders: Coders | ScenesCoder, out: Path, *, limit: int | None = None) -> int:
-    """A new directory with a PNG of each row, in order, and how many they are. `limit`: of that many at most.
+def paint_files(rows: Iterator[CodeRow], coders: Coders | ScenesCoder, out: Path, *, limit: int) -> int:
+    """A new directory with a PNG of each row, in order, and how many they are. limit: of that many at most.
 
     Named by number and id. Raises ValueError, OSError, and leaves nothing.
     """
-    progress, count = Progress(limit or 0, "painting", "pictures"), 0
+    progress, count = Progress(limit, "painting", "pictures"), 0
     with new_directory(out) as folder:
         try:
             rows = islice(rows, limit)

@@ -12,9 +12,6 @@ from pathlib import Path
 from tiny_vqgan import tiny_vqgan
 
 from ofa_ds.data.scenes import write_scenes
-from ofa_ds.vision.code_rows import CODE_TASKS
-from ofa_ds.vision.encoding.encode import encode_codes
-from ofa_ds.vision.encoding.what import What
 
 ROWS = 240
 
@@ -32,8 +29,7 @@ def test_killed_with_three_workers_and_gone_on_with_three_gives_the_bytes_of_one
     model = tiny_vqgan(tmp_path / "vqgan")
     write_scenes(tmp_path, rows=8 * ROWS, seed=1)
     source, out, work = tmp_path / "image_examples.tsv", tmp_path / "new.tsv", tmp_path / ".building_new.tsv"
-    what = What(task=CODE_TASKS["image_infilling"], side=0)
-    encode_codes(source, tmp_path / "whole.tsv", model, what, workers=1)
+    subprocess.run(command(source, tmp_path / "whole.tsv", model, 1), check=True, capture_output=True, timeout=300)
     process = subprocess.Popen(command(source, out, model, 3), start_new_session=True, stderr=subprocess.PIPE)
     try:
         while lines_there(work) < 5 and process.poll() is None:

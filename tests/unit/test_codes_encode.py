@@ -158,6 +158,14 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
+@pytest.mark.parametrize("first, stop", [(0, 7), (2, 3), (3, 7), (4, 6), (6, 7)])
+def test_the_journal_gives_the_codes_of_any_run_of_rows(tmp_path: Path, first: int, stop: int) -> None:
+    journal = journal_module.Journal(tmp_path, num_rows=7, chunk_rows=3)
+    for number in range(3):
+        journal.file(number).write_text("".join(f"{row}\n" for row in range(3 * number, min(3 * number + 3, 7))))
+    assert list(journal.texts(first, stop)) == [str(row) for row in range(first, stop)]
+
+
 def stop_after(monkeypatch: pytest.MonkeyPatch, pictures: int) -> list[int]:
     """Ctrl-C as the next one would be encoded; the list says how many were encoded."""
     counted = [0]

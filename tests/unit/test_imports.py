@@ -35,13 +35,13 @@ ALLOWED: dict[str, set[str]] = {
         "batch", "beat", "checkpoint", "config", "convert", "data", "engine", "inference", "model", "places", "plan",
         "progress", "storage", "tasks", "terms",
     },
-    "vision": {"convert", "data", "progress", "storage", "terms"},
+    "vision": {"convert", "data", "engine", "progress", "storage", "terms"},
     "runs": {"config", "storage", "terms", "train"},
     "cluster": {"beat", "config", "engine", "model", "progress", "storage", "terms"},
     "plan": {"config", "progress", "terms"},
     "bench": {
         "batch", "checkpoint", "config", "data", "engine", "inference", "model", "plan", "progress", "storage", "tasks",
-        "terms", "train",
+        "terms", "train", "vision",
     },
     "cli": {
         "beat", "bench", "checkpoint", "cluster", "config", "convert", "data", "engine", "inference", "model", "plan",

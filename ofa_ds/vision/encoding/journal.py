@@ -19,6 +19,7 @@ import torch
 
 from ofa_ds.data.building.work import CODES
 from ofa_ds.data.pool import run_jobs
+from ofa_ds.engine.host_memory import keep_freed_memory
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import replace_file
 from ofa_ds.vision.coder import GPU_BATCH, Coders, this_device
@@ -97,6 +98,7 @@ class Journal:
 
 def encode_chunk(chunk: Chunk) -> None:
     """Runs in a worker, on one core of a processor or on one GPU."""
+    keep_freed_memory()  # each picture wants the same blocks as the one before
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # another number adds up in another order
     try:
