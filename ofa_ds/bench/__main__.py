@@ -53,6 +53,8 @@ def main() -> None:
     answers.add_argument("--questions", type=int, default=2, help="that the candidates answer at once (default 2)")
     answers.add_argument("--chunks", type=int, default=4, help="of the original's 157 that are timed (default 4)")
     answers.add_argument("--only", choices=("captions", "candidates"), default="both")
+    painting = benches.add_parser("text_to_image", help="24 pictures of 1,024 codes beside sampling without caches")
+    painting.add_argument("--repeats", type=int, default=1, help="of ours (default 1)")
     build = benches.add_parser("construction", help="a model built in pieces on the CPU: seconds and memory of a rank")
     build.add_argument("--preset", default="large", help="its size (default large); 6b takes 14 GB with two ranks")
     build.add_argument("--ranks", type=int, default=2, help="on this host (default 2)")
@@ -146,6 +148,12 @@ def main() -> None:
         if options.repeats < 1:
             parser.error("--repeats: want at least 1")
         result = bench_cider(options.repeats)
+    elif options.what == "text_to_image":
+        from ofa_ds.bench.text_to_image import bench_text_to_image, table
+
+        if options.repeats < 1:
+            parser.error("--repeats: want at least 1")
+        result = bench_text_to_image(options.repeats)
     elif options.what == "many-ranks":
         from ofa_ds.bench.many_ranks import bench_many_ranks, table
 

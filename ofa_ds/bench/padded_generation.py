@@ -60,17 +60,17 @@ class UncachedModel:
 
     def decode_step(self, tokens_R: Tensor, state: PaddedState) -> Tensor:
         state.tokens_RL = torch.cat([state.tokens_RL, tokens_R[:, None]], 1)
-        hidden_LRD = self.padded.decode(_previous(state.tokens_RL), *state.memory)
+        hidden_LRD = self.padded.decode(previous(state.tokens_RL), *state.memory)
         hidden_LRD = hidden_LRD[-1:] if self.last_only else hidden_LRD
         return F.linear(hidden_LRD.transpose(0, 1), self.model.encoder.embed_tokens.weight)[:, -1]
 
 
-def _previous(tokens_BL: Tensor) -> PaddedBatch:
-    """Of the decoder alone."""
+def previous(tokens_BL: Tensor, *, code: bool = False) -> PaddedBatch:
+    """Of the decoder alone. code: it generates image codes."""
     nothing = torch.empty(0)
     return PaddedBatch(
         images=nothing, has_image=nothing, patches=None, source=nothing, previous=tokens_BL, target=nothing,
-        code=torch.zeros(len(tokens_BL), dtype=torch.bool),
+        code=torch.full((len(tokens_BL),), code),
     )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def chunked_scores(padded: PaddedOFA, memory: Memory, chunks: Sequence[Chunk]) -
     num_examples, found = memory[1].shape[0], []
     for chunk in chunks:
         rows = repeated(memory, len(chunk.previous) // num_examples)
-        hidden_LBD = padded.decode(_previous(chunk.previous), *rows)
+        hidden_LBD = padded.decode(previous(chunk.previous), *rows)
         logits_BLV = F.linear(hidden_LBD.transpose(0, 1), padded.encoder.embed_tokens.weight)
         logits_BLV.masked_fill_(~chunk.allowed, -torch.inf)
         logp_BL = logits_BLV.log_softmax(-1).gather(-1, chunk.target[..., None])[..., 0]

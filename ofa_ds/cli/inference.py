@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ofa_ds.cli.heavy_imports import heavy_imports
-from ofa_ds.cli.parser import Commands, UsageError, command, drawing, positive, text
+from ofa_ds.cli.parser import Commands, UsageError, above_zero, command, drawing, finite, natural, positive, text
 from ofa_ds.terms import DOWNSTREAM_TASKS, TASKS
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 INSTRUCTION = "instruction"
 """`ofa_ds.tasks.instruction.NAME`."""
+PAINTING = "text_to_image"
+"""`ofa_ds.inference.samples.NAME`."""
 
 
 def add_evaluate(commands: Commands) -> None:
@@ -130,10 +132,63 @@ def add_generate(commands: Commands) -> None:
         "--png", type=drawing, metavar="FILE", help="write the picture with the generated boxes and text here"
     )
     add_codes_model(parser)
+    _add_sampling(parser)
     _add_settings(parser)
 
 
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    of = parser.add_argument_group("text_to_image", "Pictures are sampled; with --rerank the best is first.")
+    of.add_argument("--samples", type=positive, metavar="N", help="pictures of the text; 24 where not given")
+    of.add_argument("--top-k", type=natural, metavar="K", help="draw among the K most probable codes; 256, 0 for all")
+    of.add_argument("--top-p", type=above_zero, metavar="P", help="among those that together reach this probability")
+    of.add_argument("--temperature", type=finite, metavar="T", help="1 where not given")
+    of.add_argument("--seed", type=natural, metavar="S", help="of the first sample, then S + 1 and so on; 0")
+    of.add_argument("--rerank", choices=("clip",), help="order by the likeness of picture and text; wants --clip")
+    of.add_argument("--clip", type=Path, metavar="FILE", help="weights of CLIP")
+    of.add_argument("--json", action="store_true", help="print codes, seeds and scores")
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """What was said of samples. Raises UsageError for what does not go together."""
+    names = ("samples", "top_k", "top_p", "temperature", "seed")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.task != PAINTING:
+        others = {name: getattr(options, name) for name in ("rerank", "clip", "json")}
+        for name in (*given, *(name for name, value in others.items() if value)):
+            raise UsageError(f"--{name.replace('_', '-')}: is of {PAINTING}, not of {options.task}")
+        return {}
+    for name in ("image", "beam", "answers", "decoding", "prompt"):
+        if getattr(options, name):
+            raise UsageError(f"--{name}: {PAINTING} has none; it is sampled from --text")
+    if (options.rerank is None) != (options.clip is None):
+        raise UsageError("want --rerank clip and --clip FILE together")
+    if options.top_p is not None and options.top_p > 1:
+        raise UsageError(f"--top-p: want a probability, at most 1, got {options.top_p:g}")
+    if options.top_p is not None and options.top_k:
+        raise UsageError("want --top-k or --top-p, one of them")
+    return given | ({"top_k": 0} if options.top_p is not None else {})
+
+
+def _paint(options: argparse.Namespace, sampling: dict[str, Any]) -> None:
+    with heavy_imports():
+        from ofa_ds.inference.samples import Sampling, paint_text
+
+    found = paint_text(
+        options.checkpoint, options.text, Sampling(**sampling), how=_how(options), codes_model=options.codes_model,
+        clip=options.clip, png=options.png, average=options.ema, vocab=options.vocab,
+    )  # fmt: skip
+    if options.json:
+        print(json.dumps(found))
+        return
+    for sample in found["samples"]:
+        similarity = "" if sample["similarity"] is None else f"  similarity {sample['similarity']:.4f}"
+        print(f"seed {sample['seed']}  log-probability of a code {sample['log_probability']:.4f}{similarity}")
+
+
 def _generate(options: argparse.Namespace) -> None:
+    sampling = _sampling(options)
+    if options.task == PAINTING:
+        return _paint(options, sampling)
     with heavy_imports():
         from ofa_ds.inference.answers import generate_one
 

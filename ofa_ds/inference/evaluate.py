@@ -175,7 +175,14 @@ def collect(shards: Shards, ctx: Context, tasks: Sequence[str], limit: int) -> d
 
 
 def blinded(asked: Sequence[Example], how: str) -> list[Example] | None:
-    """The same questions about a "grey" picture or that of another row ("shuffled"); None where there is none."""
+    """The same questions about a "grey" picture or that of another row ("shuffled"); None where there is none.
+
+    Where pictures are the answers, "shuffled" are the captions.
+    """
+    if asked and all(example.code and example.image is None for example in asked):
+        others = [*asked[len(asked) // 2 :], *asked[: len(asked) // 2]]
+        pairs = zip(asked, others, strict=True)
+        return None if how == "grey" else [dataclasses.replace(a, source=b.source) for a, b in pairs]
     if any(example.image is None for example in asked):
         return None
     if how == "grey":

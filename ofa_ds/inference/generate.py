@@ -110,6 +110,8 @@ class Hypothesis(NamedTuple):
     score: float
     positional_scores: list[float]
     """Log-probability of each token; of a forced prefix too."""
+    beam: int
+    """Which of the example's beams it was when it ended: of samples, which sample."""
 
 
 @torch.no_grad()
@@ -294,7 +296,10 @@ class _Search:
         """Scores, tokens and beams [E, B] of one sample a beam."""
         logp_RK, token_RK = _most_probable(logp_EBV.flatten(0, 1), self.config)
         rows = [example * self.config.beams + beam for example in self.examples for beam in range(self.config.beams)]
-        place_R1 = self._draw(logp_RK.exp(), rows)[:, None]
+        best_R1 = logp_RK[:, :1]
+        # All may be less than the smallest number there is, such as the eos that a limit forces at a low temperature.
+        tiny_R1 = (best_R1 > -torch.inf) & (best_R1.exp() == 0)
+        place_R1 = self._draw((logp_RK - torch.where(tiny_R1, best_R1, 0.0)).exp(), rows)[:, None]
         # Where no token is possible eos is drawn, with its score of -inf: the beam is dead.
         dead_R1 = logp_RK.gather(1, place_R1) == -torch.inf
         token_EB = token_RK.gather(1, place_R1).masked_fill(dead_R1, EOS_ID).view(logp_EBV.shape[:2])
@@ -315,7 +320,7 @@ class _Search:
             positional = [after - before for before, after in zip(cumulative, cumulative[1:], strict=False)]
             score = total / (step + 1) ** config.len_penalty if config.normalize else total
             tokens = [*self.tokens_EBL[e, beam, 1 : step + 1].tolist(), EOS_ID]
-            self.hypotheses[example].append(Hypothesis(tokens, score, positional))
+            self.hypotheses[example].append(Hypothesis(tokens, score, positional, beam))
             if len(self.hypotheses[example]) == config.beams:
                 self.open.discard(example)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from ofa_ds.progress import Progress
@@ -52,7 +53,11 @@ def paint_sheet(rows: Sequence[CodeRow], coders: Coders | ScenesCoder) -> Image.
     """All on one sheet, as near to a square as it goes. Raises ValueError where there are none."""
     if not rows:
         raise ValueError("no row has codes")
-    pictures = coders.paint([row.codes for row in rows], [row.place for row in rows])
+    return sheet_of(coders.paint([row.codes for row in rows], [row.place for row in rows]))
+
+
+def sheet_of(pictures: Sequence[np.ndarray]) -> Image.Image:
+    """Pictures uint8 [H, W, 3], at least one, row by row."""
     columns = math.ceil(math.sqrt(len(pictures)))
     height, width = (max(picture.shape[axis] for picture in pictures) + SHEET_GAP for axis in (0, 1))
     sheet = Image.new("RGB", (columns * width - SHEET_GAP, -(-len(pictures) // columns) * height - SHEET_GAP), "white")

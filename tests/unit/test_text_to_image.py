@@ -136,6 +136,8 @@ def test_a_model_that_knows_the_rows_paints_them_and_is_judged_so(
     learned = task_models.learn_by_heart(model, examples, steps=120)
     found = judge_tasks(learned, Shards(folder / NAME))[NAME]
     score = found["scores"][TASK.metric]
+    for name in ("colour right", "shape right", "place right"):
+        assert found["scores"][name]["own"] > 0.7 > found["scores"][name]["shuffled"]
     assert score["own"] > 0.95 > score["constant"] and found["token_accuracy"]["constant"] == pytest.approx(
         score["constant"], abs=0.02
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ofa_ds.data import scenes, scenes_judge
 from ofa_ds.data.example import Example
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.tasks import caption_scores, judges, label_scores, summary_scores
@@ -24,6 +25,7 @@ SOFT_ACCURACY, ACCURACY, MATTHEWS, F1 = "soft accuracy", "accuracy", "Matthews",
 ACC_IOU = "acc@IoU0.5"
 ROUGE_L = "ROUGE-L"
 EQUAL_CODES = "equal codes"
+COLOR_RIGHT, SHAPE_RIGHT, PLACE_RIGHT = "colour right", "shape right", "place right"
 NO_BOX = (0.0, 0.0, 0.0, 0.0)
 """Handed in for an answer that is no box."""
 
@@ -251,7 +253,29 @@ def hand_in_summary(ctx: Context, asked: Sequence[Example], answers: judges.Answ
 def judge_codes(ctx: Context, asked: Sequence[Example], answers: judges.Answers) -> judges.Scores:
     """Share of the codes that are those of the row's own picture, which is one of many that fit its caption."""
     pairs = list(zip(asked, answers, strict=True))
-    return {EQUAL_CODES: judges.mean([_equal_share(example, ids) for example, ids in pairs if len(example.target) > 1])}
+    equal = judges.mean([_equal_share(example, ids) for example, ids in pairs if len(example.target) > 1])
+    return {EQUAL_CODES: equal, **_scene_scores(ctx, asked, answers)}
+
+
+def _scene_scores(ctx: Context, asked: Sequence[Example], answers: judges.Answers) -> judges.Scores:
+    """Of rows of `ofa-ds scenes`: is what the caption names there, and nothing else (`scenes_judge`)?
+
+    colour right: the colours; shape right: each shape in its colour; place right: of two, as well where they lie.
+    """
+    try:
+        said = [scenes_judge.parse(example.source_text.rpartition("caption: ")[2]) for example in asked]
+    except ValueError:
+        return {}
+    if ctx.vocab.num_codes != scenes.NUM_CODES:
+        return {}
+    codes = [[int(token) - ctx.vocab.code_start for token in ids] for ids in answers]
+    found = [scenes_judge.look_at(scenes.picture_of_codes(each)) if each else () for each in codes]
+    verdicts = [scenes_judge.compare(shapes, each) for shapes, each in zip(found, said, strict=True)]
+    return {
+        COLOR_RIGHT: judges.mean([float(each.color) for each in verdicts]),
+        SHAPE_RIGHT: judges.mean([float(each.looks) for each in verdicts]),
+        PLACE_RIGHT: judges.mean([float(each.place) for each in verdicts if each.place is not None]),
+    }
 
 
 def _equal_share(example: Example, ids: Sequence[int]) -> float:

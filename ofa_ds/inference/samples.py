@@ -1,0 +1,153 @@
+"""Text to image as a user asks for it: samples of codes with their seeds, painted, ranked, and on one sheet."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ofa_ds.data import scenes
+from ofa_ds.inference.answering import codes_config
+from ofa_ds.inference.asking import AS_THE_TASK_SAYS, How, asked_as
+from ofa_ds.inference.generate import SeededDraw, generate
+from ofa_ds.inference.loaded_model import LoadedModel, load_model
+from ofa_ds.inference.painting import check_codes
+from ofa_ds.storage.atomic import replace_file
+from ofa_ds.tasks.task import ask
+from ofa_ds.vision.clip import Clip, load_clip
+from ofa_ds.vision.coder import load_coder, this_device
+from ofa_ds.vision.decoding import sheet_of
+
+NAME = "text_to_image"
+SCENES = "scenes"
+"""Names the code book of `ofa-ds scenes`, which is no VQGAN."""
+
+MAX_TOGETHER = 64
+"""Samples that are rows of one batch: of 1,024 codes each, a large model keeps about 100 MB for each in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    samples: int = 24
+    top_k: int = 256
+    """0 for all codes."""
+    top_p: float = 0.0
+    """In place of top_k: the most probable codes that together reach this probability; 0 for no limit."""
+    temperature: float = 1.0
+    seed: int = 0
+    """Of the first sample; those after it have the numbers that follow."""
+
+
+class Sample(NamedTuple):
+    seed: int
+    codes: list[int]
+    """Of the code book, row by row."""
+    log_probability: float
+    """Mean over the codes, in nats, among all codes."""
+    similarity: float | None = None
+    """CLIP's cosine of picture and caption, where it was asked."""
+
+
+class Paints(Protocol):
+    """`Coder`, or the code book of scenes."""
+
+    pixels_per_code: int
+    num_codes: int
+
+    def paint(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]: ...
+
+
+def sample_codes(loaded: LoadedModel, caption: str, sampling: Sampling) -> list[Sample]:
+    """By their seeds: the most probable are the emptiest. One is the same whatever is sampled beside it, but rounding.
+
+    The caption goes through the encoder once for MAX_TOGETHER samples. loaded: as it is asked for text to image.
+    Raises ValueError: no caption, one that is too long, a model that cannot paint.
+    """
+    example = ask(loaded.context(), NAME, None, caption)
+    found: list[Sample] = []
+    for start in range(0, sampling.samples, MAX_TOGETHER):
+        seeds = range(sampling.seed + start, sampling.seed + min(start + MAX_TOGETHER, sampling.samples))
+        config = codes_config(
+            loaded, beams=len(seeds), sampling=True, top_k=sampling.top_k, top_p=sampling.top_p,
+            temperature=sampling.temperature,
+        )  # fmt: skip
+        (hypotheses,) = generate(loaded.model, loaded.pack([example]), config, draw=SeededDraw(seeds))
+        for each in hypotheses:
+            codes = [token - loaded.vocab.code_start for token in each.tokens[:-1]]
+            found.append(Sample(seeds[each.beam], codes, each.score))
+    return sorted(found)
+
+
+def paint(samples: Sequence[Sample], coder: Paints) -> list[np.ndarray]:
+    """uint8 [H, W, 3] of each."""
+    return coder.paint([np.array(sample.codes, np.int64) for sample in samples])
+
+
+def ranked(
+    samples: Sequence[Sample], pictures: Sequence[np.ndarray], clip: Clip, caption: str
+) -> tuple[list[Sample], list[np.ndarray]]:
+    """Both by CLIP's cosine of picture and caption, best first."""
+    scores = clip.scores(pictures, caption.replace("/", "")).tolist()
+    order = sorted(range(len(samples)), key=lambda k: -scores[k])
+    return [samples[k]._replace(similarity=scores[k]) for k in order], [pictures[k] for k in order]
+
+
+def coder_of(name: Path, loaded: LoadedModel) -> Paints:
+    """name: directory of a VQGAN, or SCENES. Raises ValueError as `load_coder`, and for one with other codes."""
+    size = loaded.model.config.code_image_size
+    coder = SceneCodes() if str(name) == SCENES else load_coder(name, device=this_device(), code_image_size=size)
+    check_codes(coder, loaded.vocab, str(name))
+    return coder
+
+
+class SceneCodes:
+    """Paints the codes of `ofa-ds scenes`."""
+
+    pixels_per_code, num_codes = scenes.CELL, scenes.NUM_CODES
+
+    def paint(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [scenes.picture_of_codes(each.tolist()) for each in codes]
+
+
+def paint_text(
+    checkpoint: str | Path, caption: str, sampling: Sampling, *, how: How = AS_THE_TASK_SAYS,
+    codes_model: Path | None = None, clip: Path | None = None, png: Path | None = None, average: bool = False,
+    vocab: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Samples of one caption: {"caption", the sampling, "ranked_by": "clip" or "seed", "samples": of `Sample`}.
+
+    codes_model: as `coder_of` takes it; without it nothing is painted. clip: ranks by it, best first. png: the sheet
+    goes here, and what is returned beside it, as JSON. Everything is loaded before anything is sampled. Raises
+    ValueError as what it calls.
+    """
+    if (png is not None or clip is not None) and codes_model is None:
+        raise ValueError("--png and --rerank want pictures: say what paints the codes, --codes-model DIR")
+    loaded = asked_as(load_model(checkpoint, average=average, vocab=vocab, precision=how.precision), NAME, how)
+    print(loaded.describe(), file=sys.stderr)
+    coder = None if codes_model is None else coder_of(codes_model, loaded)
+    judge = load_clip(clip, this_device()) if clip is not None else None
+    samples = sample_codes(loaded, caption, sampling)
+    pictures = paint(samples, coder) if coder is not None else []
+    if judge is not None:
+        samples, pictures = ranked(samples, pictures, judge, caption)
+    told = {
+        "caption": caption, **dataclasses.asdict(sampling), "ranked_by": "seed" if judge is None else "clip",
+        "samples": [sample._asdict() for sample in samples],
+    }  # fmt: skip
+    if png is not None:
+        _large(sheet_of(pictures)).save(png)
+        replace_file(png.with_name(f"{png.name}.json"), json.dumps(told) + "\n")
+    return told
+
+
+def _large(sheet: Any) -> Any:
+    """Small pictures are shown larger, pixel by pixel."""
+    factor = max(1, math.ceil(512 / max(sheet.size)))
+    return sheet.resize((sheet.width * factor, sheet.height * factor), 0)
