@@ -25,14 +25,15 @@ from ofa_ds.bench.padded import PaddedOFA
 from ofa_ds.bench.padded_generation import PaddedState, previous, repeated
 from ofa_ds.bench.step import CODE_START, VOCAB_SIZE, progress
 from ofa_ds.data.example import Example
-from ofa_ds.inference.generate import GenerationConfig, SeededDraw, generate
+from ofa_ds.inference.draws import SeededDraw
+from ofa_ds.inference.generate import GenerationConfig, generate
 from ofa_ds.model.config import preset
 from ofa_ds.model.ofa import OFA
 from ofa_ds.model.products import without_onednn
 
 SAMPLES, SIDE, CAPTION_TOKENS = 24, 256, 22
 CODES = (CODE_START, CODE_START + 8192)
-SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+SHARES = (0.0, 0.25, 0.5, 1.0)
 """Of the whole length, where a step without caches is timed."""
 
 
@@ -89,9 +90,9 @@ def plain_seconds(model: OFA, batch: Batch, samples: int, lengths: Sequence[int]
     return found
 
 
-def whole(lengths: Sequence[int], seconds: Sequence[float]) -> float:
-    """Of all lengths up to the last, by the lines between those timed."""
-    return float(np.interp(np.arange(1, lengths[-1] + 1), lengths, seconds).sum())
+def whole(lengths: Sequence[int], seconds: Sequence[float], steps: int) -> float:
+    """Of so many steps, each a token longer, by the lines between those timed; after the last as that one."""
+    return float(np.interp(np.arange(1, steps + 1), lengths, seconds).sum())
 
 
 def bench_painting(threads: int, repeats: int, *, size: str, samples: int, side: int) -> dict[str, float]:
@@ -106,11 +107,12 @@ def bench_painting(threads: int, repeats: int, *, size: str, samples: int, side:
         ours.append((time.perf_counter() - start, time.process_time() - worked))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     result = {"threads": threads, "samples": samples, "codes": config.max_len_b, "peak_MiB": peak, **told("ours", ours)}
-    lengths = sorted({1 + round(share * config.max_len_b) for share in SHARES})
+    steps = config.max_len_b + 1
+    lengths = sorted({1 + round(share * (config.max_len_b - 1)) for share in SHARES})
     plain_seconds(model, batch, 1, lengths[:1])
     for name, together, times in (("together", samples, 1), ("alone", 1, samples)):
         seconds, worked = zip(*plain_seconds(model, batch, together, lengths), strict=True)
-        result |= told(name, [(times * whole(lengths, seconds), times * whole(lengths, worked))])
+        result |= told(name, [(times * whole(lengths, seconds, steps), times * whole(lengths, worked, steps))])
     return result
 
 

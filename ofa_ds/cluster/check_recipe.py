@@ -46,18 +46,23 @@ def check_command(name: str, recipe: Recipe) -> None:
 
 
 def _check_scst(recipe: Recipe) -> None:
-    """Rewards are of captions; and where nothing is a label, nothing is smoothed."""
-    if recipe.criterion.kind != "scst":
+    """Rewards are of captions, or of pictures; and where nothing is a label, nothing is smoothed."""
+    kind, task = recipe.criterion.kind, recipe.data.task.name
+    if kind == "scst" and task not in ("caption", "caption_scst"):
+        raise ValueError(f"criterion.kind scst rewards captions, not {task!r}; use caption_scst")
+    if kind == "clip_scst" and task != "text_to_image":
+        raise ValueError(f"criterion.kind clip_scst rewards pictures, not {task!r}; use text_to_image")
+    if kind not in ("scst", "clip_scst"):
         return
-    if recipe.data.task.name not in ("caption", "caption_scst"):
-        raise ValueError(f"criterion.kind scst rewards captions, not {recipe.data.task.name!r}; use caption_scst")
     if recipe.optim.label_smoothing:
         raise ValueError(
-            "criterion.kind scst has no labels to smooth; set optim.label_smoothing=0, not "
+            f"criterion.kind {kind} has no labels to smooth; set optim.label_smoothing=0, not "
             f"{recipe.optim.label_smoothing}"
         )
     if recipe.criterion.rdrop_alpha or recipe.criterion.drop_worst_ratio or recipe.criterion.drop_best_ratio:
-        raise ValueError("criterion.kind scst drops no token and has no R-Drop: set drop_*_ratio and rdrop_alpha to 0")
+        raise ValueError(
+            f"criterion.kind {kind} drops no token and has no R-Drop: set drop_*_ratio and rdrop_alpha to 0"
+        )
 
 
 def _check_codes(data: DataConfig) -> None:

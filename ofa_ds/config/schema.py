@@ -249,7 +249,7 @@ class BatchConfig:
 class CriterionConfig:
     """Of fine-tuning, beside optim.label_smoothing (docs/ofa.md, Training: criteria); pretraining has none of it."""
 
-    kind: Literal["cross_entropy", "encouraging", "scst"] = "cross_entropy"
+    kind: Literal["cross_entropy", "encouraging", "scst", "clip_scst"] = "cross_entropy"
     drop_worst_ratio: Rate = 0.0
     """Share of a micro-batch's tokens that is left out because its loss is largest."""
     drop_worst_after: Count = Field(0, ge=0)
@@ -264,11 +264,17 @@ class CriterionConfig:
     log_end: Real = Field(0.75, gt=0, le=1)
     """Of the encouraging loss: where its bonus goes on as its tangent; 1 for nowhere."""
     scst_beams: Count = Field(5, ge=2)
-    """Of `scst`: hypotheses of each picture that are rewarded."""
+    """Of `scst`: hypotheses of each picture that are rewarded; of `clip_scst`: samples of each caption."""
     scst_max_tokens: Count = Field(16, ge=1)
     scst_no_repeat_ngram: Count = Field(3, ge=0)
     scst_document_frequency: Text = ""
     """Of `scst`: a file of document frequencies; those of the training shards where empty."""
+    scst_top_k: Count = Field(256, ge=0)
+    """Of `clip_scst`: codes are drawn among that many most probable; 0: among all."""
+    scst_vqgan: Text = ""
+    """Of `clip_scst`: directory of the VQGAN that paints the codes."""
+    scst_clip: Text = ""
+    """Of `clip_scst`: weights of the CLIP that rewards."""
 
     @field_validator("constraint_range")
     @classmethod

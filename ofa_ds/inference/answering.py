@@ -8,7 +8,8 @@ from typing import Any
 
 from ofa_ds.data.example import Example
 from ofa_ds.inference.candidate_scores import candidate_scores
-from ofa_ds.inference.generate import GenerationConfig, SeededDraw, generate
+from ofa_ds.inference.draws import SeededDraw
+from ofa_ds.inference.generate import GenerationConfig, generate
 from ofa_ds.inference.loaded_model import LoadedModel, Told, batches, untold
 from ofa_ds.tasks.candidates import Candidates
 from ofa_ds.tasks.context import PIXELS_PER_CODE

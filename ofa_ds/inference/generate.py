@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ofa_ds.batch import Batch
+from ofa_ds.inference.draws import Draw, most_probable
+from ofa_ds.inference.repeats import forbid_repeats
 from ofa_ds.model.allowed_ids import allowed_ids
 from ofa_ds.tasks.candidates import ROOT, Trie
 from ofa_ds.terms import BOS_ID, EOS_ID, NUM_SPECIAL_IDS, PAD_ID, UNK_ID
@@ -41,25 +43,6 @@ class IncrementalModel(Protocol):
 
     def decode_step(self, tokens_R: Tensor, state: Any, id_range: tuple[int, int] | None = None) -> Tensor:
         """With a range, which only image codes are generated with: logits of the special ids and of it alone."""
-
-
-Draw = Callable[[Tensor, Sequence[int]], Tensor]
-"""(weights [R, K], not normalised, which rows of all they are) -> the place int64 [R] that is drawn in each."""
-
-
-class SeededDraw:
-    """Draws of each row from a generator of its own, so that a sample is the same whatever is sampled beside it."""
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        """seeds: of each row, example-major; at least 0."""
-        self._generators = [np.random.default_rng(seed) for seed in seeds]
-
-    def __call__(self, weights_RK: Tensor, rows: Sequence[int]) -> Tensor:
-        """By the inverse of the cumulated weights, in fp64 on any device."""
-        uniform_R1 = torch.tensor([[self._generators[row].random()] for row in rows], dtype=torch.float64)
-        cumulated_RK = weights_RK.double().cumsum(1)
-        place_R1 = torch.searchsorted(cumulated_RK, uniform_R1.to(weights_RK.device) * cumulated_RK[:, -1:], right=True)
-        return place_R1[:, 0].clamp(max=weights_RK.shape[1] - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,7 +277,7 @@ class _Search:
 
     def _samples(self, logp_EBV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, tokens and beams [E, B] of one sample a beam."""
-        logp_RK, token_RK = _most_probable(logp_EBV.flatten(0, 1), self.config)
+        logp_RK, token_RK = most_probable(logp_EBV.flatten(0, 1), self.config.top_k, self.config.top_p)
         rows = [example * self.config.beams + beam for example in self.examples for beam in range(self.config.beams)]
         best_R1 = logp_RK[:, :1]
         # All may be less than the smallest number there is, such as the eos that a limit forces at a low temperature.
@@ -399,7 +382,7 @@ class _Rules:
         elif step < config.min_len:
             logp_RV[:, EOS_ID] = -torch.inf
         if config.no_repeat_ngram:
-            _forbid_repeats(logp_RV, search.so_far(), config.no_repeat_ngram)
+            forbid_repeats(logp_RV, search.so_far(), config.no_repeat_ngram)
         return logp_RV.view_as(logp_EBV)
 
     def follow(self, moved_R: Tensor | None) -> None:
@@ -417,25 +400,3 @@ class _Rules:
 
 def _of_beams(value_EBL: Tensor, beam_EB: Tensor) -> Tensor:
     return value_EBL.gather(1, beam_EB[..., None].expand_as(value_EBL))
-
-
-def _forbid_repeats(logp_RV: Tensor, tokens_RL: Tensor, size: int) -> None:
-    """Sets to -inf, in place, each token that would complete an n-gram of `size` that the row already has."""
-    length = tokens_RL.shape[1]
-    if length < size:
-        return
-    windows_RWn = tokens_RL.unfold(1, size, 1)
-    repeats_RW = (windows_RWn[..., :-1] == tokens_RL[:, None, length - size + 1 :]).all(-1)
-    logp_RV.scatter_(1, windows_RWn[..., -1].where(repeats_RW, PAD_ID), -torch.inf)  # pad is forbidden anyway
-
-
-def _most_probable(logp_RV: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [R, K] and tokens [R, K], most probable first, of which to draw; -inf outside the top_p set."""
-    if config.top_k:
-        return logp_RV.topk(min(config.top_k, logp_RV.shape[-1]))
-    sorted_RV, index_RV = logp_RV.sort(dim=-1, descending=True, stable=True)
-    if config.top_p:
-        probable_RV = sorted_RV.exp()
-        before_RV = probable_RV.cumsum(-1) - probable_RV
-        sorted_RV = sorted_RV.masked_fill(before_RV >= config.top_p, -torch.inf)
-    return sorted_RV, index_RV

@@ -9,25 +9,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ofa_ds.data import scenes
 from ofa_ds.inference.answering import codes_config
 from ofa_ds.inference.asking import AS_THE_TASK_SAYS, How, asked_as
-from ofa_ds.inference.generate import SeededDraw, generate
+from ofa_ds.inference.draws import SeededDraw
+from ofa_ds.inference.generate import generate
 from ofa_ds.inference.loaded_model import LoadedModel, load_model
-from ofa_ds.inference.painting import check_codes
+from ofa_ds.inference.painting import check_codes, coder_of
 from ofa_ds.storage.atomic import replace_file
 from ofa_ds.tasks.task import ask
 from ofa_ds.vision.clip import Clip, load_clip
-from ofa_ds.vision.coder import load_coder, this_device
+from ofa_ds.vision.coder import Coder, this_device
 from ofa_ds.vision.decoding import sheet_of
+from ofa_ds.vision.scenes_coder import ScenesCoder
 
 NAME = "text_to_image"
-SCENES = "scenes"
-"""Names the code book of `ofa-ds scenes`, which is no VQGAN."""
 
 MAX_TOGETHER = 64
 """Samples that are rows of one batch: of 1,024 codes each, a large model keeps about 100 MB for each in fp32."""
@@ -55,15 +54,6 @@ class Sample(NamedTuple):
     """CLIP's cosine of picture and caption, where it was asked."""
 
 
-class Paints(Protocol):
-    """`Coder`, or the code book of scenes."""
-
-    pixels_per_code: int
-    num_codes: int
-
-    def paint(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]: ...
-
-
 def sample_codes(loaded: LoadedModel, caption: str, sampling: Sampling) -> list[Sample]:
     """By their seeds: the most probable are the emptiest. One is the same whatever is sampled beside it, but rounding.
 
@@ -85,7 +75,7 @@ def sample_codes(loaded: LoadedModel, caption: str, sampling: Sampling) -> list[
     return sorted(found)
 
 
-def paint(samples: Sequence[Sample], coder: Paints) -> list[np.ndarray]:
+def paint(samples: Sequence[Sample], coder: Coder | ScenesCoder) -> list[np.ndarray]:
     """uint8 [H, W, 3] of each."""
     return coder.paint([np.array(sample.codes, np.int64) for sample in samples])
 
@@ -97,23 +87,6 @@ def ranked(
     scores = clip.scores(pictures, caption.replace("/", "")).tolist()
     order = sorted(range(len(samples)), key=lambda k: -scores[k])
     return [samples[k]._replace(similarity=scores[k]) for k in order], [pictures[k] for k in order]
-
-
-def coder_of(name: Path, loaded: LoadedModel) -> Paints:
-    """name: directory of a VQGAN, or SCENES. Raises ValueError as `load_coder`, and for one with other codes."""
-    size = loaded.model.config.code_image_size
-    coder = SceneCodes() if str(name) == SCENES else load_coder(name, device=this_device(), code_image_size=size)
-    check_codes(coder, loaded.vocab, str(name))
-    return coder
-
-
-class SceneCodes:
-    """Paints the codes of `ofa-ds scenes`."""
-
-    pixels_per_code, num_codes = scenes.CELL, scenes.NUM_CODES
-
-    def paint(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [scenes.picture_of_codes(each.tolist()) for each in codes]
 
 
 def paint_text(
@@ -131,7 +104,10 @@ def paint_text(
         raise ValueError("--png and --rerank want pictures: say what paints the codes, --codes-model DIR")
     loaded = asked_as(load_model(checkpoint, average=average, vocab=vocab, precision=how.precision), NAME, how)
     print(loaded.describe(), file=sys.stderr)
-    coder = None if codes_model is None else coder_of(codes_model, loaded)
+    coder = None
+    if codes_model is not None:
+        coder = coder_of(codes_model, loaded.model.config.code_image_size)
+        check_codes(coder, loaded.vocab, str(codes_model))
     judge = load_clip(clip, this_device()) if clip is not None else None
     samples = sample_codes(loaded, caption, sampling)
     pictures = paint(samples, coder) if coder is not None else []

@@ -24,7 +24,8 @@ from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.engine.copying import to_device
 from ofa_ds.engine.engine import Engine
-from ofa_ds.inference.generate import GenerationConfig, generate
+from ofa_ds.inference.generate import GenerationConfig, Hypothesis, generate
+from ofa_ds.model.ofa import OFA
 from ofa_ds.places import places_of
 from ofa_ds.tasks.cider import CiderD
 from ofa_ds.terms import BOS_ID
@@ -59,20 +60,28 @@ class SelfCritical(TaskLoss):
         with ThreadPoolExecutor(1) as other, engine.gathered() as model:
             waiting = []
             for batch in batches:
-                found = generate(model, batch.to(engine.device), self._search)
+                found = self.found(model, batch.to(engine.device), engine.num_updates)
                 tokens = [[hypothesis.tokens for hypothesis in hypotheses] for hypotheses in found]
                 waiting.append(other.submit(self.rewarded, batch, tokens))
             return [each.result() for each in waiting]
 
+    def found(self, model: OFA, batch: Batch, step: int) -> list[list[Hypothesis]]:
+        """The hypotheses of each example in this step."""
+        return generate(model, batch, self._search)
+
     def rewarded(self, batch: Batch, hypotheses: Sequence[Sequence[Tokens]]) -> Prepared:
         """The batch of these hypotheses of its examples, best first, with their rewards as weights."""
-        scores = self.scores(references_of(batch), hypotheses)
+        scores = self.scored(batch, hypotheses)
         rewards = [reward for each in scores for reward in beside_others(each)]
         spoken = with_hypotheses(batch, hypotheses, rewards)
         spoken = spoken.with_places(places_of(spoken))
         logged = torch.tensor([[sum(map(sum, scores)), sum(map(len, scores))]], dtype=torch.float64)
         num_tokens = torch.tensor([len(spoken.targets)], dtype=torch.float64)  # none of them is a pad
         return Prepared(batch=spoken, counts=num_tokens, more=logged)
+
+    def scored(self, batch: Batch, hypotheses: Sequence[Sequence[Tokens]]) -> list[list[float]]:
+        """Of every hypothesis of every example, before the baseline is taken off."""
+        return self.scores(references_of(batch), hypotheses)
 
     def scores(self, references: Sequence[Sequence[str]], hypotheses: Sequence[Sequence[Tokens]]) -> list[list[float]]:
         """CIDEr-D of every hypothesis of every example."""

@@ -21,7 +21,7 @@ from ofa_ds.checkpoint.runs import newest_good
 from ofa_ds.checkpoint.saver import Saver
 from ofa_ds.config import Recipe, recipe_to_dict
 from ofa_ds.data.sets import open_data, sets_of
-from ofa_ds.data.vocab import load_vocab
+from ofa_ds.data.vocab import Vocab, load_vocab
 from ofa_ds.engine.config import load_deepspeed_config
 from ofa_ds.engine.engine import Engine, build
 from ofa_ds.engine.host_memory import release_freed_memory
@@ -81,6 +81,12 @@ def run(recipe: Recipe, pulse: beat.Pulse) -> int:
     return code
 
 
+def _painting_critical(recipe: Recipe, vocab: Vocab) -> Objective:
+    from ofa_ds.train.clip_scst import painting_critical  # no other run needs VQGAN and CLIP
+
+    return painting_critical(recipe, vocab)
+
+
 def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse, memory: OutOfMemory) -> int:
     with together(ranks):
         shards = open_data(recipe.data)
@@ -90,6 +96,8 @@ def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse, memor
         memory.vocab_size = vocab.size
         rewards = recipe.criterion.kind == "scst"
         objective = self_critical(recipe, shards, vocab) if rewards else objective_of(recipe)
+        if recipe.criterion.kind == "clip_scst":
+            objective = _painting_critical(recipe, vocab)
         held_out = held_out_shards(recipe) if recipe.train.evaluate_every and recipe.data.heldout else None
     repeat_bits(config)
     engine = build(

@@ -15,7 +15,8 @@ from numerics import assert_close
 from torch import Tensor
 
 from ofa_ds.batch import Batch
-from ofa_ds.inference.generate import Draw, GenerationConfig, Hypothesis, generate
+from ofa_ds.inference.draws import Draw
+from ofa_ds.inference.generate import GenerationConfig, Hypothesis, generate
 from ofa_ds.model.ofa import OFA
 
 FILE = "t2i/code_generation.npz"

@@ -24,6 +24,7 @@ def leaves(kind: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 PATHS = [
     "run_dir", "deepspeed", "data.shards", "data.vocab", "data.heldout", "criterion.scst_document_frequency",
+    "criterion.scst_vqgan", "criterion.scst_clip",
     "train.init_from", "train.best_metric", "train.wandb", "train.calibration", "train.codes_model",
 ]  # fmt: skip
 """Keys whose value is any text."""

@@ -14,7 +14,8 @@ from ofa_ds.bench.text_to_image import (
     table,
     whole,
 )
-from ofa_ds.inference.generate import SeededDraw, generate
+from ofa_ds.inference.draws import SeededDraw
+from ofa_ds.inference.generate import generate
 
 
 def test_without_caches_the_same_codes_are_sampled() -> None:
@@ -28,7 +29,9 @@ def test_without_caches_the_same_codes_are_sampled() -> None:
 
 
 def test_lengths_between_those_timed_are_on_a_line() -> None:
-    assert whole([1, 3, 5], [1.0, 3.0, 5.0]) == pytest.approx(15) and whole([1, 2], [2.0, 4.0]) == pytest.approx(6)
+    assert whole([1, 3, 5], [1.0, 3.0, 5.0], 5) == pytest.approx(15) and whole([1, 2], [2.0, 4.0], 3) == pytest.approx(
+        10
+    )
 
 
 def test_a_small_run_fills_the_table() -> None:

@@ -64,6 +64,7 @@ ENCOURAGING = {
                             "criterion.drop_best_after": 2500},
     "refcoco-large-el": {}, "refcocoplus-large-el": {}, "refcocog-large-el": {},
 }  # fmt: skip
+STAGE_2 = tuple(f"image-gen-stage2-{size}" for size in ("nano", "base", "large"))
 FILES = {"text_to_image": "image-gen-stage1"}
 """What recipes of a task are called, where that is not its name."""
 TOKENS = {"vqa", "imagenet", *GLUE}
@@ -84,8 +85,21 @@ def value(recipe: Recipe, key: str) -> Any:
 def test_there_is_a_recipe_of_each_task_and_size_and_no_other():
     shipped = {name for name in shipped_recipes() if name.startswith("finetune-")}
     assert shipped == {recipe_of(task, size) for task in DOWNSTREAM_TASKS for size in SIZES} | {
-        f"finetune-{name}" for name in ENCOURAGING
+        f"finetune-{name}" for name in (*ENCOURAGING, *STAGE_2)
     }
+
+
+@pytest.mark.parametrize("name", STAGE_2)
+def test_the_second_stage_of_text_to_image_is_the_first_with_the_script_s_rewards(name):
+    recipe, first = load_recipe(f"finetune-{name}"), load_recipe(f"finetune-{name.replace('stage2', 'stage1')}")
+    assert (recipe.data, recipe.model.preset) == (first.data, first.model.preset)
+    assert recipe.criterion.constraint_range == first.criterion.constraint_range
+    assert (recipe.criterion.kind, recipe.criterion.scst_beams, recipe.criterion.scst_top_k) == ("clip_scst", 5, 256)
+    assert (recipe.model.dropout, recipe.model.drop_path, recipe.optim.label_smoothing) == (0, 0, 0)
+    assert recipe.optim.warmup_steps == recipe.optim.warmup_ratio == 0
+    if not name.endswith("nano"):
+        assert (recipe.optim.peak_lr, recipe.optim.end_lr, recipe.batch.global_rows) == (1e-6, 0, 32)
+        assert (recipe.train.num_steps, recipe.train.evaluate_every, recipe.batch.micro_rows) == (5000, 200, 1)
 
 
 @pytest.mark.parametrize("size", AS)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ofa_ds.inference.generate import BOS_ID, GenerationConfig, SeededDraw, Trie, generate
+from ofa_ds.inference.draws import SeededDraw
+from ofa_ds.inference.generate import BOS_ID, GenerationConfig, Trie, generate
 from ofa_ds.terms import PAD_ID
 from ofa_ds.train.criteria import EOS_ID
 

@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "convert": {"checkpoint", "config", "data", "engine", "model", "progress", "storage", "terms"},
     "train": {
         "batch", "beat", "checkpoint", "config", "convert", "data", "engine", "inference", "model", "places", "plan",
-        "progress", "storage", "tasks", "terms",
+        "progress", "storage", "tasks", "terms", "vision",
     },
     "vision": {"convert", "data", "engine", "progress", "storage", "terms"},
     "runs": {"config", "storage", "terms", "train"},

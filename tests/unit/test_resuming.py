@@ -28,8 +28,10 @@ OTHER: dict[str, Any] = {
     "criterion.drop_worst_ratio": 0.2, "criterion.drop_worst_after": 9, "criterion.drop_best_ratio": 0.2,
     "criterion.drop_best_after": 9, "criterion.rdrop_alpha": 1.0, "criterion.log_end": 1.0,
     "criterion.constraint_range": (9, 99), "criterion.scst_beams": 9,
-    "criterion.scst_max_tokens": 9, "criterion.scst_no_repeat_ngram": 9,
+    "criterion.scst_max_tokens": 9, "criterion.scst_no_repeat_ngram": 9, "criterion.scst_top_k": 9,
     "criterion.scst_document_frequency": "words.json",
+    "criterion.scst_vqgan": "vqgan",
+    "criterion.scst_clip": "clip.pt",
 }  # fmt: skip
 
 

@@ -15,9 +15,10 @@ from ofa_ds.cli import main
 from ofa_ds.data import scenes
 from ofa_ds.data.scenes import picture_of_codes
 from ofa_ds.inference.answering import codes_config
-from ofa_ds.inference.generate import SeededDraw, generate
+from ofa_ds.inference.draws import SeededDraw
+from ofa_ds.inference.generate import generate
 from ofa_ds.inference.loaded_model import LoadedModel
-from ofa_ds.inference.samples import Sample, Sampling, paint, ranked, sample_codes
+from ofa_ds.inference.samples import Sample, Sampling, ranked, sample_codes
 from ofa_ds.tasks.task import ask
 
 NAME, CAPTION = "text_to_image", "a red circle left of a blue square"
@@ -153,10 +154,3 @@ def test_what_cannot_be_is_one_line(
 def test_options_of_samples_are_of_painting_alone(saved: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*saved[:2], "--task", "caption", "--samples", "2"]) == 2
     assert "--samples: is of text_to_image, not of caption" in capsys.readouterr().err
-
-
-def test_a_code_book_of_another_size_is_refused(model: LoadedModel) -> None:
-    from ofa_ds.inference.samples import SceneCodes, coder_of
-
-    assert isinstance(coder_of("scenes", model), SceneCodes)
-    assert [each.shape for each in paint([Sample(0, [0] * 64, 0.0)], SceneCodes())] == [(64, 64, 3)]
