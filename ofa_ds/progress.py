@@ -38,7 +38,7 @@ class Progress:
         if now - self._told >= SECONDS_BETWEEN_LINES:
             self._told = now
             rate = (self.done - self._skipped) / (now - self._started)
-            left_s = (self.total - self.done) / rate if rate else 0.0
+            left_s = max(self.total - self.done, 0.0) / rate if rate else 0.0
             line = f"{self.what}: {int(self.done)} of {self.total} {self.unit}, {rate:.0f} a second"
             line += f", {left_s:.0f} s left{f', {self.note}' if self.note else ''}"
             print(line, file=sys.stderr, flush=True)

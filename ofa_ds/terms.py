@@ -55,8 +55,8 @@ IMPORTED = {
 ANNOTATIONS = {"coco-captions": "caption", "coco-instances": "detection", "vqa-v2": "qa", "refcoco": "visual_grounding"}
 """Foreign annotation files beside a folder of pictures -> what their rows are, one of IMPORTED."""
 
-IMPORT_FORMATS = ("webdataset", "parquet", "huggingface", *ANNOTATIONS)
-"""Foreign data sets that become shards. What each is stands in `ofa_ds.data.importing`."""
+IMPORT_FORMATS = ("folder", "webdataset", "parquet", "huggingface", *ANNOTATIONS)
+"""What becomes shards beside OFA's own files. What each is stands in `ofa_ds.data.importing`."""
 
 CLIP_SCORE, FID, INCEPTION_SCORE = "CLIP score", "FID", "Inception score"
 PICTURE_SCORES = (CLIP_SCORE, FID, INCEPTION_SCORE)

@@ -17,6 +17,24 @@ if TYPE_CHECKING:
     from ofa_ds.config import Recipe
 
 
+FROM_A_FOLDER = """\
+from a folder of pictures to a verified data set:
+  1. a caption for each picture: NAME.txt beside NAME.jpg, or one metadata.csv (or .jsonl) with file_name and text
+  2. ofa-ds shards import folder pictures --out data/mine --on-error quarantine
+     what was left out, and why, is in data/mine/quarantine
+  3. ofa-ds shards verify data/mine
+     every checksum, row and picture; exit code 0 where all is right
+  4. ofa-ds shards stats data/mine --png stats.png
+     sizes, lengths, pictures that are there twice
+  5. ofa-ds shards split data/mine --part train=rest --part heldout=0.1 --by-image --out data/split
+     no picture is in both parts
+  6. ofa-ds vocab train --shards data/split/train --out data/vocab
+     ofa-ds shards show data/split/train --vocab data/vocab --task caption --png seen.png
+     what the model sees
+
+WebDataset, Parquet, Hugging Face, COCO, VQA, RefCOCO come by `import` too, OFA's TSV files by `build`."""
+
+
 def add_scenes(commands: Commands) -> None:
     about = "Draw the embedded data set: pictures with known answers, as the TSV files of all eight tasks or of --task."
     parser = command(
@@ -59,8 +77,8 @@ def _scenes(options: argparse.Namespace) -> None:
 
 
 def add_shards(commands: Commands) -> None:
-    about = "Arrow shards: build them from OFA's TSV files, verify them, look at what the model will see."
-    shards = group(commands, "shards", about)
+    about = "Arrow shards: make them of pictures and texts, verify them, look at what the model will see."
+    shards = group(commands, "shards", about, way=FROM_A_FOLDER)
     add_build(shards)
     add_import(shards)
     add_tools(shards)

@@ -39,12 +39,13 @@ def command(
     return parser
 
 
-def group(commands: Commands, name: str, about: str) -> Commands:
-    """Add a command that has actions of its own: `ofa-ds NAME ACTION`."""
-    more = f"Each action explains itself: ofa-ds {name} ACTION --help."
-    return commands.add_parser(name, help=about, description=about, epilog=more).add_subparsers(
-        metavar="ACTION", required=True
+def group(commands: Commands, name: str, about: str, *, way: str = "") -> Commands:
+    """Add a command that has actions of its own: `ofa-ds NAME ACTION`. way: how they follow each other, as it is."""
+    more = "\n\n".join(filter(None, [way, f"Each action explains itself: ofa-ds {name} ACTION --help."]))
+    parser = commands.add_parser(
+        name, help=about, description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    return parser.add_subparsers(metavar="ACTION", required=True)
 
 
 def positive(text: str) -> int:

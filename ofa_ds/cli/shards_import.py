@@ -15,7 +15,7 @@ def add_import(shards: Commands) -> None:
         example="ofa-ds shards import coco-captions captions_train2017.json --images train2017 --out data/coco",
     )  # fmt: skip
     parser.add_argument("format", choices=IMPORT_FORMATS, metavar="FORMAT", help=f"one of {', '.join(IMPORT_FORMATS)}")
-    parser.add_argument("source", nargs="+", metavar="SOURCE", help="tars, Parquet files or folders, annotation files")
+    parser.add_argument("source", nargs="+", metavar="SOURCE", help="folders, tars, Parquet files, annotation files")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to make, or s3://...")
     parser.add_argument("--images", default="", metavar="DIR", help="folder of the pictures of annotation files")
     parser.add_argument(

@@ -49,6 +49,12 @@ class MapPool:
             if (oldest := self._mapped.popleft()()) is not None:
                 oldest.forget()
 
+    def forget(self) -> None:
+        """All of them: none of their pages counts as this process's memory any more."""
+        while self._mapped:
+            if (file := self._mapped.popleft()()) is not None:
+                file.forget()
+
 
 class ShardFile:
     """Rows of one Arrow file. Kept are the mapping of the file and its entries in the index, and no Arrow object.

@@ -65,9 +65,11 @@ class Shards:
         self.types = {kind: count for family in typed for kind, count in families[family].types.items()}
         """Rows of each type, of the families that have types."""
         self._faults = Faults()
-        pool = MapPool()
+        self._pool = MapPool()
         make = self._remote.make_file if self._remote else None
-        self._files = {family: ShardFiles(self.path, self.manifest, family, pool, make) for family in self.families}
+        self._files = {
+            family: ShardFiles(self.path, self.manifest, family, self._pool, make) for family in self.families
+        }
 
     def __reduce__(self) -> tuple:
         return _open, (self.location, self.verify)
@@ -82,6 +84,10 @@ class Shards:
             raise self._outside(family, i)
         k = bisect_right(files.row_ends, i)
         return (files.open[k] or files[k]).row(i - (files.row_ends[k - 1] if k else 0), self.verify)
+
+    def forget_pages(self) -> None:
+        """Pages that were touched no longer count as this process's memory; they stay in the system's cache."""
+        self._pool.forget()
 
     def announce(self, rows: Iterable[tuple[str, int]]) -> None:
         """(family, row) that will be read soon: what they need comes from the disk all at once, not row by row.

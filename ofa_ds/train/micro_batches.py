@@ -5,7 +5,7 @@ Ranks, workers and restarts cannot change it; whoever calls it gets the same bit
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,13 +63,15 @@ class MicroBatches:
         """
         return self.prepare(step, number)[0]
 
-    def prepare(self, step: int, number: int) -> tuple[Batch, Notes]:
-        """The same, and what is to be told of it."""
+    def prepare(self, step: int, number: int, begin: Callable[[str, int], None] | None = None) -> tuple[Batch, Notes]:
+        """The same, and what is to be told of it. begin(family, row): is called before each row."""
         found: list[Example] = []
         substituted: list[Substituted] = []
         start = step * self.batch.global_rows + number * self.batch.micro_rows
         for family, epoch, index in self.mixture.rows(start, start + self.batch.micro_rows):
             rng = row_generator(self.seed, family, epoch, index)
+            if begin is not None:
+                begin(family, index)
             try:
                 found += self._examples(family, index, rng)
             except CorruptRecord as error:

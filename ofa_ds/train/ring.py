@@ -1,8 +1,8 @@
 """Batches from worker processes through reused shared memory: what travels is which slot, and how it is laid out.
 
-Workers are interchangeable: a batch is a function of its key, so one that is killed is started again, and its batches
-are made again with the same bits. They come from a fork server, not by forking the trainer, whose RDMA buffers and
-threads do not survive a fork.
+Workers are interchangeable: a batch is a function of its key, so one that is killed, or hangs, is started again, and
+its batches are made again with the same bits. They come from a fork server, not by forking the trainer, whose RDMA
+buffers and threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ofa_ds.batch import Batch
 from ofa_ds.train.packed_buffer import Layout, from_buffer
+from ofa_ds.train.ring_watch import REPLACE_S, TELL_S, Places, Silence, seen
 from ofa_ds.train.ring_worker import Announce, Failed, Key, Made, Order, Prepare, place, work
 from ofa_ds.train.slots import Slots
 
@@ -51,10 +52,14 @@ class Parcel(NamedTuple):
 
 @dataclass
 class _Worker:
+    number: int
     process: BaseProcess | None = None
     connection: Connection | None = None
     orders: deque[Order] = field(default_factory=deque)
     """Not answered, oldest first: that one it is at."""
+    silence: Silence = field(default_factory=Silence)
+    hung: bool = False
+    """It was ended because nothing was heard of it."""
 
 
 class Ring:
@@ -76,9 +81,11 @@ class Ring:
         self._work, self._keys, self._name = (prepare, announce), enumerate(keys), name
         self._ahead = max(PREFETCH * workers, min(held, MAX_ORDERS * workers))
         self._slots = Slots(held + self._ahead)
+        self._places = Places(workers)
+        self._watched = time.monotonic()
         self._free = list(range(self._slots.count))
         self._lent: list[int] = []
-        self._workers = [_Worker() for _ in range(workers)]
+        self._workers = [_Worker(number) for number in range(workers)]
         self._answers: dict[int, tuple[Order, Made | Failed]] = {}
         self._deaths: Counter[int] = Counter()
         """Of workers, by the number of the batch they were at."""
@@ -142,6 +149,7 @@ class Ring:
             worker.process.join(max(until - time.monotonic(), 0.0))
             _reap(worker.process)
         self._slots.close()
+        self._places.close()
 
     def _assign(self) -> None:
         """Orders to workers with the fewest, while there are slots."""
@@ -157,7 +165,7 @@ class Ring:
                 _send(worker.connection, order)
 
     def _listen(self) -> None:
-        """Until something came."""
+        """Until something came, or nothing for POLL_S seconds."""
         connections = {worker.connection: worker for worker in self._workers if worker.connection is not None}
         for connection in wait(list(connections), POLL_S):
             try:
@@ -169,15 +177,42 @@ class Ring:
             assert order.number == answer.number, "workers answer in order"
             self._answers[order.number] = order, answer
             del self._deaths[order.number]
+        self._watch()
+
+    def _watch(self) -> None:
+        """Tell of workers that stay at one row, and end those that give no sign of life."""
+        passed_s = time.monotonic() - self._watched
+        if passed_s < POLL_S:
+            return
+        self._watched += passed_s
+        for worker in self._workers:
+            if worker.connection is None or not worker.orders or worker.hung:
+                continue
+            rows, row = self._places.of(worker.number)
+            silence, order = worker.silence, worker.orders[0]
+            # Time between two calls is the trainer's, which computed, or was stopped itself.
+            silence.add(min(passed_s, 2 * POLL_S), (order.number, rows), seen(worker.process.pid))
+            who = f"{self._name} (process {worker.process.pid})"
+            if silence.dead_s >= REPLACE_S:
+                worker.hung = True
+                _tell(f"{who} gave no sign of life for {REPLACE_S:g} s at {place(order.key)}, {row}: it is ended")
+                worker.process.kill()
+            elif silence.row_s >= TELL_S and not silence.told:
+                silence.told = True
+                until = f"it is replaced after {REPLACE_S:g} s without a sign of life"
+                _tell(f"{who} is at {place(order.key)}, {row}, for {TELL_S:g} s: {silence.does}; {until}")
 
     def _start(self, worker: _Worker) -> None:
         """With all its orders."""
         self.num_restarts += worker.process is not None
+        self._places.clear(worker.number)
+        worker.hung = False
         ours, theirs = self._context.Pipe()
         try:
             worker.process = self._context.Process(
-                target=work, args=(theirs, self._slots, *self._work), name=self._name, daemon=True
-            )
+                target=work, args=(theirs, self._slots, self._places, worker.number, *self._work), name=self._name,
+                daemon=True,
+            )  # fmt: skip
             worker.process.start()
         except OSError as error:
             raise RuntimeError(f"{self._name}: cannot be started: {error}; set data.workers=0") from error
@@ -192,7 +227,8 @@ class Ring:
         worker.connection.close()
         worker.connection = None
         worker.process.join(GRACE_S)
-        how, process = _how(worker.process.exitcode), worker.process.pid
+        how = "hung, and was ended," if worker.hung else _how(worker.process.exitcode)
+        process = worker.process.pid
         _reap(worker.process)
         who = f"{self._name} (process {process}) {how}"
         if not worker.orders:
@@ -202,7 +238,8 @@ class Ring:
         self._deaths[order.number] += 1
         if self._deaths[order.number] >= MAX_DEATHS:
             worker.orders.popleft()
-            error = RuntimeError(_gave_up(f"{who} at {place(order.key)}"))
+            row = f", {self._places.of(worker.number)[1]}" if worker.hung else ""
+            error = RuntimeError(_gave_up(f"{who} at {place(order.key)}{row}", HANG if worker.hung else DEATH))
             self._answers[order.number] = order, Failed(order.number, error)
         else:
             _tell(f"{who} at {place(order.key)}: another one is started, which makes the same batch")
@@ -232,12 +269,15 @@ def _how(code: int | None) -> str:
         return f"was ended by signal {-code}"
 
 
-def _gave_up(where: str) -> str:
-    return (
-        f"{where}, the {MAX_DEATHS}th to do so at this batch: SIGKILL is mostly a lack of memory (fewer "
-        "data.workers, smaller batch.micro_rows), SIGBUS a file that is cut or a full disk; data.workers=0 shows the "
-        "fault itself"
-    )
+def _gave_up(where: str, advice: str) -> str:
+    return f"{where}, the {MAX_DEATHS}th to do so at this batch: {advice}; data.workers=0 shows the fault itself"
+
+
+DEATH = (
+    "SIGKILL is mostly a lack of memory (fewer data.workers, smaller batch.micro_rows), SIGBUS a file that is cut or a "
+    "full disk"
+)
+HANG = "see whether the row decodes: ofa-ds shards verify"
 
 
 def _reap(process: BaseProcess) -> None:

@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 
 from ofa_ds.batch import Batch
 from ofa_ds.train.packed_buffer import Layout, packing
+from ofa_ds.train.ring_watch import Places
 from ofa_ds.train.slots import Slots
 
 STOP_GRACE_S = 120
@@ -24,9 +26,11 @@ STOP_GRACE_S = 120
 
 Key = tuple[int, int]
 """Optimizer step and number of a micro-batch in it."""
+Begin = Callable[[str, int], None]
+"""`begin(family, row)`: this row is next."""
 Prepare = Callable[..., tuple[Batch, Any]]
-"""`prepare(step, number)` -> the batch and notes about it, a function of these alone. ValueErrors and RuntimeErrors are
-the consumer's, one line each."""
+"""`prepare(step, number, begin)` -> the batch and notes about it, a function of the first two alone. ValueErrors and
+RuntimeErrors are the consumer's, one line each."""
 
 
 Announce = Callable[[int, int], None]
@@ -58,16 +62,19 @@ class Failed(NamedTuple):
     error: ValueError | RuntimeError
 
 
-def work(connection: Connection, slots: Slots, prepare: Prepare, announce: Announce | None) -> None:
-    """Until the connection closes."""
+def work(
+    connection: Connection, slots: Slots, places: Places, number: int, prepare: Prepare, announce: Announce | None
+) -> None:
+    """Until the connection closes. number: of the worker among them."""
     _be_a_worker()
+    begin = partial(places.begin, number)
     orders: deque[Order] = deque()
     try:
         while True:
             while not orders or connection.poll():
                 orders.append(connection.recv())
                 announce = announced(announce, orders[-1].key)
-            connection.send(_answer(orders.popleft(), slots, prepare))
+            connection.send(_answer(orders.popleft(), slots, prepare, begin))
     except (EOFError, ConnectionError):
         return  # the trainer has closed it, or is gone
 
@@ -84,9 +91,9 @@ def announced(announce: Announce | None, key: Key) -> Announce | None:
     return announce
 
 
-def _answer(order: Order, slots: Slots, prepare: Prepare) -> Made | Failed:
+def _answer(order: Order, slots: Slots, prepare: Prepare, begin: Begin) -> Made | Failed:
     try:
-        batch, notes = prepare(*order.key)
+        batch, notes = prepare(*order.key, begin)
         packed = packing(batch)
         packed.write(slots.reserve(order.slot, packed.size))
         return Made(order.number, packed.size, packed.layout, notes)

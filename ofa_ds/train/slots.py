@@ -37,7 +37,7 @@ class Slots:
         self._windows: dict[int, Tensor] = {}
         self._reserved: dict[int, int] = {}
         try:
-            self._file = _unnamed_file() if descriptor is None else descriptor
+            self._file = unnamed_file() if descriptor is None else descriptor
             if descriptor is None:
                 os.ftruncate(self._file, count * STRIDE)
         except OSError as error:
@@ -101,7 +101,7 @@ def _allow_files(count: int) -> None:
             )
 
 
-def _unnamed_file() -> int:
+def unnamed_file() -> int:
     """Descriptor. Not limited by the size of /dev/shm, which containers make small, where the system is not older."""
     if hasattr(os, "memfd_create"):  # a Python that was built for an old C library lacks it
         with suppress(OSError):  # a sandbox may forbid it

@@ -7,6 +7,7 @@ import mmap
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,8 +38,12 @@ class Making:
     folder: Path | None = None
     """Where a fault leaves a mark, so that it strikes once; None: every time."""
 
-    def __call__(self, step: int, number: int) -> tuple[Batch, list[str]]:
+    def __call__(
+        self, step: int, number: int, begin: Callable[[str, int], None] | None = None
+    ) -> tuple[Batch, list[str]]:
         time.sleep(self.delay_s)
+        if begin is not None:
+            begin("text", 10 * step + number)
         fault = self.faults.get((step, number))
         if fault and (self.folder is None or not (self.folder / fault).exists()):
             if self.folder is not None:
@@ -58,11 +63,11 @@ class Making:
         if not (self.folder / f"made {step} {number}").exists():
             (self.folder / f"announced {step} {number}").touch()
 
-    def made(self, step: int, number: int) -> tuple[Batch, list[str]]:
+    def made(self, step: int, number: int, begin: Callable[[str, int], None]) -> tuple[Batch, list[str]]:
         """The same, and a mark of it."""
         assert (self.folder / f"announced {step} {number}").exists()
         (self.folder / f"made {step} {number}").touch()
-        return self(step, number)
+        return self(step, number, begin)
 
 
 def strike(fault: str) -> None:
@@ -76,6 +81,11 @@ def strike(fault: str) -> None:
         raise OwnError(7, "row 7 is at fault")
     elif fault == "bug":
         raise ZeroDivisionError("division by zero")
+    elif fault == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault == "endless":
+        while True:
+            pass
     elif fault == "no memory":
         raise MemoryError
 

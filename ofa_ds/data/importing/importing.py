@@ -8,14 +8,16 @@ from pathlib import Path
 from ofa_ds.data.building.build import How, build_pieces
 from ofa_ds.data.building.source import Piece, SourceError, source_file
 from ofa_ds.data.building.work import JOURNAL
-from ofa_ds.data.importing import annotations, tables, tars
+from ofa_ds.data.importing import annotations, folder, tables, tars
 from ofa_ds.data.importing.item import Into, Shrink
 from ofa_ds.data.manifest import Manifest
 from ofa_ds.data.pool import serve_if_worker
 from ofa_ds.storage import file_systems
 from ofa_ds.terms import ANNOTATIONS, IMPORT_FORMATS, IMPORTED
 
-TABLES = {"webdataset": tars.COLUMNS, "parquet": tables.COLUMNS, "huggingface": tables.COLUMNS}
+TABLES = {
+    "folder": folder.COLUMNS, "webdataset": tars.COLUMNS, "parquet": tables.COLUMNS, "huggingface": tables.COLUMNS,
+}  # fmt: skip
 """Where each field is looked for, of formats that say nothing about it themselves."""
 
 
@@ -35,6 +37,8 @@ def import_shards(
     own = ANNOTATIONS.get(form, "caption")
     if kind and form in ANNOTATIONS and kind != own:
         raise ValueError(f"--kind {kind}: rows of {form} are {own}")
+    if form == "folder" and kind not in ("", "caption"):
+        raise ValueError(f"--kind {kind}: rows of a folder are captions")
     if (kind or own) not in IMPORTED:
         raise ValueError(f"--kind: want one of {', '.join(IMPORTED)}, got {kind!r}")
     if (form in ANNOTATIONS) != bool(images):
@@ -47,6 +51,8 @@ def import_shards(
     def pieces(work: Path, _: str) -> dict[str, list[Piece]]:
         if form in ANNOTATIONS:
             return {into.family: [*annotations.pieces_of(form, locations, images, into, work / JOURNAL)]}
+        if form == "folder":
+            return {into.family: [*folder.pieces_of(locations, into, found, work / JOURNAL)]}
         if form == "webdataset":
             return {into.family: [tars.TarPiece(source_file(each), into, found) for each in locations]}
         return {into.family: [*tables.pieces_of(locations, into, found)]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import secrets
 import shutil
 from collections import Counter
@@ -25,6 +26,10 @@ from ofa_ds.storage.atomic import check_space, sync_tree
 
 BLOCK = 1 << 16
 """Row numbers that are made at a time."""
+
+MAPPED_BYTES = 128 << 20
+"""Of the source that a process has in memory at most."""
+_AROUND_BYTES = 1 << 16
 
 
 class Numbers(Protocol):
@@ -103,11 +108,13 @@ def write_file(job: FileJob) -> FileMade:
     listed = answer_list.listed(job.source, job.answers) if job.answers else frozenset()
     writer = ShardWriter(job.target, job.family)
     types: Counter[str] = Counter()
+    pages = _Pages(shards)
     unanswered = unlisted = rows = 0
     for block in job.numbers.blocks():
         for i in block.tolist():
             row = shards.row(job.family, i)
-            writer.add(row, row_bytes(row))
+            writer.add(row, size := row_bytes(row))
+            pages.touched(size)
             rows += 1
             if "type" in row:
                 types[row["type"]] += 1
@@ -117,6 +124,28 @@ def write_file(job: FileJob) -> FileMade:
     written = writer.close()
     assert written is not None and rows == job.count
     return FileMade(written, types, unanswered, unlisted)
+
+
+class _Pages:
+    """Those of mapped files: let go of before there are too many, since rows at random touch files as wholes."""
+
+    def __init__(self, shards: Shards) -> None:
+        self._shards = shards
+        self._least = self._mapped()
+        self._touched = 0
+
+    def touched(self, num_bytes: int) -> None:
+        """By a row of that size; the system maps some pages around it too."""
+        self._touched += num_bytes + _AROUND_BYTES
+        if self._touched > MAPPED_BYTES // 4:
+            self._touched = 0
+            if self._mapped() > self._least + MAPPED_BYTES // 2:
+                self._shards.forget_pages()
+
+    @staticmethod
+    def _mapped() -> int:
+        """Bytes of files, its own program's too, that this process has in memory."""
+        return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
 
 
 @lru_cache(maxsize=4)
