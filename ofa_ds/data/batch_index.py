@@ -14,7 +14,7 @@ that shard is first touched: at 10^9 rows nothing else would have to read all of
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -54,7 +54,7 @@ def entry_reader(family: str) -> Callable[[memoryview, int], tuple[int, ...]]:
     return read
 
 
-def write_index(folder: Path, family: str, entries: Sequence[np.ndarray]) -> None:
+def write_index(folder: Path, family: str, entries: Iterable[np.ndarray]) -> None:
     """entries: of each shard, in the order of the manifest, as `ShardWriter.close` gave them."""
     with index_file(folder, family).open("wb") as file:
         for part in entries:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import json
 import struct
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from ofa_ds.data.manifest import NEGATIVES
 from ofa_ds.data.negative_texts import NegativeTexts
@@ -124,9 +123,12 @@ def write_texts(
     target = folder / NEGATIVES
     target.mkdir()
     for name, texts in ((CAPTIONS, captions), (OBJECTS, objects)):
-        encoded = [f"{text}\n".encode() for text in texts]
-        (target / name).write_bytes(b"".join(encoded))
-        np.save(positions_file(target / name), np.fromiter(accumulate(map(len, encoded)), np.int64))
+        ends = array("q")
+        with (target / name).open("wb") as file:
+            for text in texts:
+                file.write(f"{text}\n".encode())
+                ends.append(file.tell())
+        np.save(positions_file(target / name), np.array(ends, np.int64))
     (target / ANSWERS).write_bytes((json.dumps(type2ans, ensure_ascii=False, indent=1) + "\n").encode())
     return checksums(folder)
 
@@ -134,7 +136,12 @@ def write_texts(
 def checksums(folder: Path) -> dict[str, str]:
     """Of each file of the negatives of a directory of shards."""
     files = sorted((folder / NEGATIVES).iterdir())
-    return {file.name: xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in files}
+    return {file.name: _checksum(file) for file in files}
+
+
+def _checksum(path: Path) -> str:
+    size = path.stat().st_size
+    return f"{OpenFile(path, size, 'the directory').xxh3_64(0, size):016x}"
 
 
 def _read(path: Path) -> str:

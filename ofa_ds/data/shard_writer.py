@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,6 @@ class Written:
     shard: Shard
     entries: np.ndarray
     """Of its record batches in the index: `batch_index.entry_type`."""
-
-    def to_json(self) -> dict[str, Any]:
-        """For a journal; `from_json` is the other way round."""
-        return {"shard": asdict(self.shard), "entries": self.entries.tobytes().hex()}
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any], family: str) -> Written:
-        entries = np.frombuffer(bytes.fromhex(found["entries"]), entry_type(family))
-        shard = Shard(**found["shard"])
-        if xxhash.xxh3_64_hexdigest(entries) != shard.index_xxh3:
-            raise ValueError("the entries of the index are not those that were written")
-        return cls(shard, entries)
 
     def reading(self, folder: Path, family: str) -> ShardFile:
         """For what has no manifest yet."""

@@ -7,19 +7,21 @@ import errno
 import gzip
 import io
 import os
+import pickle
 import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ofa_ds.data.building import build
 from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_verify import verify_shards
@@ -161,6 +163,33 @@ def test_a_source_that_changed_meanwhile_is_read_again(sources: Path, tmp_path: 
     shards = Shards(tmp_path / "out")
     assert [shards.row("text", i)["text"] for i in (98, 99, 100)] == ["good", "best", "fine now"]
     assert not (tmp_path / ".building_out").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 8), Path.unlink])
+def test_a_piece_whose_index_was_cut_or_is_gone_is_built_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    (path := tmp_path / "a.tsv").write_bytes(b"".join(b"%d\tgood\n" % k for k in range(100)))
+    (bad := tmp_path / "b.tsv").write_bytes(b"1\n")
+    given = {"text": [path, bad], "workers": 1, "shard_bytes": 300}
+    with pytest.raises(ValueError, match="b.tsv:1: columns"):
+        build_shards(tmp_path / "out", **given)
+    damage(tmp_path / ".building_out/.journal/text-00000.0.index")
+    bad.write_bytes(b"1\tfine now\n")
+    build_shards(tmp_path / "out", **given)
+    build_shards(tmp_path / "undisturbed", **given)
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+def test_the_first_process_keeps_next_to_nothing_of_a_record_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    finish = build._finish
+    monkeypatch.setattr(build, "_finish", lambda *given: (kept.append(len(pickle.dumps(given[2]))), finish(*given))[1])
+    monkeypatch.setattr("ofa_ds.data.shard_writer.MAX_BATCH_ROWS", 1)
+    for number in (10, 1000):
+        (path := tmp_path / f"{number}.tsv").write_bytes(b"".join(b"%d\tgood\n" % k for k in range(number)))
+        build_shards(tmp_path / f"{number}.out", text=[path], workers=1)
+    assert kept[1] - kept[0] < 100, "990 more record batches"
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.shard_writer import row_digest
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_verify import verify_shards
+from ofa_ds.data.tools import rewrite
 from ofa_ds.data.tools.merge import merge_shards
 from ofa_ds.data.tools.shuffle import shuffle_shards
 from ofa_ds.data.tools.split import counts, hash_of, parse_shares, split_shards
@@ -95,6 +96,23 @@ def test_shuffled_shards_have_every_row_once_and_the_same_bytes_for_any_workers(
     assert other.fingerprint != Shards(tmp_path / "one").fingerprint
     again = shuffle_shards(built, tmp_path / "large", seed=5, shard_bytes=1 << 30, workers=1)
     assert again.fingerprint == Shards(tmp_path / "one").fingerprint  # of the rows, not of how they are cut
+
+
+def test_pages_that_are_read_at_random_are_let_go_and_no_row_differs(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shuffle_shards(built, tmp_path / "one", seed=5, workers=1)
+    forgot: list[Shards] = []
+    real = Shards.forget_pages
+    monkeypatch.setattr(Shards, "forget_pages", lambda self: (forgot.append(self), real(self)))
+    monkeypatch.setattr(rewrite, "MAPPED_BYTES", 0)
+    shuffle_shards(built, tmp_path / "two", seed=5, workers=1)
+    assert files(tmp_path / "one") == files(tmp_path / "two") and len(forgot) > 10
+    for family, count in (shards := forgot[0]).families.items():
+        shards.row(family, count - 1)
+        mapped = [file for file in shards._files[family].open if file and file._file]
+        shards.forget_pages()
+        assert mapped and not any(file._file for file in mapped)
 
 
 def test_parts_have_their_share_of_each_family_share_no_row_and_keep_the_order(built: Path, tmp_path: Path) -> None:

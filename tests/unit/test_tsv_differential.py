@@ -14,13 +14,21 @@ from ofa_ds.data.building.source import SourceError
 from ofa_ds.data.building.tsv_source import cut, lines_of
 
 CASES = 20_000
+FILES = 4
+"""Of one draw, which costs more than the reading of a file."""
 
-PIECES = st.one_of(
-    st.sampled_from([b"\t", b"\n", b"\t", b"\n", b"\r\n", b"\r", b"\x00", b"\xef\xbb\xbf", b"\xff\xfe", b"\xc3\x28"]),
-    st.sampled_from(["7", "id", " ", "word", "ü", "\u2028", "\x85", "\x0b", "𝄞", "&&", '"', ""]).map(str.encode),
-    st.binary(max_size=4),
-    st.integers(0, 255).map(lambda value: bytes([value])),
-)
+PIECES = (
+    *[b"\t", b"\n"] * 4, b"\r\n", b"\r", b"\x00", b"\xef\xbb\xbf", b"\xff\xfe", b"\xc3\x28",
+    *map(str.encode, ["7", "id", " ", "word", "\u00fc", "\u2028", "\x85", "\x0b", "\U0001d11e", "&&", '"']),
+)  # fmt: skip
+ANY = 64
+"""Of 256 drawn bytes so many say that the next one is meant itself."""
+
+
+def file_of(drawn: bytes) -> bytes:
+    """A file of what drawn bytes stand for."""
+    rest = iter(drawn)
+    return b"".join(bytes([next(rest, 0)]) if each < ANY else PIECES[each % len(PIECES)] for each in rest)
 
 
 def plain(data: bytes) -> list[tuple[int, dict[str, str] | None]] | None:
@@ -66,11 +74,19 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tsv") / "a.tsv"
 
 
-@settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
-@given(pieces=st.lists(PIECES, max_size=14), size=st.integers(1, 60))
-def test_any_bytes_read_as_by_a_plain_parser(path: Path, pieces: list[bytes], size: int) -> None:
-    path.write_bytes(data := b"".join(pieces))
-    assert ours(path, size) == (plain(data) if data else None)
+@settings(max_examples=CASES // FILES, suppress_health_check=list(HealthCheck), deadline=None)
+@given(drawn=st.binary(min_size=FILES * 8, max_size=FILES * 25))
+def test_any_bytes_read_as_by_a_plain_parser(path: Path, drawn: bytes) -> None:
+    for k in range(FILES):
+        size, *pieces = drawn[k::FILES]
+        path.write_bytes(data := file_of(bytes(pieces)))
+        assert ours(path, 1 + size % 60) == (plain(data) if data else None), (data, size)
+
+
+def test_every_byte_and_every_piece_is_drawn() -> None:
+    drawn = b"".join(bytes([0, value]) for value in range(256)) + bytes(range(ANY, 256))
+    file = file_of(drawn)
+    assert file.startswith(bytes(range(256))) and all(piece in file[256:] for piece in PIECES)
 
 
 @pytest.mark.parametrize("last", [b"\n", b""], ids=["ended", "not ended"])

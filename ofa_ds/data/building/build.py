@@ -27,6 +27,7 @@ from ofa_ds.data.building.piece_builder import (
     build_piece,
     done_before,
     encoded,
+    entries_of,
 )  # fmt: skip
 from ofa_ds.data.building.source import Piece
 from ofa_ds.data.building.work import ITEMS, JOURNAL, PLAN, clear, place, was_placed, work_directory
@@ -236,7 +237,7 @@ def _stopped(jobs: Sequence[Job], found: Mapping[int, Built], k: int, error: Bad
 
 
 def _drop_what_is_not_done(work: Path, jobs: Sequence[Job], built: Sequence[Built]) -> None:
-    arrow = {written.shard.file for done in built for written in done.shards}
+    arrow = {shard.file for done in built for shard in done.shards}
     clear(work, {*arrow, JOURNAL, answer_list.FILE})
     stems = {job.stem for job in jobs} | {ITEMS}
     clear(work / JOURNAL, {path.name for path in (work / JOURNAL).iterdir() if path.name.split(".")[0] in stems})
@@ -255,7 +256,7 @@ def _finish(
     for family in dict.fromkeys(job.family for job in jobs):
         mine = [(job, done) for job, done in zip(jobs, built, strict=True) if job.family == family]
         families[family] = _family(family, mine, own_ids if family == "downstream" else None)
-        write_index(work, family, [written.entries for _, done in mine for written in done.shards])
+        write_index(work, family, (entries for job, done in mine for entries in entries_of(job, done)))
     name = fingerprint(families, sums, answers_sum)
     manifest = Manifest(families=families, negatives=sums, fingerprint=name, answers=answers_sum)
     manifest.write(work)
@@ -306,7 +307,7 @@ def _doubt_negatives(work: Path, jobs: Sequence[Job], built: Sequence[Built], li
 
 
 def _family(family: str, mine: Sequence[tuple[Job, Built]], own_ids: bool | None) -> Family:
-    shards = [written.shard for _, done in mine for written in done.shards]
+    shards = [shard for _, done in mine for shard in done.shards]
     counts: dict[str, list[int]] = {}
     names: dict[str, str] = {}
     types, records = Counter[str](), 0

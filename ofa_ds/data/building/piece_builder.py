@@ -6,24 +6,29 @@ import contextlib
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import xxhash
 
 from ofa_ds.data import answer_list, task_rows, tsv
+from ofa_ds.data.batch_index import entry_type
 from ofa_ds.data.building.source import Piece, Record, Row, SourceError
 from ofa_ds.data.building.work import JOURNAL
+from ofa_ds.data.manifest import Shard
 from ofa_ds.data.negative_texts import NegativeTexts
 from ofa_ds.data.shard_writer import ShardWriter, Written
 from ofa_ds.storage import file_systems
 from ofa_ds.storage.atomic import replace_file, sync
 
-BAD_LINES, BAD_REASONS, DOUBTS, TEXTS = ".tsv", ".log", ".warn", ".texts"
-"""Ends of the names of notes: bad lines as they came, what is wrong with each, doubts; texts for the negatives."""
+BAD_LINES, BAD_REASONS, DOUBTS, TEXTS, ENTRIES = ".tsv", ".log", ".warn", ".texts", ".index"
+"""Ends of the names of notes: bad lines as they came, what is wrong with each, doubts; texts for the negatives; entries
+of the index, too many to be held for all pieces."""
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Built:
     """What became of a piece. JSON-able as a whole (`to_json`)."""
 
     parts: list[PartCounts]
-    shards: list[Written] = field(default_factory=list)
+    shards: list[Shard] = field(default_factory=list)
     types: Counter[str] = field(default_factory=Counter)
     first: dict[str, At] = field(default_factory=dict)
     """Vision-language rows: type -> first record of it."""
@@ -117,13 +122,13 @@ class Built:
     def to_json(self) -> dict[str, Any]:
         plain = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         parts = [dataclasses.asdict(part) for part in self.parts]
-        return plain | {"parts": parts, "shards": [each.to_json() for each in self.shards]}
+        return plain | {"parts": parts, "shards": [dataclasses.asdict(each) for each in self.shards]}
 
     @classmethod
-    def from_json(cls, found: dict[str, Any], family: str) -> Built:
+    def from_json(cls, found: dict[str, Any]) -> Built:
         return cls(
             parts=[PartCounts(**each) for each in found["parts"]],
-            shards=[Written.from_json(each, family) for each in found["shards"]],
+            shards=[Shard(**each) for each in found["shards"]],
             types=Counter(found["types"]),
             first={kind: At(*at) for kind, at in found["first"].items()},
             sides={int(side): At(*at) for side, at in found["sides"].items()},
@@ -147,7 +152,10 @@ def build_piece(job: Job) -> Built:
     writer = _Writer(job)
     for part in range(len(built.parts)):
         _build_part(job, part, built, writer, texts)
-    built.shards = writer.close()
+    written = writer.close()
+    built.shards = [each.shard for each in written]
+    with job.note(0, ENTRIES).open("wb") as file:
+        file.writelines(each.entries.tobytes() for each in written)
     if texts is not None:
         texts.write(job.note(0, TEXTS))
     for path in (job.work / JOURNAL).glob(f"{job.stem}.*"):  # notes; Arrow files are durable already
@@ -256,17 +264,32 @@ def done_before(job: Job) -> Built | None:
         found = json.loads(job.record.read_text(encoding="utf-8"))
         if found["key"] != job.key():
             return None
-        built = Built.from_json(found["built"], job.family)
+        built = Built.from_json(found["built"])
+        for _ in entries_of(job, built):
+            pass
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # none there, or one of another version
     if job.rules.on_error == "stop" and any(part.quarantined for part in built.parts):
         return None  # it stops at that line now
-    files = [job.work / written.shard.file for written in built.shards] if not job.upload else []
+    files = [job.work / shard.file for shard in built.shards] if not job.upload else []
     whole = all(
-        path.is_file() and path.stat().st_size == written.shard.num_bytes
-        for path, written in zip(files, built.shards, strict=False)
+        path.is_file() and path.stat().st_size == shard.num_bytes
+        for path, shard in zip(files, built.shards, strict=False)
     )
     return built if whole else None
+
+
+def entries_of(job: Job, built: Built) -> Iterator[np.ndarray]:
+    """Those of the index, of each shard. Raises ValueError where they are not those that were written, OSError."""
+    kind = entry_type(job.family)
+    with job.note(0, ENTRIES).open("rb") as file:
+        for shard in built.shards:
+            data = file.read(shard.batches * kind.itemsize)
+            if xxhash.xxh3_64_hexdigest(data) != shard.index_xxh3:
+                raise ValueError(
+                    f"{file.name}: the entries of the index are not those that were written; build it again"
+                )
+            yield np.frombuffer(data, kind)
 
 
 def encoded(message: str) -> bytes:
