@@ -22,7 +22,7 @@ from ofa_ds.data.building.work import ITEMS
 from ofa_ds.data.importing.annotations import MAX_PICTURE_BYTES, PIECE_ROWS
 from ofa_ds.data.importing.item import Into, Item
 from ofa_ds.data.importing.loose import text_of
-from ofa_ds.storage import file_systems
+from ofa_ds.storage import file_systems, strict_json
 
 COLUMNS = {"image": "file_name image file", "caption": "text caption"}
 """Field -> its column in the metadata, the first that is there."""
@@ -180,8 +180,8 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                table = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                table = strict_json.loads(line)
+            except ValueError as error:
                 raise SourceError(f"{path}:{number}: not JSON: {error}") from error
             if not isinstance(table, dict):
                 raise SourceError(f'{path}:{number}: want a table such as {{"file_name": ...}}, got {table!r:.60}')
