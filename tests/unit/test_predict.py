@@ -45,7 +45,7 @@ def lines_of(out: Path, shards: Shards) -> None:
         (kind,) = keys
         name = next(iter(kind & {"question_id", "image_id", "uniq_id"}))
         assert [str(each[name]) for each in found] == [row["image_id" if name == "image_id" else "id"] for row in rows]
-        assert kind - {name} in ({"answer"}, {"caption"}, {"box"})
+        assert kind - {name} in ({"answer"}, {"caption"}, {"box"}, {"codes"})
     elif out.suffix == ".tsv":
         head, *found = text.splitlines()
         assert head == "index\tprediction" and len(found) == ROWS
