@@ -11,6 +11,7 @@ from two_ranks import finish, kill, records, start, tensors, wait_for
 
 from ofa_ds.cli import main
 from ofa_ds.storage import file_systems
+from ofa_ds.train.report_attempt import read_attempts
 
 
 def begin(shards: Path | str, vocab: Path, run_dir: Path, *overrides: str):
@@ -32,6 +33,7 @@ def test_a_run_from_s3_that_is_killed_and_resumed_has_the_losses_and_bytes_of_on
     wait_for(there / "step_00000002" / "manifest.json", process)
     kill(process)
     finish(begin(f"{bucket}/set", data / "vocab", there, "data.workers=1"))
+    assert [each.first_step for each in read_attempts(there)] == [0, 2]
     assert records(there) == records(here) and len(records(here)) == 4
     assert tensors(there / "step_00000004") == tensors(here / "step_00000004")
 
