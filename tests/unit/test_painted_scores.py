@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import task_models
 import torch
 
 from ofa_ds.cli import main
+from ofa_ds.data import scenes
+from ofa_ds.data.shards import Shards
+from ofa_ds.tasks.downstream.scoring import judge_codes
 from ofa_ds.vision import inception, picture_scores
 from ofa_ds.vision.clip import caption_of_source
 from ofa_ds.vision.config import VqganConfig
@@ -105,6 +109,16 @@ def test_wrong_files_are_told_before_anything_is_painted(
     except SystemExit as error:
         found = error.code
     assert found == code and message in capsys.readouterr().err
+
+
+def test_scenes_are_looked_at_as_the_vqgan_paints_them(folder: Path) -> None:
+    model = task_models.model_of(folder, TASK, max_source_words=64)
+    examples = task_models.examples_of(model, Shards(folder / TASK), TASK)
+    answers = [example.target[:-1].tolist() for example in examples]
+    empty = np.full((64, 64, 3), scenes.GROUND, np.uint8)
+    ctx = model.context()
+    assert judge_codes(ctx, examples, answers)["colour right"] == 1
+    assert judge_codes(dataclasses.replace(ctx, paint=lambda ids: empty), examples, answers)["colour right"] == 0
 
 
 def test_the_caption_that_clip_reads_is_that_of_the_source() -> None:

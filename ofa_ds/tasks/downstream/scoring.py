@@ -260,16 +260,22 @@ def judge_codes(ctx: Context, asked: Sequence[Example], answers: judges.Answers)
 def _scene_scores(ctx: Context, asked: Sequence[Example], answers: judges.Answers) -> judges.Scores:
     """Of rows of `ofa-ds scenes`: is what the caption names there, and nothing else (`scenes_judge`)?
 
+    Seen in what the context paints, else in what the code book of scenes means.
+
     colour right: the colours; shape right: each shape in its colour; place right: of two, as well where they lie.
     """
     try:
         said = [scenes_judge.parse(example.source_text.rpartition("caption: ")[2]) for example in asked]
     except ValueError:
         return {}
-    if ctx.vocab.num_codes != scenes.NUM_CODES:
+    if ctx.paint is None and ctx.vocab.num_codes != scenes.NUM_CODES:
         return {}
-    codes = [[int(token) - ctx.vocab.code_start for token in ids] for ids in answers]
-    found = [scenes_judge.look_at(scenes.picture_of_codes(each)) if each else () for each in codes]
+
+    def drawn(ids: Sequence[int]) -> np.ndarray:
+        return scenes.picture_of_codes([int(token) - ctx.vocab.code_start for token in ids])
+
+    paint = ctx.paint or drawn
+    found = [scenes_judge.look_at(paint(ids)) if len(ids) else () for ids in answers]
     verdicts = [scenes_judge.compare(shapes, each) for shapes, each in zip(found, said, strict=True)]
     return {
         COLOR_RIGHT: judges.mean([float(each.color) for each in verdicts]),
