@@ -10,7 +10,6 @@ In one process by turns, so that a busy machine slows both.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from ofa_ds.bench.padded import PaddedOFA
 from ofa_ds.bench.padded_generation import PaddedState, previous, repeated
 from ofa_ds.bench.step import CODE_START, VOCAB_SIZE, progress
 from ofa_ds.data.example import Example
+from ofa_ds.engine.host_memory import peak_resident_bytes
 from ofa_ds.inference.draws import SeededDraw
 from ofa_ds.inference.generate import GenerationConfig, generate
 from ofa_ds.model.config import preset
@@ -105,7 +105,7 @@ def bench_painting(threads: int, repeats: int, *, size: str, samples: int, side:
         start, worked = time.perf_counter(), time.process_time()
         generate(model, batch, config, draw=SeededDraw(range(samples)))
         ours.append((time.perf_counter() - start, time.process_time() - worked))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_resident_bytes() / 2**20
     result = {"threads": threads, "samples": samples, "codes": config.max_len_b, "peak_MiB": peak, **told("ours", ours)}
     steps = config.max_len_b + 1
     lengths = sorted({1 + round(share * (config.max_len_b - 1)) for share in SHARES})

@@ -1,9 +1,10 @@
-"""What the C library does with memory that a step has freed. glibc only; elsewhere nothing happens."""
+"""What this process holds of memory, and what the C library does with what a step has freed (glibc only)."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -63,3 +64,12 @@ def release_freed_memory() -> bool:
         return bool(ctypes.CDLL(None).malloc_trim(0))
     except (OSError, AttributeError):
         return False
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process has held since its program began; getrusage's counts the one that started it too."""
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ofa_ds.batch import Batch
 from ofa_ds.engine.copying import to_device
+from ofa_ds.engine.host_memory import peak_resident_bytes
 from ofa_ds.terms import TASKS
 
-KIBI_PER_MEBI = 1024
 MEBI = 2**20
 _FIXED = 1 + 2 * len(TASKS)
 """Sums on the device that every window has: loss; nll and tokens of each task."""
@@ -52,9 +52,7 @@ class Usage(NamedTuple):
 def memory_usage(device: torch.device) -> Usage:
     """Now. The accelerator's peaks since the last call begin anew; asks the driver for nothing."""
     if device.type != "cuda":
-        return Usage(
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / KIBI_PER_MEBI, math.nan, math.nan, _resident()
-        )
+        return Usage(peak_resident_bytes() / MEBI, math.nan, math.nan, _resident())
     found = torch.cuda.memory_stats(device)
     allocated = found["allocated_bytes.all.peak"] / MEBI
     reserved = found["reserved_bytes.all.peak"] / MEBI

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from peak_memory import peak_MiB
 from PIL import Image
 
 from ofa_ds.data.building import build
@@ -221,10 +222,6 @@ def test_a_worker_takes_little_memory_whatever_the_size_of_the_sources(sources: 
     (tmp_path / "small.tsv").write_bytes(line)
     code = "import sys; from ofa_ds.data.building.build import build_shards as build; "
     code += "build(sys.argv[2], text=[sys.argv[1]], workers=1)"
-    peaks = []
-    for name in ("small.tsv", "large.tsv.gz"):
-        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / name), str(tmp_path / f"{name}.out")])
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0
-        peaks.append(usage.ru_maxrss >> 10)
+    names = "small.tsv", "large.tsv.gz"
+    peaks = [peak_MiB("-c", code, str(tmp_path / name), str(tmp_path / f"{name}.out")) for name in names]
     assert peaks[1] < 400 and peaks[1] - peaks[0] < 150, peaks

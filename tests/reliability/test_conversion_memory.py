@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peak_memory import peak_MiB
 
 from ofa_ds.checkpoint.format import NO_STEPS, Facts, TensorInfo
 from ofa_ds.checkpoint.from_state import write_checkpoint
@@ -36,16 +34,6 @@ def base(tmp_path_factory) -> Path:
         ),
     )
     return write_checkpoint(tmp_path_factory.mktemp("memory") / "base", state, ranks=2, stage=3)
-
-
-def peak_MiB(*command: str) -> float:
-    """Resident memory of a process at its largest, pages mapped from files included."""
-    with subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=os.environ) as process:
-        errors = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, errors[-2000:]
-    return usage.ru_maxrss / 1024
 
 
 @pytest.mark.parametrize("kind", ["huggingface", "modelscope", "fairseq", "deepspeed"])

@@ -41,14 +41,15 @@ def parquet(path: Path, image: pa.Array, **options) -> Path:
 
 
 PEAK = """
-import resource, sys
+import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
+from ofa_ds.engine.host_memory import peak_resident_bytes
 from test_import_bombs import read
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_resident_bytes()
 for path in sys.argv[2:]:
     assert len(read(Path(path), "text")) == 40, path
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before >> 10)
+print(peak_resident_bytes() - before >> 20)
 """
 
 

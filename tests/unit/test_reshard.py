@@ -85,13 +85,14 @@ MANY = """
 import resource, sys
 from pathlib import Path
 import ofa_ds.checkpoint.reshard as module
+from ofa_ds.engine.host_memory import peak_resident_bytes
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+idle = peak_resident_bytes()
 folder = Path(sys.argv[1])
 module.reshard(folder / "3", folder / "1000", ranks=1000)
 module.reshard(folder / "1000", folder / "back", ranks=3)
 assert "torch" not in sys.modules
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) / 1024)
+print((peak_resident_bytes() - idle) / 2**20)
 """
 
 
