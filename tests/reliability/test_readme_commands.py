@@ -153,7 +153,8 @@ def check_tests(words: list[str]) -> None:
     for word in words[words.index("pytest") + 1 if "pytest" in words else 2 :]:
         place = word.partition("::")[0]
         assert not place.startswith("tests") or (ROOT / place).exists(), place
-    check_options([word for word in words if word not in ("--durations",)], help_of("-m", "pytest"))
+    own = ("--all",) if words[1] == "tests/run.sh" else ()
+    check_options([word for word in words if word not in ("--durations", *own)], help_of("-m", "pytest"))
 
 
 @functools.cache
