@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from ofa_ds.inference.generate import generate
 from ofa_ds.inference.loaded_model import LoadedModel, load_model
 from ofa_ds.inference.painting import check_codes, coder_of
 from ofa_ds.storage.atomic import replace_file
+from ofa_ds.tasks.gallery import Entry, draw_gallery
 from ofa_ds.tasks.task import ask
 from ofa_ds.vision.clip import Clip, load_clip
 from ofa_ds.vision.coder import Coder, this_device
-from ofa_ds.vision.decoding import sheet_of
 from ofa_ds.vision.scenes_coder import ScenesCoder
 
 NAME = "text_to_image"
@@ -96,7 +95,7 @@ def paint_text(
 ) -> dict[str, Any]:  # fmt: skip
     """Samples of one caption: {"caption", the sampling, "ranked_by": "clip" or "seed", "samples": of `Sample`}.
 
-    codes_model: as `coder_of` takes it; without it nothing is painted. clip: ranks by it, best first. png: the sheet
+    codes_model: as `coder_of` takes it; without it nothing is painted. clip: ranks by it, best first. png: the gallery
     goes here, and what is returned beside it, as JSON. Everything is loaded before anything is sampled. Raises
     ValueError as what it calls.
     """
@@ -118,12 +117,11 @@ def paint_text(
         "samples": [sample._asdict() for sample in samples],
     }  # fmt: skip
     if png is not None:
-        _large(sheet_of(pictures)).save(png)
+        notes = [_note(sample) for sample in samples]
+        draw_gallery([Entry(caption=caption, pictures=pictures, notes=notes)]).save(png)
         replace_file(png.with_name(f"{png.name}.json"), json.dumps(told) + "\n")
     return told
 
 
-def _large(sheet: Any) -> Any:
-    """Small pictures are shown larger, pixel by pixel."""
-    factor = max(1, math.ceil(512 / max(sheet.size)))
-    return sheet.resize((sheet.width * factor, sheet.height * factor), 0)
+def _note(sample: Sample) -> str:
+    return f"seed {sample.seed}" + (f", CLIP {sample.similarity:.3f}" if sample.similarity is not None else "")

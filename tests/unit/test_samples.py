@@ -19,6 +19,8 @@ from ofa_ds.inference.draws import SeededDraw
 from ofa_ds.inference.generate import generate
 from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.inference.samples import Sample, Sampling, ranked, sample_codes
+from ofa_ds.tasks.gallery import GAP_PIXELS, SIDE_PIXELS
+from ofa_ds.tasks.preview import MARGIN_PIXELS
 from ofa_ds.tasks.task import ask
 
 NAME, CAPTION = "text_to_image", "a red circle left of a blue square"
@@ -117,11 +119,12 @@ def test_the_sheet_has_every_picture_and_what_is_beside_it_every_code_and_seed(
     assert (told["caption"], told["top_k"], told["top_p"], told["temperature"]) == (CAPTION, 0, 0.9, 1.0)
     with Image.open(file) as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
-    factor = pixels.shape[1] // (3 * 66 - 2)
     for k, sample in enumerate(told["samples"]):
-        top, left = k // 3 * 66 * factor, k % 3 * 66 * factor
-        own = pixels[top : top + 64 * factor : factor, left : left + 64 * factor : factor]
-        assert np.array_equal(own, picture_of_codes(sample["codes"])), k
+        left = MARGIN_PIXELS + k % 3 * (SIDE_PIXELS + GAP_PIXELS)
+        own = picture_of_codes(sample["codes"]).repeat(SIDE_PIXELS // 64, 0).repeat(SIDE_PIXELS // 64, 1)
+        column = pixels[:, left : left + SIDE_PIXELS]
+        places = [y for y in range(len(column) - SIDE_PIXELS) if np.array_equal(column[y : y + SIDE_PIXELS], own)]
+        assert len(places) == 1 and (places[0] > SIDE_PIXELS) == (k >= 3), k
     assert main([*saved, *given]) == 0
     assert capsys.readouterr().out.count("seed ") == 5
 
