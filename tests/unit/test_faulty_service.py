@@ -119,7 +119,8 @@ def test_ctrl_c_ends_a_command_that_waits_for_the_service_and_what_it_reads_ahea
     service: FaultyService, bucket: str
 ) -> None:
     program = (
-        "import sys\nfrom ofa_ds.cli import main as command\nfrom ofa_ds.cli.main import leave\n"
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's `&` has it ignored
+        "from ofa_ds.cli import main as command\nfrom ofa_ds.cli.main import leave\n"
         "from ofa_ds.data.shards import Shards\n"
         f"shards = Shards('{bucket}/set')\n"
         "def show(options):\n"
