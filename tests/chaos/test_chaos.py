@@ -17,6 +17,8 @@ from plans import COSTS_A_HOST, INSIDE, KINDS, LAST_STEP, NUM_STEPS, Plan, plan
 from play import play
 from references import References, Schedule, schedule_of, stand_in_weights
 
+pytestmark = pytest.mark.long
+
 TRAINED = (1,)
 """Seeds with real ZeRO-3 training."""
 STOOD_IN = range(98, 105)

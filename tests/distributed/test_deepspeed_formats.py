@@ -19,6 +19,8 @@ from ofa_ds.checkpoint.state import ForeignState, Reader
 from ofa_ds.convert.deepspeed_folder import read_deepspeed, write_deepspeed
 from ofa_ds.convert.universal import read_universal, write_universal
 
+pytestmark = pytest.mark.long
+
 NOT_TAKEN = {f"{start}{name}" for start in ("weight|", "copy of ") for name in ("frozen.weight", "frozen.bias")}
 NOT_TAKEN |= {f"blocks.{block}.seen" for block in range(3)}
 """What DeepSpeed does not take from any universal checkpoint, its own included: buffers and frozen parameters."""

@@ -16,6 +16,8 @@ from ofa_ds.data.shards import Shards
 from ofa_ds.tasks.task import DOWNSTREAM
 from ofa_ds.tasks.texts import train_from_shards
 
+pytestmark = pytest.mark.long
+
 ROWS = Path(__file__).parents[1] / "fixtures/real_rows"
 WORKER = Path(__file__).with_name("downstream_chain.py")
 STEPS = 3

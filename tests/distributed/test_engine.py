@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from engine_cases import OFFLOAD, PARITY, RESHARD, RESUME, SKIP, WORKER, environment, launch, result_file
 
+pytestmark = pytest.mark.long
+
 TOLERANCE = 1e-5
 HANG_S = 120
 """Silence of all ranks for this long is a hang."""

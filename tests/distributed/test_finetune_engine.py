@@ -9,6 +9,8 @@ import pytest
 from engine_cases import launch
 from finetune_cases import CRITERIA, FORMATS, STAGES, WEIGHTS, WORKER
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:

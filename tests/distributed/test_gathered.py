@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from engine_cases import launch
 
+pytestmark = pytest.mark.long
+
 CASES = ("fp32 stage 0", "fp32 stage 1", "fp32 stage 2", "fp32 stage 3", "bf16 stage 3")
 
 

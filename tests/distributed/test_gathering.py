@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from engine_cases import launch
 
+pytestmark = pytest.mark.long
+
 CASES = (
     "convolutions, as shipped, checkpointed",
     "ResNet, small buckets, checkpointed",

@@ -20,6 +20,8 @@ from ofa_ds.config import load_recipe, recipe_to_dict
 from ofa_ds.convert.weights import shapes_of
 from ofa_ds.model.config import model_config
 
+pytestmark = pytest.mark.long
+
 WORKER = Path(__file__).with_name("pieces_worker.py")
 TIMEOUT_S = 3000
 """Twenty steps in full depth are 600 s of a processor, which others may use too."""

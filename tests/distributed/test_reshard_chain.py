@@ -12,6 +12,8 @@ from engine_cases import launch
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from checkpoints import different, whole
 
+pytestmark = pytest.mark.long
+
 WORKER = Path(__file__).with_name("chain_worker.py")
 
 

@@ -14,6 +14,8 @@ from traffic_cases import CASES, RUNS
 from ofa_ds.plan.layout import layout_of
 from ofa_ds.plan.traffic import collectives
 
+pytestmark = pytest.mark.long
+
 WORKER = Path(__file__).with_name("traffic_worker.py")
 
 

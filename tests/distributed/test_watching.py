@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from engine_cases import CORRUPTED, LEFT_OUT, launch
 
+pytestmark = pytest.mark.long
+
 WORKER = Path(__file__).with_name("watch_worker.py")
 
 

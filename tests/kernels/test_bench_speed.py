@@ -58,6 +58,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.long
 def test_the_benchmark_runs_on_a_cpu_and_says_what_it_measured():
     done = bench("--json")
     assert done.returncode == 0, done.stderr

@@ -140,6 +140,7 @@ def small_tiles(columns: int, rows: int, item_bytes: int = 4) -> Iterator[None]:
 # ---------------------------------------------------------------- numbers
 
 
+@pytest.mark.long
 @settings(max_examples=800, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     num_tokens=st.integers(0, 12),

@@ -64,6 +64,7 @@ def test_the_page_is_whole_after_every_step_and_no_step_begins_after_the_time(tm
     assert [each.verdict.split(" after")[0] for each in done][2:] == ["OUT OF TIME", "OUT OF TIME before it began"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and its steps take ten minutes")
 def test_the_script_goes_through_all_steps_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "page.md"

@@ -159,6 +159,7 @@ def test_norm_and_its_gradients_are_as_accurate_as_torch(call: Call, num_rows: i
     assert_kernel_is_accurate(call, norm_inputs(num_rows, width))
 
 
+@pytest.mark.long
 @settings(max_examples=160, deadline=None, derandomize=True)
 @given(**rows_and_width, gamma=st.booleans(), path=st.booleans(), seed=st.integers(0, 99))
 def test_residual_sum_and_norm_are_as_accurate_as_torch(num_rows, width, gamma, path, seed) -> None:
@@ -191,6 +192,7 @@ def with_mask(mask_ND: Tensor, call: Callable[..., Call], **options) -> Call:
     return masked
 
 
+@pytest.mark.long
 @settings(max_examples=160, deadline=None, derandomize=True)
 @given(**rows_and_width, gamma=st.booleans(), path=st.booleans(), norm=st.booleans(), seed=st.integers(0, 99))
 def test_backward_draws_the_dropout_mask_of_the_forward(num_rows, width, gamma, path, norm, seed) -> None:

@@ -64,6 +64,7 @@ class Watched:
             return step.train_step(self.engine, batches, self.window, objective, before=before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", ["triton", "torch"])
 def test_pretraining_waits_for_nothing(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(config(kernel, pixel_norm="imagenet"), monkeypatch, num_batches=2 if kernel == "torch" else 1)

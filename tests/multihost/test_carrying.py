@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-pytestmark = pytest.mark.usefixtures("two_hosts")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("two_hosts")]
 
 RECORDER = """
 import json, os, sys

@@ -21,6 +21,8 @@ import training
 from ofa_ds.data.scenes_tasks import write_task_scenes
 from ofa_ds.tasks.task_shards import build_task_shards
 
+pytestmark = pytest.mark.long
+
 PROGRAMS = {
     "deepspeed": "ssh",
     "torchrun": "ssh",

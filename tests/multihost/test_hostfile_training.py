@@ -21,7 +21,7 @@ OVERRIDES = (
     "train.num_steps=4",
     "train.log_every=1",
 )
-pytestmark = pytest.mark.usefixtures("two_hosts")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("two_hosts")]
 
 
 @pytest.fixture(scope="module")

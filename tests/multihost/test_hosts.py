@@ -15,6 +15,8 @@ import faults
 import hosts
 import pytest
 
+pytestmark = pytest.mark.long
+
 
 def shell(cluster: hosts.Cluster, command: str, host: int = 0, timeout: float = 30) -> str:
     done = cluster.run(["sh", "-c", command], host=host, timeout=timeout, env=hosts.launch_env(cluster))

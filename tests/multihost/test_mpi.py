@@ -12,6 +12,7 @@ import hosts
 import pytest
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.usefixtures("two_hosts"),
     pytest.mark.skipif(shutil.which("mpiexec.hydra") is None, reason="mpiexec.hydra is missing (Debian package mpich)"),
 ]

@@ -13,6 +13,8 @@ import faults
 import hosts
 import pytest
 
+pytestmark = pytest.mark.long
+
 PREFLIGHT = [sys.executable, "-m", "ofa_ds.cli", "preflight", "--hostfile", "hosts", "--json"]
 
 

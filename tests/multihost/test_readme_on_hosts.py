@@ -11,6 +11,8 @@ import hosts
 import pytest
 import scenes_shards
 
+pytestmark = pytest.mark.long
+
 PAGE = hosts.ROOT / "launchers/README.md"
 IN_ORDER = (
     "cp launchers/hostfile",

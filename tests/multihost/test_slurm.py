@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import slurm
+
+pytestmark = pytest.mark.long
 
 
 def test_a_step_runs_on_every_host_and_leaves_nothing(slurm_cluster: slurm.Slurm) -> None:

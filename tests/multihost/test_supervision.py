@@ -17,6 +17,8 @@ import faults
 import hosts
 import pytest
 
+pytestmark = pytest.mark.long
+
 STAND_IN = hosts.ROOT / "tests" / "reliability" / "stand_in.py"
 DETECT_S, DEAD_S = 15, 10
 """What is promised: both ends notice a loss within the first; a failing rank ends all within the second."""

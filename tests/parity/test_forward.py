@@ -50,6 +50,7 @@ def test_case_is_the_original(golden_file: Path, dtype: torch.dtype, chosen: Ker
     check_gradients(case, run, TOLERANCE[dtype])
 
 
+@pytest.mark.long
 @pytest.mark.golden("case_d2_*.npz")
 def test_a_case_with_text_pictures_and_codes_is_the_original_with_every_kernel_on(golden_file: Path) -> None:
     case = Case(golden_file, KERNELS_ON)

@@ -17,6 +17,8 @@ import pytest
 
 from ofa_ds import beat
 
+pytestmark = pytest.mark.long
+
 TIMEOUT_S = 240
 
 

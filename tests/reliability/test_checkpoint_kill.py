@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 WORKER = Path(__file__).with_name("kill_worker.py")
 
 

@@ -15,6 +15,8 @@ from two_ranks import TIMEOUT_S, finish, records, start
 
 from ofa_ds.data.building.build import build_shards
 
+pytestmark = pytest.mark.long
+
 SPOILED = (3, 17)
 
 

@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from ofa_ds.tasks.task import DOWNSTREAM
 from ofa_ds.terms import DOWNSTREAM_TASKS
+
+pytestmark = pytest.mark.long
 
 WORKER = Path(__file__).parent / "downstream_worker.py"
 

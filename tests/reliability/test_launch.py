@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 import stand_in
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 SSH = """#!/bin/sh
 # Runs the command of a host here. A host whose name is in DOWN cannot be reached.

@@ -27,6 +27,8 @@ from ofa_ds.data.scenes import write_scenes
 from ofa_ds.data.scenes_tasks import write_task_scenes
 from ofa_ds.tasks.texts import train_from_shards
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",

@@ -13,6 +13,8 @@ from ofa_ds.cli import main
 from ofa_ds.storage import file_systems
 from ofa_ds.train.report_attempt import read_attempts
 
+pytestmark = pytest.mark.long
+
 
 def begin(shards: Path | str, vocab: Path, run_dir: Path, *overrides: str):
     return start("pretrain", "pretrain-nano", [

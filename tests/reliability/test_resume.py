@@ -16,6 +16,8 @@ from two_ranks import TIMEOUT_S, TIMES, finish, kill, records, send, start, tens
 from ofa_ds.tasks.texts import train_from_shards
 from ofa_ds.train.report_attempt import read_attempts
 
+pytestmark = pytest.mark.long
+
 STEPS = 8
 
 

@@ -15,6 +15,8 @@ from ofa_ds.data.vocab import train_vocab
 from ofa_ds.tasks.task import row_texts
 from ofa_ds.tasks.task_shards import build_task_shards
 
+pytestmark = pytest.mark.long
+
 STEPS = 6
 
 

@@ -19,6 +19,8 @@ from safetensors.numpy import load_file
 
 from ofa_ds import beat
 
+pytestmark = pytest.mark.long
+
 TIMEOUT_S = 240
 
 

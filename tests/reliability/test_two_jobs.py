@@ -14,6 +14,8 @@ import psutil
 import pytest
 import scenes_shards
 
+pytestmark = pytest.mark.long
+
 TIMEOUT_S = 240
 
 

@@ -143,6 +143,7 @@ def test_only_pictures_are_rewarded_so(folder: Path) -> None:
         check_sense(recipe_of(folder, "optim.label_smoothing=0.1"))
 
 
+@pytest.mark.long
 def test_a_run_is_rewarded_by_files_and_what_it_paints_is_ranked_by_them(folder: Path, tmp_path: Path) -> None:
     """By the commands, with a VQGAN and a CLIP of random weights."""
     if importlib.util.find_spec("open_clip") is None:

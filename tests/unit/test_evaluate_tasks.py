@@ -237,6 +237,7 @@ def test_a_model_that_was_fine_tuned_on_another_task_is_asked_only_if_that_is_sa
     assert list(judge_tasks(model, shards["snli_ve"], tasks=["snli_ve"], rows=2)) == ["snli_ve"]
 
 
+@pytest.mark.long
 def test_the_command_judges_and_draws_every_task_and_the_constant_stands_beside(
     learned: LoadedModel, shards: dict[str, Shards], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

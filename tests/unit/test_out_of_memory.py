@@ -97,6 +97,7 @@ def test_all_else_passes_as_it_is(error, tmp_path):
     assert caught.value is error and not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_the_line_says_who_where_how_much_and_what_to_change(tmp_path, monkeypatch):
     text = message(tmp_path, rank=3, world_size=2)
     assert text.startswith("rank 3 on ") and ": out of memory in step 7: 4.50 PB more were asked for, " in text

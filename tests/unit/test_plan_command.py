@@ -182,6 +182,7 @@ def test_what_does_not_fit_gets_changes_that_do_the_cheapest_first(capsys: pytes
         assert each["hosts"] == 1, "more hosts are for where nothing fits on these"
 
 
+@pytest.mark.long
 def test_advice_is_as_good_as_any_combination_of_rows_checkpointing_and_shipped_layout() -> None:
     plain, few = run("pretrain-6b", "model.activation_checkpointing=false"), cluster(ranks=4, gpu="a100-40gb")
     best = advise(forecast(plain, few), SHIPPED)[0]
@@ -208,6 +209,7 @@ def test_advice_only_changes_what_it_says() -> None:
         assert after.recipe.batch.global_rows == 2816, "what a step learns stays as it is"
 
 
+@pytest.mark.long
 def test_where_no_change_fits_more_hosts_are_proposed() -> None:
     small = replace(cluster(ranks=1, gpu="a100-40gb"), host_bytes=60e9)  # too little to offload to
     found = advise(forecast(run("pretrain-6b"), small), SHIPPED)
@@ -215,6 +217,7 @@ def test_where_no_change_fits_more_hosts_are_proposed() -> None:
     assert any(re.fullmatch(r"\d+ hosts", each.changes[-1]) for each in found)
 
 
+@pytest.mark.long
 def test_a_lighter_plan_stays_on_the_same_hosts_and_wants_less() -> None:
     before = forecast(run("pretrain-base"), cluster())
     found = lighter(before, SHIPPED)

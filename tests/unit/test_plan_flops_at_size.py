@@ -87,6 +87,7 @@ def counted_and_planned(recipe: Recipe, by_module: bool) -> tuple[int, CountedFl
     return torchs.get_total_flops(), counted, flops(config, work, stage=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["pretrain-6b", "pretrain-large"])
 def test_a_step_at_full_size_is_as_planned(name):
     counted, _, planned = counted_and_planned(load_recipe(name, ["batch.micro_rows=11"]), by_module=False)

@@ -50,6 +50,7 @@ STEPS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", STEPS)
 def test_the_peak_of_a_step_with_fake_tensors_is_the_planned_one(case: str) -> None:
     name, changes, rows, layout = STEPS[case]

@@ -43,6 +43,7 @@ def payload(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(path.glob("*.safetensors"))}
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shapes=SHAPES, kinds=st.lists(SETS, min_size=6, max_size=6), n=RANKS, m=RANKS, stages=st.tuples(STAGES, STAGES))
 def test_n_to_m_to_n_is_the_identity_on_every_byte(tmp_path_factory, shapes, kinds, n, m, stages):

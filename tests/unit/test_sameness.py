@@ -133,6 +133,7 @@ def test_ranks_and_cuts_and_starts_change_nothing(make, whole, world, cut):
             assert_same(found, wanted)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", WORKERS[1:])
 @pytest.mark.parametrize("world", WORLDS)
 def test_workers_change_nothing_at_any_number_of_ranks(make, whole, world, workers):

@@ -19,6 +19,7 @@ def course(steps: int, noise: float, generator: np.random.Generator) -> np.ndarr
     return (2.0 + 8.0 / np.sqrt(1 + np.arange(steps) / 30)) * (1 + noise * generator.standard_normal(steps))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("noise", [0.0, 0.01, 0.05, 0.2])
 def test_a_falling_noisy_loss_has_no_spike_in_a_hundred_thousand_steps(noise):
     print(f"seed {SEED}")
