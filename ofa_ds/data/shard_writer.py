@@ -50,7 +50,7 @@ class ShardWriter:
         self._entries: list[tuple[int, int, int, list[int]]] = []
 
     def add(self, row: dict[str, Any], size: int) -> None:
-        """size: of the TSV line, which is never less than what is written of it."""
+        """size: at least what is written of it."""
         if self._rows and (len(self._rows) == MAX_BATCH_ROWS or self._bytes + size > MAX_BATCH_BYTES):
             self._flush()
         self._rows.append(to_columns(self._family, row))
@@ -112,6 +112,21 @@ def row_digest(row: Mapping[str, Any]) -> int:
             rest.append((name, value))
     digest.update(repr(rest).encode("utf-8", "surrogatepass"))
     return digest.intdigest()
+
+
+def row_bytes(row: Mapping[str, Any]) -> int:
+    """At least what the row takes in an Arrow file, the same wherever it comes from."""
+    return 64 + sum(_value_bytes(value) for value in row.values())
+
+
+def _value_bytes(value: Any) -> int:
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if isinstance(value, bytes):
+        return len(value)
+    if isinstance(value, str):
+        return 8 + (len(value) if value.isascii() else len(value.encode()))
+    return 16 + sum(_value_bytes(item) for item in value) if isinstance(value, list | tuple) else 8
 
 
 def chained(shards: Iterable[Shard]) -> int:

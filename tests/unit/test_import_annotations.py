@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_import_shards import picture
 
+from ofa_ds.data import plain_pickle
 from ofa_ds.data.building.source import SourceError, source_file
-from ofa_ds.data.importing import annotations, plain_pickle, tars
+from ofa_ds.data.importing import annotations, tars
 from ofa_ds.data.importing.item import Into
 from ofa_ds.terms import ANNOTATIONS
 
@@ -240,6 +241,17 @@ def test_a_cut_or_damaged_pickle_is_one_line(protocol: int, folder: Path) -> Non
         refused_or_read_pickle(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :], folder)
     with pytest.raises(ValueError, match="something follows"):
         plain_pickle.loads(data + b".")
+
+
+def test_a_pickle_that_names_a_list_in_itself_again_and_again_is_refused_before_it_is_large() -> None:
+    laughs: list = []
+    for _ in range(40):
+        laughs = [laughs] * 8
+    with pytest.raises(ValueError, match="more than 1000000 values of lists and tables again"):
+        plain_pickle.loads(pickle.dumps(laughs))
+    twice = [1, {"a": [2]}]
+    found = plain_pickle.loads(pickle.dumps([twice, twice]))
+    assert found == [twice, twice] and found[0] is not found[1]
 
 
 def refused_or_read_pickle(data: bytes, folder: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from ofa_ds.cli.main import main
 from ofa_ds.data.building.build import How
 from ofa_ds.data.importing import folder as importing
+from ofa_ds.data.importing import item_lines
 from ofa_ds.data.importing.importing import import_shards
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_verify import verify_shards
@@ -53,7 +54,8 @@ def rows(out: Path) -> list[tuple[str, str, bytes]]:
 def test_texts_beside_pictures_are_their_captions_in_order_of_name_for_any_workers(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importing, "PIECE_ROWS", 4)
+    for module in (importing, item_lines):
+        monkeypatch.setattr(module, "PIECE_ROWS", 4)
     import_shards(str(tmp_path / "out"), "folder", [str(pictures)], how=How(workers=1))
     names = ["0.jpg", "2.jpg", "4.JPG", "6.jpg", "8.jpg", "b/1.jpg", "b/3.jpg", "b/5.jpg", "b/7.jpg"]
     numbers = [int(re.findall(r"\d", name)[0]) for name in names]

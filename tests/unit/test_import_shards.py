@@ -116,6 +116,14 @@ def test_coco_captions(tmp_path: Path) -> None:
     assert found == [(str(10 + k), f"a caption {k}", picture(seed=k % 2)) for k in range(3)]
 
 
+def test_files_are_as_large_as_asked_for_wherever_their_pictures_come_from(tmp_path: Path) -> None:
+    path, folder = coco(tmp_path)
+    size = len(picture())
+    rows = imported(tmp_path, "coco-captions", [path], images=folder, how=How(workers=1, shard_bytes=2 * size + 600))
+    files = [shard.rows for shard in Shards(tmp_path / "out").manifest.families["vision_language"].shards]
+    assert len(rows) > 2 and max(files) == 2 and len(files) == -(-len(rows) // 2)
+
+
 def test_coco_instances_and_their_boxes_in_a_smaller_picture(tmp_path: Path) -> None:
     path, folder = coco(tmp_path)
     rows = imported(tmp_path, "coco-instances", [path], images=folder)

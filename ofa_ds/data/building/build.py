@@ -61,7 +61,7 @@ class How:
     strict: bool = False
     """A record that looks like a mistake is a bad one."""
     work: Path | None = None
-    """Directory to build in, in place of one beside the target."""
+    """Of a remote target: local directory, in a hidden one of which it is built."""
 
 
 def build_shards(

@@ -20,7 +20,7 @@ from ofa_ds.data.building.source import Piece, Record, Row, SourceError
 from ofa_ds.data.building.work import JOURNAL
 from ofa_ds.data.manifest import Shard
 from ofa_ds.data.negative_texts import NegativeTexts
-from ofa_ds.data.shard_writer import ShardWriter, Written
+from ofa_ds.data.shard_writer import ShardWriter, Written, row_bytes
 from ofa_ds.storage import file_systems
 from ofa_ds.storage.atomic import replace_file, sync
 
@@ -178,7 +178,7 @@ def _build_part(job: Job, part: int, built: Built, writer: _Writer, texts: Negat
                     notes.say(DOUBTS, record, doubt)
                 counts.warnings += len(checked.doubts)
                 counts.rows += 1
-                writer.add(checked.row, record.num_bytes)
+                writer.add(checked.row, record.num_bytes or row_bytes(checked.row))
                 built.count(job, checked.row, At(part, record.number))
                 if texts is not None:
                     texts.add(checked.row)

@@ -39,12 +39,12 @@ class Record(NamedTuple):
     """From 1, counted from where the part begins."""
     raw: bytes | None
     """As it came, for the quarantine; None where that is no line."""
-    num_bytes: int
-    """At least what its row takes in an Arrow file."""
     read: Callable[[], Row]
     """Raises ValueError "column: reason"."""
     place: str = ""
     """Where it is, in place of its number: the name of a member."""
+    num_bytes: int = 0
+    """Of its line, which is never less than what its row takes in an Arrow file; 0 where the row is measured."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,21 @@ class Piece(Protocol):
 
     def records(self, part: int) -> Iterator[Record]:
         """Of one part, in order. Raises SourceError, OSError."""
+
+
+@dataclass(frozen=True)
+class OneFile:
+    """Of a `Piece` that is a file, or a part of one."""
+
+    file: SourceFile
+
+    @property
+    def files(self) -> Sequence[SourceFile]:
+        return [self.file]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.file.num_bytes
 
 
 def source_file(location: str) -> SourceFile:

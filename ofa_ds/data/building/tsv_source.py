@@ -61,7 +61,7 @@ class TsvPiece:
         where = self.parts[part]
         for number, line in lines_of(where):
             absolute = number if where.first_line is None else number + where.first_line - 1
-            yield Record(number, line, len(line), functools.partial(self._read, line, absolute))
+            yield Record(number, line, functools.partial(self._read, line, absolute), num_bytes=len(line))
 
     def _read(self, line: bytes, number: int) -> Row:
         if self.lines is None:

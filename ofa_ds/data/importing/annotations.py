@@ -5,9 +5,7 @@ Each is read once, into a list of items without pictures, a line of JSON each; p
 
 from __future__ import annotations
 
-import errno
 import functools
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,15 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ofa_ds.data import plain_pickle
 from ofa_ds.data.building.source import Record, Row, SourceError, SourceFile, source_file
 from ofa_ds.data.building.work import ITEMS
-from ofa_ds.data.importing import plain_pickle
 from ofa_ds.data.importing.item import Into, Item, Named, short, xywh
+from ofa_ds.data.importing.item_lines import Lines, read_picture, write_lines
 from ofa_ds.storage import file_systems, strict_json
 
 MAX_JSON_BYTES = 1 << 31
-MAX_PICTURE_BYTES = 1 << 28
-PIECE_ROWS = 5_000
 
 Table = Mapping[str, Any]
 PICKLES = (".p", ".pkl", ".pickle")
@@ -35,17 +32,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
-_NO_PICTURE = (None, 0, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL)
-"""What a name that is none of a picture leads to; other errors are the machine's."""
-
-
 @dataclass(frozen=True)
 class ItemsPiece:
-    """Lines start ... stop - 1 (in bytes) of a list of items."""
-
-    items: str
-    start: int
-    stop: int
+    lines: Lines
     sources: tuple[SourceFile, ...]
     images: str
     into: Into
@@ -56,33 +45,19 @@ class ItemsPiece:
 
     @property
     def num_bytes(self) -> int:
-        return self.stop - self.start
+        return self.lines.stop - self.lines.start
 
     def key(self) -> Any:
         sources = [asdict(each) for each in self.sources]
-        return ["items", sources, self.start, self.stop, self.images, repr(self.into)]
+        return ["items", sources, self.lines.start, self.lines.stop, self.images, repr(self.into)]
 
     def records(self, part: int) -> Iterator[Record]:
-        with open(self.items, "rb") as file:
-            file.seek(self.start)
-            number = 0
-            while file.tell() < self.stop:
-                line = file.readline()
-                number += 1
-                table = json.loads(line)
-                path = f"{self.images.rstrip('/')}/{table['image']}"
-                size = table.get("bytes", 0) + len(line)
-                yield Record(number, line.rstrip(b"\n"), size, functools.partial(self._read, table, path), table["id"])
+        for number, line, table in self.lines.read():
+            path = f"{self.images.rstrip('/')}/{table['image']}"
+            yield Record(number, line, functools.partial(self._read, table, path), table["id"])
 
     def _read(self, table: Table, path: str) -> Row:
-        try:
-            image = file_systems.read_bytes(path, MAX_PICTURE_BYTES)
-        except (FileNotFoundError, ValueError) as error:
-            raise ValueError(f"image: {error}") from error
-        except OSError as error:
-            if error.errno not in _NO_PICTURE:
-                raise
-            raise ValueError(f"image: {path}: {error.strerror or error}") from error
+        image = read_picture(path)
         return self.into.row(
             Item(
                 id=table["id"], image=image, caption=table.get("caption", ""), question=table.get("question", ""),
@@ -101,18 +76,10 @@ def pieces_of(form: str, locations: Sequence[str], images: str, into: Into, jour
     if form != "refcoco" and (pickles := [each for each in locations if each.endswith(PICKLES)]):
         raise SourceError(f"{pickles[0]}: a pickle; {form} is read from JSON")
     tables = [_content(location) for location in locations]
-    path = journal / f"{ITEMS}.jsonl"
-    cuts = [0]
-    with path.open("wb") as file:
-        for number, item in enumerate(READERS[form](tables, locations)):
-            if number and number % PIECE_ROWS == 0:
-                cuts.append(file.tell())
-            file.write(json.dumps(item, sort_keys=True).encode() + b"\n")
-        cuts.append(file.tell())
-    if cuts[-1] == 0:
+    lines = write_lines(journal / f"{ITEMS}.jsonl", READERS[form](tables, locations))
+    if not lines:
         raise SourceError(f"{locations[0]}: has no annotations")
-    pairs = zip(cuts, cuts[1:], strict=False)
-    return [ItemsPiece(str(path), start, stop, sources, images, into) for start, stop in pairs if stop > start]
+    return [ItemsPiece(each, sources, images, into) for each in lines]
 
 
 def _content(location: str) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +18,8 @@ import xxhash
 
 from ofa_ds.data.building.source import Record, Row, SourceError, SourceFile
 from ofa_ds.data.building.work import ITEMS
-from ofa_ds.data.importing.annotations import MAX_PICTURE_BYTES, PIECE_ROWS
 from ofa_ds.data.importing.item import Into, Item
+from ofa_ds.data.importing.item_lines import PIECE_ROWS, Lines, read_picture, write_lines
 from ofa_ds.data.importing.loose import text_of
 from ofa_ds.storage import file_systems, strict_json
 
@@ -35,11 +34,9 @@ WANT = f"want a text in NAME.txt beside NAME.jpg, or a line for it in {' or '.jo
 
 @dataclass(frozen=True)
 class FolderPiece:
-    """Lines start ... stop - 1 (in bytes) of the list of a folder, as `_items` gives them."""
+    """Items of a folder, as `_items` gives them."""
 
-    items: str
-    start: int
-    stop: int
+    lines: Lines
     folder: SourceFile
     """Its stamp is of all that was listed."""
     num_bytes: int
@@ -50,18 +47,11 @@ class FolderPiece:
         return [self.folder]
 
     def key(self) -> Any:
-        return ["folder", asdict(self.folder), self.start, self.stop, repr(self.into)]
+        return ["folder", asdict(self.folder), self.lines.start, self.lines.stop, repr(self.into)]
 
     def records(self, part: int) -> Iterator[Record]:
-        with open(self.items, "rb") as file:
-            file.seek(self.start)
-            number = 0
-            while file.tell() < self.stop:
-                line = file.readline()
-                number += 1
-                name, identity, num_bytes, caption, beside = json.loads(line)
-                read = functools.partial(self._read, name, identity, caption, beside)
-                yield Record(number, line.rstrip(b"\n"), num_bytes + len(line), read, name)
+        for number, line, (name, identity, _, caption, beside) in self.lines.read():
+            yield Record(number, line, functools.partial(self._read, name, identity, caption, beside), name)
 
     def _read(self, name: str, identity: str, caption: str, beside: str) -> Row:
         folder = Path(self.folder.location)
@@ -74,11 +64,7 @@ class FolderPiece:
                 raise ValueError(f"caption: {error}") from error
         if not caption:
             raise ValueError(f"caption: {f'{beside} is empty' if beside else 'there is none'}; {WANT}")
-        try:
-            image = file_systems.read_bytes(folder / name, MAX_PICTURE_BYTES)
-        except (FileNotFoundError, ValueError) as error:
-            raise ValueError(f"image: {error}") from error
-        return self.into.row(Item(id=identity, image=image, caption=caption))
+        return self.into.row(Item(id=identity, image=read_picture(str(folder / name)), caption=caption))
 
 
 def pieces_of(
@@ -95,20 +81,21 @@ def pieces_of(
 
 
 def _pieces(folder: Path, into: Into, columns: Mapping[str, str], items: Path) -> list[FolderPiece]:
-    cuts, sizes, digest = [0], [0], xxhash.xxh3_64()
-    with items.open("wb") as file:
-        for number, (stamp, item) in enumerate(_items(folder, columns)):
-            if number and number % PIECE_ROWS == 0:
-                cuts.append(file.tell())
-                sizes.append(0)
-            line = json.dumps(item).encode() + b"\n"
-            digest.update(line + repr(stamp).encode())
-            sizes[-1] += item[2]
-            file.write(line)
-        cuts.append(file.tell())
+    sizes, digest = [], xxhash.xxh3_64()
+
+    def listed() -> Iterator[tuple[str, str, int, str, str]]:
+        for stamp, item in _items(folder, columns):
+            digest.update(repr((stamp, item)).encode())
+            sizes.append(item[2])
+            yield item
+
+    lines = write_lines(items, listed())
     source = SourceFile(str(folder.resolve()), sum(sizes), digest.intdigest() >> 1)
-    pairs = zip(cuts, cuts[1:], sizes, strict=False)
-    return [FolderPiece(str(items), start, stop, source, size, into) for start, stop, size in pairs]
+    starts = range(0, len(sizes), PIECE_ROWS)
+    return [
+        FolderPiece(each, source, sum(sizes[start : start + PIECE_ROWS]), into)
+        for each, start in zip(lines, starts, strict=True)
+    ]
 
 
 def _items(folder: Path, columns: Mapping[str, str]) -> Iterator[tuple[Any, tuple[str, str, int, str, str]]]:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ofa_ds.data.building.source import Record, Row, SourceError, SourceFile, source_file
+from ofa_ds.data.building.source import OneFile, Record, Row, SourceError, source_file
 from ofa_ds.data.importing.arrow_messages import check_stream, to_stream
 from ofa_ds.data.importing.item import Into
 from ofa_ds.data.importing.loose import item_of
@@ -36,18 +36,13 @@ _LIMITS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class TablePiece:
+class TablePiece(OneFile):
     """Row group `group` of a Parquet file; all of an Arrow file, where it is -1."""
 
-    file: SourceFile
     group: int
     share_bytes: int
     into: Into
     columns: tuple[tuple[str, str], ...]
-
-    @property
-    def files(self) -> Sequence[SourceFile]:
-        return [self.file]
 
     @property
     def num_bytes(self) -> int:
@@ -64,8 +59,7 @@ class TablePiece:
                 for row in rows_of(batch):
                     number += 1
                     where = f"row {number}" if self.group < 0 else f"row group {self.group} row {number}"
-                    size = 256 + (_size(row) if isinstance(row, Mapping) else 0)
-                    yield Record(number, None, size, functools.partial(self._read, where, row), where)
+                    yield Record(number, None, functools.partial(self._read, where, row), where)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if getattr(error, "errno", None):
                 raise
@@ -83,15 +77,6 @@ class TablePiece:
             raise ValueError(f"id: want a whole number or a text, got {identity!r:.60}")
         key = f"{self.file.name} {where}" if identity is None else str(identity)
         return self.into.row(item_of(key, found))
-
-
-def _size(value: Any) -> int:
-    """Bytes of texts and pictures."""
-    if isinstance(value, Mapping):
-        return sum(map(_size, value.values()))
-    if isinstance(value, list):
-        return sum(map(_size, value))
-    return len(value) if isinstance(value, str | bytes) else 0
 
 
 def pieces_of(locations: Sequence[str], into: Into, columns: tuple[tuple[str, str], ...]) -> list[TablePiece]:

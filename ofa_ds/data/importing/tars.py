@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import xxhash
 
-from ofa_ds.data.building.source import Record, Row, SourceError, SourceFile
+from ofa_ds.data.building.source import OneFile, Record, Row, SourceError
 from ofa_ds.data.importing.item import Into
 from ofa_ds.data.importing.loose import item_of
 from ofa_ds.data.importing.tar_stream import MAX_MEMBER_BYTES, members_of
@@ -23,28 +23,18 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class TarPiece:
+class TarPiece(OneFile):
     """All records of one tar."""
 
-    file: SourceFile
     into: Into
     columns: tuple[tuple[str, str], ...]
-
-    @property
-    def files(self) -> Sequence[SourceFile]:
-        return [self.file]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.file.num_bytes
 
     def key(self) -> Any:
         return ["tar", asdict(self.file), repr(self.into), self.columns]
 
     def records(self, part: int) -> Iterator[Record]:
         for number, (key, members) in enumerate(groups(self.file.location), 1):
-            size = sum(map(len, members.values())) + 256
-            yield Record(number, None, size, functools.partial(self._read, key, members), key)
+            yield Record(number, None, functools.partial(self._read, key, members), key)
 
     def _read(self, key: str, members: Mapping[str, bytes]) -> Row:
         found = {name: _field(name, ends, members) for name, ends in self.columns}

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from ofa_ds.data import answer_list, task_rows
 from ofa_ds.data.batch_index import write_index
 from ofa_ds.data.manifest import NEGATIVES, Family, Manifest, Source, fingerprint
 from ofa_ds.data.pool import mpi_size, run_jobs
-from ofa_ds.data.shard_writer import ShardWriter, Written, chained
+from ofa_ds.data.shard_writer import ShardWriter, Written, chained, row_bytes
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.tsv import TYPES
 from ofa_ds.progress import Progress
@@ -151,21 +151,6 @@ class _Pages:
 @lru_cache(maxsize=4)
 def _opened(path: Path, run: str) -> Shards:
     return Shards(path)
-
-
-def row_bytes(row: Mapping[str, Any]) -> int:
-    """At least what the row takes in an Arrow file, the same wherever it comes from."""
-    return 64 + sum(_value_bytes(value) for value in row.values())
-
-
-def _value_bytes(value: Any) -> int:
-    if isinstance(value, np.ndarray):
-        return value.nbytes
-    if isinstance(value, bytes):
-        return len(value)
-    if isinstance(value, str):
-        return 8 + (len(value) if value.isascii() else len(value.encode()))
-    return 16 + sum(_value_bytes(item) for item in value) if isinstance(value, list | tuple) else 8
 
 
 def finish(folder: Path, source: Shards, made: Mapping[str, Sequence[FileMade]]) -> Manifest:

@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ofa_ds.data.building.source import Piece, Record, Row, SourceFile, source_file
+from ofa_ds.data.building.source import OneFile, Piece, Record, Row, source_file
 from ofa_ds.data.shards import Shards
-from ofa_ds.data.tools.rewrite import row_bytes
 from ofa_ds.vision.code_rows import CodeTask
 from ofa_ds.vision.encoding.journal import Journal
 
 
 @dataclass(frozen=True)
-class RowsPiece:
+class RowsPiece(OneFile):
     """Rows `first` ... `stop` - 1 of a family: those of one Arrow file."""
 
     folder: Path
     family: str
     first: int
     stop: int
-    file: SourceFile
     journal: Journal | None
     """Of the family that has codes."""
     code_key: str
-
-    @property
-    def files(self) -> Sequence[SourceFile]:
-        return [self.file]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.file.num_bytes
 
     def key(self) -> Any:
         return ["codes", self.family, self.first, self.stop, self.file.name, self.code_key]
@@ -48,7 +38,7 @@ class RowsPiece:
             row = shards.row(self.family, i)
             if texts is not None:
                 row = _with_codes(row, next(texts))
-            yield Record(number, None, row_bytes(row), functools.partial(Row, row))
+            yield Record(number, None, functools.partial(Row, row))
 
 
 def _with_codes(row: Mapping[str, Any], text: str) -> dict[str, Any]:
@@ -65,7 +55,7 @@ def pieces_of(shards: Shards, task: CodeTask, journal: Journal, code_key: str) -
         for shard in part.shards:
             file = source_file(str(shards.path / shard.file))
             mine = journal if family == task.family else None
-            piece = RowsPiece(shards.path, family, first, first + shard.rows, file, mine, code_key)
+            piece = RowsPiece(file, shards.path, family, first, first + shard.rows, mine, code_key)
             pieces.setdefault(family, []).append(piece)
             first += shard.rows
     return pieces

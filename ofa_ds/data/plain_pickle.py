@@ -1,4 +1,4 @@
-"""A pickle of plain values (RefCOCO's `refs(unc).p`), read without running anything of it.
+"""A pickle of plain values (OFA's lists of answers, RefCOCO's refs), read without running anything of it.
 
 A pickle is a program for a stack machine, and some of its instructions import and call whatever they name. Here the
 few that lists, tables, texts and numbers consist of are carried out; every other one is refused.
@@ -9,6 +9,9 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable
 from typing import Any
+
+MAX_COPIED = 1_000_000
+"""Values in lists and tables that a pickle may use a second time: some bytes can name themselves 10**30 times over."""
 
 _MARK = object()
 
@@ -29,7 +32,7 @@ def loads(data: bytes) -> Any:
             _STEPS[opcode.name](machine, argument)
     except _Refused as error:
         raise ValueError(f"byte {position}: {error}") from error
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"after byte {position}: not a pickle, or a damaged one: {error!r:.120}") from error
     raise ValueError(f"byte {len(data)}: ends before its pickle does")
 
@@ -44,6 +47,7 @@ class _Machine:
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.copied = 0
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -52,7 +56,18 @@ class _Machine:
         self.memo[place] = self.stack[-1]
 
     def get(self, place: int) -> None:
-        self.stack.append(self.memo[place])
+        self.stack.append(self._copy(self.memo[place]))
+
+    def _copy(self, value: Any) -> Any:
+        """Nothing is shared in what is read, so that its size is what it looks like."""
+        if not isinstance(value, list | dict):
+            return value
+        self.copied += len(value) + 1
+        if self.copied > MAX_COPIED:
+            raise _Refused(f"uses more than {MAX_COPIED} values of lists and tables again")
+        if isinstance(value, list):
+            return [self._copy(each) for each in value]
+        return {key: self._copy(each) for key, each in value.items()}
 
     def old_text(self, value: str) -> None:
         """Python 2's text is bytes, which `pickletools` gives as Latin-1."""
@@ -83,8 +98,10 @@ class _Machine:
         if not isinstance(target, dict):
             raise TypeError("no table to add to")
         for key, value in zip(values[::2], values[1::2], strict=True):
-            if not isinstance(key, str) or key in target:
-                raise ValueError(f"the key {key!r:.60}, want a text that is there once")
+            if not isinstance(key, str):
+                raise _Refused(f"want texts as keys, got the key {key!r:.60}")
+            if key in target:
+                raise _Refused(f"the key {key!r:.60} is there twice")
             target[key] = value
 
     def dictionary(self, values: list[Any]) -> None:
