@@ -169,7 +169,13 @@ def _locked(path: Path, *, only_where_known: bool = False) -> int | None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Give a small file another content: the old one stays until the new one is whole, also where the disk is full."""
+    """Give a small file another content: the old one stays until the new one is whole, also where the disk is full.
+
+    A pipe or a device, such as /dev/stdout, is written to as it is: another file in its place would be its end.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     partial = path.with_name(f"{PARTIAL}{path.name}")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)

@@ -6,7 +6,9 @@ import errno
 import os
 import signal
 import subprocess
+import stat
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofa_ds.checkpoint.runs import remove_leftovers
-from ofa_ds.storage.atomic import PARTIAL, check_space, new_directory, new_file
+from ofa_ds.storage.atomic import PARTIAL, check_space, new_directory, new_file, replace_file
 from ofa_ds.storage.sizes import size_text
 
 MAKERS = {"directory": new_directory, "file": new_file}
@@ -134,3 +136,13 @@ def test_a_small_lack_of_room_is_said_in_small_units(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda path: Full)
     with pytest.raises(OSError, match=r"41\.0 kB are free, 600 kB are needed"):
         check_space(tmp_path, 600_000, 1)
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    replace_file(pipe, "a line\n")
+    reader.join(10)
+    assert read == ["a line\n"] and stat.S_ISFIFO(pipe.stat().st_mode) and list(tmp_path.iterdir()) == [pipe]
