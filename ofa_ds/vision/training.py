@@ -13,7 +13,7 @@ Legend: B pictures, H, W pixels, h, w codes, N rows of the codebook.
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,13 +108,13 @@ class Trainer:
         if isinstance(model.quantize, GumbelCodebook):
             model.quantize.kl_weight = settings.kl_weight
         self._pool = ThreadPoolExecutor(_DECODERS)
-        self._next = (0, self._pool.submit(self._batch, 0))
+        self._next: tuple[int, list[Future[Tensor]]] = (-1, [])
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def train_step(self) -> Told:
-        """Raises ValueError where the loss is not finite: the weights are then no longer of use."""
+        """Raises FloatingPointError where a loss is not finite: the weights are then no longer of use; ValueError."""
         image = self._images().to(self.device)
         noise = self._prepare(image)
         painted, quantized = self.model(image, noise)
@@ -130,8 +130,6 @@ class Trainer:
             fooled = -self.adversary(painted).mean()
             weight = adversary_weight(painting, fooled, self.model.decoder.conv_out.weight)
             loss = loss + self.settings.adversary_weight * weight * fooled
-        if not torch.isfinite(loss):
-            raise ValueError(f"step {self.step}: the loss is {loss.item()}; go on from a checkpoint with a smaller lr")
         self._update("model", loss)
         own = self._play(image, painted.detach()) if is_played else 0.0
         self.step += 1
@@ -156,19 +154,23 @@ class Trainer:
         return loss.item()
 
     def _update(self, which: str, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"step {self.step}: the loss of the {which} is {loss.item()}")
         self.optimisers[which].zero_grad(set_to_none=True)  # the other network's loss left gradients here too
         loss.backward()
         self.optimisers[which].step()
 
     def _images(self) -> Tensor:
         """float32 [B, 3, crop, crop] of this step; the next step's are decoded meanwhile."""
-        step, batch = self._next
-        found = batch.result() if step == self.step else self._batch(self.step)
-        self._next = (self.step + 1, self._pool.submit(self._batch, self.step + 1))
+        step, crops = self._next
+        if step != self.step:
+            crops = self._crops(self.step)
+        found = torch.stack([crop.result() for crop in crops])
+        self._next = (self.step + 1, self._crops(self.step + 1))
         return found
 
-    def _batch(self, step: int) -> Tensor:
-        return torch.stack([self._crop(step, at) for at in range(self.settings.batch)])
+    def _crops(self, step: int) -> list[Future[Tensor]]:
+        return [self._pool.submit(self._crop, step, at) for at in range(self.settings.batch)]
 
     def _crop(self, step: int, at: int) -> Tensor:
         """The picture at a place of the step's batch; each pass over all pictures has an order of its own."""

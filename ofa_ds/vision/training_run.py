@@ -60,23 +60,22 @@ def train_codes(
     """Train on the pictures of `path` in `out`, from its newest checkpoint on. Whether it came to its end.
 
     stopped: asked after each step; where it is true, a checkpoint is saved and the run ends.
-    Raises ValueError: no pictures, other settings than the checkpoint's, a loss that is not finite; LeaseError.
+    Raises ValueError: no pictures, other settings than the checkpoint's, losses or weights that are not finite;
+    LeaseError.
     """
     pictures = open_pictures(path)
     lpips = load_lpips(start.lpips) if start.lpips else None
-    newest = _newest(out)
-    if newest is None and (out / CONFIG).exists():
-        raise ValueError(f"{out}: a VQGAN is there already, without a checkpoint to go on from; give another --out")
-    weights_of = newest or start.weights_of
-    model = load_vqgan(weights_of, say=say) if weights_of else new_model(start.config, settings.seed)
-    with (
-        held(out) as lease,
-        closing(Trainer(model, pictures, settings, device=torch.device(device), lpips=lpips)) as trainer,
-    ):
-        run = _Run(out, trainer, start, lease, say)
-        if newest is not None:
-            run.go_on(newest)
-        return run.train(save_every, stopped)
+    with held(out) as lease:
+        newest = _newest(out)
+        if newest is None and (out / CONFIG).exists():
+            raise ValueError(f"{out}: a VQGAN is there already, without a checkpoint to go on from; give another --out")
+        weights_of = newest or start.weights_of
+        model = load_vqgan(weights_of, say=say) if weights_of else new_model(start.config, settings.seed)
+        with closing(Trainer(model, pictures, settings, device=torch.device(device), lpips=lpips)) as trainer:
+            run = _Run(out, trainer, start, lease, say)
+            if newest is not None:
+                run.go_on(newest)
+            return run.train(save_every, stopped)
 
 
 class _Run:
@@ -118,7 +117,7 @@ class _Run:
         with closing(Progress(num_steps * batch, "training codes", "examples")) as progress:
             progress.skip(trainer.step * batch)
             while trainer.step < num_steps:
-                recent = [*recent[1 - _LOG_STEPS :], trainer.train_step()]
+                recent = [*recent[1 - _LOG_STEPS :], self._step()]
                 progress.note = _in_words(recent)
                 progress.add(batch)
                 is_asked = stopped()
@@ -129,15 +128,31 @@ class _Run:
                     return trainer.step == num_steps
         return True
 
+    def _step(self) -> Told:
+        try:
+            return self.trainer.train_step()
+        except FloatingPointError as error:
+            raise self._lost(str(error)) from error
+
+    def _lost(self, what: str) -> ValueError:
+        """With the way out."""
+        newest = _newest(self.out)
+        way = f"go on with a smaller one: --from {newest} --out NEW" if newest else "begin again with a smaller one"
+        return ValueError(f"{self.out}: {what}, with --lr {self.trainer.settings.lr:g}; {way}")
+
     def save(self, recent: Sequence[Told]) -> None:
-        """A checkpoint, and its files as the run's own; older ones than the newest KEPT go."""
+        """A checkpoint, and its files as the run's own; older ones than the newest KEPT go. Raises ValueError."""
         folder = self.out / f"step_{self.trainer.step:08d}"
+        tensors = _tensors(self.trainer)
+        for name, value in [*self.trainer.model.state_dict().items(), *tensors.items()]:
+            if not torch.isfinite(value).all():
+                raise self._lost(f"step {self.trainer.step}: {name} is not finite any more")
         sheet, error = _sheet(self.trainer)
         self.lease.check()
         with new_directory(folder) as partial:
             write_vqgan(self.trainer.model, partial)
             sheet.save(partial / PICTURES)
-            save_file(_tensors(self.trainer), partial / STATE_TENSORS)
+            save_file(tensors, partial / STATE_TENSORS)
             text = json.dumps(FORMAT | {"step": self.trainer.step, "made_of": self.made_of}, indent=1)
             (partial / STATE).write_text(f"{text}\n", encoding="utf-8")
             for name in (PICTURES, STATE_TENSORS, STATE):
@@ -206,6 +221,8 @@ def _publish(source: Path, place: Path) -> None:
     """Give `place` the content of a file that does not change any more; the old one stays until then."""
     partial = place.with_name(f"{PARTIAL}{place.name}")
     partial.unlink(missing_ok=True)
+    if place.exists() and place.samefile(source):  # to rename one link to another would leave both
+        return
     try:
         os.link(source, partial)
     except OSError:  # a file system without links

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import threading
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,14 @@ from PIL import Image
 from ofa_ds.cli.main import main
 from ofa_ds.data import scenes
 from ofa_ds.data.building.build import build_shards
+from ofa_ds.vision import training, training_run
 from ofa_ds.vision.config import VqganConfig, parse_config
 from ofa_ds.vision.files import load_vqgan, save_vqgan
 from ofa_ds.vision.losses import SLICES, VGG16, Lpips, load_lpips
 from ofa_ds.vision.sources import open_pictures
 from ofa_ds.vision.training import COLDEST, WARMEST, Settings, Trainer, new_model, perplexity, temperature_at
 from ofa_ds.vision.training_run import Start, train_codes
+from ofa_ds.vision.vqgan import Vqgan
 
 SIZES = dict(n_embed=16, embed_dim=8, z_channels=8, resolution=16, ch=32, ch_mult=(1, 1), num_res_blocks=1,
              attn_resolutions=())  # fmt: skip
@@ -93,6 +96,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(folder: Path, tmp_path:
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert sorted(path.name for path in (tmp_path / "parts").glob("step_*")) == ["step_00000003", "step_00000004"]
     assert train(folder, tmp_path / "parts", **more, say=said.append) and "is at step 4 of 4 already" in said[-1]
+    assert not list((tmp_path / "parts").glob(".partial_*"))
     with pytest.raises(ValueError, match="was trained with lr 0.002, now it is 0.1; use what it was, or another --out"):
         train(folder, tmp_path / "parts", **more | {"lr": 0.1})
 
@@ -116,10 +120,75 @@ def test_a_run_may_begin_with_another_s_weights(folder: Path, tmp_path: Path) ->
         assert torch.equal(value, model.state_dict()[name]), name
 
 
-def test_weights_that_are_not_finite_and_a_loss_that_is_not_are_told(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"step \d: the loss is (nan|inf); go on from a checkpoint with a smaller lr"):
+def test_a_loss_that_is_not_finite_is_told_and_the_way_out_that_is_told_works(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"run: step 1: .* is nan, with --lr 1e\+30; begin again with a smaller one"):
         train(folder, tmp_path / "run", lr=1e30)
-    assert not (tmp_path / "run/vqgan.safetensors").exists() or load_vqgan(tmp_path / "run")
+    train(folder, tmp_path / "run", num_steps=2)
+    with monkeypatch.context() as patch:
+        images = Trainer._images
+        patch.setattr(Trainer, "_images", lambda self: images(self) * torch.nan)
+        with pytest.raises(ValueError, match="run: step 2: the loss of the model is nan, with --lr 0.002; ") as caught:
+            train(folder, tmp_path / "run")
+    *words, new = str(caught.value).partition("go on with a smaller one: ")[2].split()
+    assert words == ["--from", str(tmp_path / "run/step_00000002"), "--out"] and new == "NEW"
+    sizes = ["--steps", "1", "--batch", "4", "--side", "24", "--crop", "24", "--lr", "1e-4"]
+    assert main(["codes", "train", str(folder), *words, str(tmp_path / "new"), *sizes]) == 0
+
+
+def test_weights_that_are_not_finite_any_more_are_not_saved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model_with_infinite_gradients(*given) -> Vqgan:
+        model = new_model(*given)
+        model.decoder.conv_out.bias.register_hook(lambda gradient: gradient * torch.inf)
+        return model
+
+    monkeypatch.setattr(training_run, "new_model", model_with_infinite_gradients)
+    with pytest.raises(ValueError, match="run: step 1: decoder.conv_out.bias is not finite any more, with --lr 0.002;"):
+        train(folder, tmp_path / "run", save_every=1)
+    assert not list((tmp_path / "run").glob("[!.]*"))
+
+
+def test_the_adversary_s_loss_is_looked_at_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "hinge", lambda real, painted: real.mean() * torch.inf)
+    with pytest.raises(ValueError, match="step 0: the loss of the adversary is -?inf"):
+        train(folder, tmp_path / "run", adversary_weight=0.8)
+
+
+def test_what_another_job_ended_with_while_this_one_waited_for_the_directory_is_gone_on_from(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = training_run.held
+
+    @contextmanager
+    def held(out: Path):
+        monkeypatch.setattr(training_run, "held", take)
+        train(folder, out, num_steps=2)
+        with take(out) as lease:
+            yield lease
+
+    monkeypatch.setattr(training_run, "held", held)
+    said: list[str] = []
+    assert train(folder, tmp_path / "run", say=said.append)
+    assert "step_00000002: going on from step 2" in said[0]
+
+
+def test_several_threads_decode_and_only_what_the_step_is_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, steps, crop = threading.Barrier(training._DECODERS, timeout=20), [], Trainer._crop
+
+    def wait(self: Trainer, step: int, at: int) -> torch.Tensor:
+        together.wait()
+        steps.append(step)
+        return crop(self, step, at)
+
+    monkeypatch.setattr(Trainer, "_crop", wait)
+    settings = Settings(**SETTINGS | {"batch": training._DECODERS, "num_steps": 9})
+    with closing(Trainer(new_model(CONFIG, 1), open_pictures(folder), settings, device=CPU)) as trainer:
+        trainer.step = 5
+        trainer.train_step()
+    assert set(steps) <= {5, 6} and steps.count(5) == training._DECODERS
 
 
 def test_a_folder_a_tsv_and_shards_give_the_same_pictures(folder: Path, tmp_path: Path) -> None:
