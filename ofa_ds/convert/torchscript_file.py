@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import pickletools
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 MAX_PICKLE_BYTES = 64 << 20
+MAX_VALUES, MAX_NAME = 100_000, 1000
+"""Of all modules together; characters of a weight's name."""
 _CODE, _DATA = "constants.pkl", "data.pkl"
 _MARK = object()
 
@@ -53,15 +55,25 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             found = _Machine(path, archive).run()
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         raise ValueError(f"{path}: not a TorchScript archive, or damaged: {error}") from error
-    return dict(_tensors(found, ""))
+    return _tensors(path, found)
 
 
-def _tensors(module: Any, before: str) -> Iterator[tuple[str, Tensor]]:
-    for name, value in module.items():
-        if isinstance(value, Tensor):
-            yield before + name, value
-        elif isinstance(value, dict):
-            yield from _tensors(value, f"{before}{name}.")
+def _tensors(path: Path, root: dict[str, Any]) -> dict[str, Tensor]:
+    """Modules may share others, so that a few bytes could say 2^n names, or names without end."""
+    found: dict[str, Tensor] = {}
+    pending, count = [("", root)], 0
+    while pending:
+        before, module = pending.pop()
+        count += len(module)
+        for key, value in module.items():
+            name = f"{before}{key}"
+            if count > MAX_VALUES or len(name) > MAX_NAME:
+                raise ValueError(f"{path}: refused: more than {MAX_VALUES} values in modules, or modules in themselves")
+            if isinstance(value, Tensor):
+                found[name] = value
+            elif isinstance(value, dict):
+                pending.append((f"{name}.", value))
+    return found
 
 
 class _Machine:
@@ -134,6 +146,8 @@ class _Machine:
 
     def set_items(self, values: list[Any]) -> None:
         if not isinstance(target := self.stack[-1], dict) or len(values) % 2:
+            raise TypeError
+        if not all(isinstance(key, str | int) for key in values[::2]):  # to hash a tuple can take 2^n steps
             raise TypeError
         target.update(zip(values[::2], values[1::2], strict=True))
 

@@ -17,11 +17,20 @@ Result = TypeVar("Result")
 
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE")
 """Set by Open MPI's, MPICH's (and Slurm's PMI-2), Intel's, MVAPICH's, IBM's starters."""
+_OTHER_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Set by torchrun and deepspeed, by srun."""
 
 
 def mpi_size() -> int:
     """Ranks of the MPI job that this process belongs to; 1 where there is none."""
     return max(int(os.environ.get(name, "1")) for name in _MPI_SIZES)
+
+
+def need_one_process(command: str) -> None:
+    """Raises ValueError in a job of several ranks, whoever started it."""
+    ranks = max(mpi_size(), *(int(os.environ.get(name) or 1) for name in _OTHER_SIZES))
+    if ranks > 1:
+        raise ValueError(f"{command} was started as {ranks} ranks; start it once, with --workers")
 
 
 def serve_if_worker() -> None:

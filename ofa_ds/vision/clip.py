@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ofa_ds.vision.clip_files import HEAD_WIDTH, ClipSizes, read_clip
 from ofa_ds.vision.libraries import library
+from ofa_ds.vision.weights import check_weights
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -77,7 +78,7 @@ def load_clip(path: str | Path, device: str | torch.device = "cpu") -> Clip:
     library("open_clip", "CLIP's scores")
     file, sizes, weights = read_clip(Path(path))
     model = new_model(sizes)
-    _check(file, model, weights)
+    check_weights(file, model, weights, "a ViT CLIP of the sizes that its other weights have")
     model.load_state_dict(weights)
     return Clip(model.eval().requires_grad_(False), device)
 
@@ -95,19 +96,6 @@ def new_model(sizes: ClipSizes) -> Any:
     )  # fmt: skip
     with torch.random.fork_rng(devices=()):
         return open_clip.CLIP(sizes.embed_dim, vision, text, quick_gelu=sizes.quick_gelu)
-
-
-def _check(file: Path, model: Any, weights: dict[str, Tensor]) -> None:
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for name, shape in wanted.items():
-        if name not in weights:
-            raise ValueError(f"{file}: {name} is missing; is it a whole ViT CLIP?")
-        if (found := tuple(weights[name].shape)) != shape:
-            raise ValueError(f"{file}: {name}: want shape {list(shape)} beside the other weights, got {list(found)}")
-        if not torch.isfinite(weights[name]).all():
-            raise ValueError(f"{file}: {name}: has values that are not finite; copy it again")
-    if more := sorted(set(weights) - set(wanted)):
-        raise ValueError(f"{file}: {more[0]} is no weight of a ViT CLIP")
 
 
 def to_pixels(image_HW3: np.ndarray, side: int) -> Tensor:

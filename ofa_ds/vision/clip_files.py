@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ofa_ds.convert.torch_file import TorchFile
 from ofa_ds.convert.torchscript_file import is_torchscript, read_torchscript
+from ofa_ds.vision.weights import read_safetensors
 
 HEAD_WIDTH = 64
 """Of every head of OpenAI's models."""
@@ -78,10 +78,7 @@ def read_clip(path: Path) -> tuple[Path, ClipSizes, dict[str, Tensor]]:
 
 def _tensors_of(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
-        try:
-            return load_file(file)
-        except Exception as error:  # the library's own class has no stable place
-            raise ValueError(f"{file}: damaged: {' '.join(str(error).split())}; copy it again") from error
+        return read_safetensors(file)
     if is_torchscript(file):
         return read_torchscript(file)
     found = TorchFile(file).content

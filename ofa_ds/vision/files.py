@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ofa_ds.convert.torch_file import TorchFile
 from ofa_ds.storage.atomic import new_directory, sync
 from ofa_ds.vision.config import VqganConfig
 from ofa_ds.vision.vqgan import Vqgan
+from ofa_ds.vision.weights import check_weights, read_safetensors
 
 CONFIG, WEIGHTS = "vqgan.json", "vqgan.safetensors"
 RELEASED_CONFIG, RELEASED_WEIGHTS = "model.yaml", "last.ckpt"
@@ -41,7 +42,7 @@ def load_vqgan(folder: Path, *, device: str = "cpu", say: Any = print) -> Vqgan:
     """
     if (folder / CONFIG).is_file():
         config, path = _read_config(folder / CONFIG), folder / WEIGHTS
-        weights = _read_safetensors(path)
+        weights = {name: value.float() for name, value in read_safetensors(path).items()}
     elif (folder / RELEASED_CONFIG).is_file():
         config, path = _released_config(folder / RELEASED_CONFIG), folder / RELEASED_WEIGHTS
         weights = _released_weights(path, say)
@@ -52,7 +53,7 @@ def load_vqgan(folder: Path, *, device: str = "cpu", say: Any = print) -> Vqgan:
         )
     with torch.device("meta"):
         model = Vqgan(config)
-    _check(path, model, weights)
+    check_weights(path, model, weights, "the architecture that its configuration says")
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval().requires_grad_(False)
 
@@ -168,25 +169,3 @@ class _Inert:
 
     def __setstate__(self, state: Any) -> None:
         pass
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; it belongs to {CONFIG}")
-    try:
-        return {name: value.float() for name, value in load_file(path).items()}
-    except Exception as error:  # the library's own class has no stable place
-        raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}; copy or make it again") from error
-
-
-def _check(path: Path, model: Vqgan, weights: Mapping[str, Tensor]) -> None:
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for name, shape in wanted.items():
-        if name not in weights:
-            raise ValueError(f"{path}: {name} is missing; is it of another architecture than its configuration says?")
-        if (found := tuple(weights[name].shape)) != shape:
-            raise ValueError(f"{path}: {name}: want shape {list(shape)} as its configuration says, got {list(found)}")
-        if not torch.isfinite(weights[name]).all():
-            raise ValueError(f"{path}: {name}: has values that are not finite; copy it again")
-    if more := sorted(set(weights) - set(wanted)):
-        raise ValueError(f"{path}: {more[0]} is no parameter of the architecture that its configuration says")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ofa_ds.convert.torch_file import TorchFile
+from ofa_ds.vision.weights import check_weights
 
 VGG16 = ((0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256), (14, 256, 256),
          (17, 256, 512), (19, 512, 512), (21, 512, 512), (24, 512, 512), (26, 512, 512), (28, 512, 512))  # fmt: skip
@@ -80,15 +81,11 @@ def load_lpips(paths: Sequence[Path]) -> Lpips:
         content = TorchFile(path).content
         state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
         found |= {_lpips_name(str(name)): value for name, value in state.items() if isinstance(value, Tensor)}
-    model, where = Lpips(), " and ".join(map(str, paths))
-    for name, wanted in model.state_dict().items():
-        if name not in found:
-            raise ValueError(
-                f"{where}: {name} is missing; want torchvision's vgg16 with LPIPS's vgg.pth, or a released last.ckpt"
-            )
-        if found[name].shape != wanted.shape or not torch.isfinite(found[name]).all():
-            raise ValueError(f"{where}: {name}: want finite values of shape {list(wanted.shape)}")
-        wanted.copy_(found[name])
+    model = Lpips()
+    weights = {name: value for name, value in found.items() if name in model.state_dict()}
+    what = "torchvision's vgg16 with LPIPS's vgg.pth, or a released last.ckpt"
+    check_weights(" and ".join(map(str, paths)), model, weights, what)
+    model.load_state_dict(weights)
     return model.eval()
 
 

@@ -141,10 +141,10 @@ class Command:
     [
         (
             {"visual.proj": torch.zeros(64, 9)},
-            r"visual.proj: want shape \[64, 8\] beside the other weights, got \[64, 9\]",
+            r"visual.proj: want shape \[64, 8\] of a ViT CLIP of the sizes that its other weights have, got \[64, 9\]",
         ),
         ({"ln_final.bias": torch.full((64,), torch.nan)}, "ln_final.bias: has values that are not finite"),
-        ({"extra.weight": torch.zeros(1)}, "extra.weight is no weight of a ViT CLIP"),
+        ({"extra.weight": torch.zeros(1)}, "extra.weight is no weight of a ViT CLIP of"),
         ({"ln_final.bias": None}, "ln_final.bias is missing"),
         ({"visual.conv1.weight": None}, "visual.conv1.weight: want a tensor of 4 dimensions, as a ViT CLIP has it"),
         ({"positional_embedding": torch.zeros(77, 65)}, "want widths that are multiples of 64"),
@@ -202,6 +202,37 @@ def test_a_torchscript_archive_with_anything_else_in_it_is_refused_and_not_run(
         load_clip(bad)
     assert "\n" not in str(error.value) and str(bad) in str(error.value)
     assert "must not" not in capsys.readouterr().out
+
+
+def nested(times: int) -> bytes:
+    """A dict that has another one twice, which has another one twice, and so on: 2^times of the last."""
+    begin = b"".join(b"}q%c(X\0\0\0\0" % k for k in range(times))
+    return b"\x80\x02" + begin + b"}q%c" % times + b"".join(b"X\1\0\0\0ah%cu" % k for k in range(times, 0, -1)) + b"."
+
+
+def deep(times: int) -> bytes:
+    return b"\x80\x02" + b"}X\0\0\0\0" * times + b"}" + b"s" * times + b"."
+
+
+HASHED = b"\x80\x02)" + b"".join(b"q%ch%c\x86" % (k, k) for k in range(60))
+"""A tuple of 2^60."""
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"\x80\x02}q\0X\1\0\0\0ah\0s.", "refused: more than 100000 values in modules, or modules in themselves"),
+        (nested(60), "refused: more than 100000 values in modules, or modules in themselves"),
+        (deep(20_000), "refused: more than 100000 values in modules, or modules in themselves"),
+        (b"\x80\x02}" + HASHED[2:] + b"Ns.", "damaged"),
+    ],
+    ids=["in itself", "shared", "deep", "keys"],
+)
+def test_a_few_bytes_that_say_weights_without_end_are_one_line(tmp_path: Path, data: bytes, message: str) -> None:
+    good = as_torchscript(tmp_path / "good.pt", {"a": torch.zeros(3)})
+    with pytest.raises(ValueError, match=message) as error:
+        read_torchscript(rewritten(good, tmp_path / "bad.pt", "data.pkl", data))
+    assert "\n" not in str(error.value) and str(error.value).startswith(str(tmp_path / "bad.pt"))
 
 
 def test_a_tensor_outside_its_storage_or_a_packed_one_is_refused(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,13 @@ from ofa_ds.data.image import decode
 from ofa_ds.data.scenes import write_scenes
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_verify import verify_shards
+from ofa_ds.vision.code_rows import INFILLING
 from ofa_ds.vision.coder import Coder, load_coder
 from ofa_ds.vision.config import VqganConfig
 from ofa_ds.vision.encoding import encode as encode_module
 from ofa_ds.vision.encoding import journal as journal_module
-from ofa_ds.vision.files import save_vqgan
+from ofa_ds.vision.encoding.what import What
+from ofa_ds.vision.files import CONFIG, WEIGHTS, save_vqgan
 from ofa_ds.vision.vqgan import Vqgan
 
 ROWS = 7
@@ -271,6 +275,31 @@ def test_what_cannot_be_is_refused_before_anything_is_encoded(given, model, tmp_
         assert message in said and "\n" not in said
     assert encode(source, tmp_path / "new", model, "--side", "40") == 2
     assert counted == [0] and (tmp_path / "taken").read_text() == "mine"
+
+
+def test_one_of_several_ranks_is_refused_whoever_started_them(given, model, tmp_path, capsys, monkeypatch) -> None:
+    for name in ("OMPI_COMM_WORLD_SIZE", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "2")
+            assert encode(given / "image_examples.tsv", tmp_path / "new.tsv", model) == 1
+            told = capsys.readouterr().err
+            assert "codes encode was started as 2 ranks; start it once, with --workers" in told
+            assert told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_are_hashed_in_pieces(given, tmp_path: Path) -> None:
+    for name in (CONFIG, WEIGHTS):
+        (tmp_path / name).write_bytes(bytes(16 << 20))
+    what = What(task=INFILLING, side=0)
+    job = encode_module._Job(given / "image_examples.tsv", tmp_path / "new.tsv", tmp_path, what, 1, "run")
+    assert len(job.pictures) == ROWS
+    tracemalloc.start()
+    first, peak = job.key, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 << 20
+    (tmp_path / WEIGHTS).write_bytes(bytes(16 << 20) + b"1")
+    assert dataclasses.replace(job).key != first
 
 
 def test_a_full_disk_is_told_before_anything_is_encoded(given, model, tmp_path, capsys, monkeypatch) -> None:

@@ -287,7 +287,7 @@ def test_lpips_loads_under_torchvision_s_names_and_under_a_checkpoint_s(tmp_path
     with pytest.raises(ValueError, match="vgg16.pth: lin0.model.1.weight is missing; want torchvision's vgg16 with"):
         load_lpips([tmp_path / "vgg16.pth"])
     torch.save(heads | {"lin0.model.1.weight": torch.full((1, 64, 1, 1), torch.nan)}, tmp_path / "vgg.pth")
-    with pytest.raises(ValueError, match="lin0.model.1.weight: want finite values of shape"):
+    with pytest.raises(ValueError, match="lin0.model.1.weight: has values that are not finite"):
         load_lpips([tmp_path / "vgg16.pth", tmp_path / "vgg.pth"])
 
 

@@ -93,7 +93,11 @@ def test_code_in_a_pickle_is_refused_and_not_run(model: Vqgan, tmp_path: Path, c
             {},
             "quantize.proj.bias: has values that are not finite",
         ),
-        ({"other.weight": torch.zeros(1)}, {}, "other.weight is no parameter"),
+        (
+            {"other.weight": torch.zeros(1)},
+            {},
+            "other.weight is no weight of the architecture",
+        ),
         ({}, {"n_embed": 32}, r"quantize.proj.weight: want shape \[32, 8, 1, 1\]"),
         ({}, {"n_embed": "many"}, "n_embed: want a whole number"),
         ({}, {"embed_dim": 4}, "z_channels: want embed_dim 4"),

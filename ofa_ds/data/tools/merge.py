@@ -15,12 +15,12 @@ from ofa_ds.data.batch_index import write_index
 from ofa_ds.data.manifest import NEGATIVES, Family, Manifest, fingerprint
 from ofa_ds.data.negative_files import read_negatives, write_texts
 from ofa_ds.data.negative_texts import MAX_DERIVED
-from ofa_ds.data.pool import run_jobs
+from ofa_ds.data.pool import need_one_process, run_jobs
 from ofa_ds.data.shard_file import ShardFiles
 from ofa_ds.data.shard_writer import Written, chained
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_verify import need_checksums
-from ofa_ds.data.tools.rewrite import need_one_process, need_space
+from ofa_ds.data.tools.rewrite import need_space
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import new_directory, refuse_inside, sync_tree
 from ofa_ds.terms import FAMILIES
@@ -31,7 +31,7 @@ def merge_shards(paths: Sequence[Path], out: Path, *, workers: int = 2) -> Manif
 
     Raises ValueError where they do not belong together, RuntimeError where some are damaged, OSError.
     """
-    need_one_process("merge")
+    need_one_process("shards merge")
     refuse_inside(out, *paths)
     sources = [Shards(path) for path in paths]
     _need_alike(sources)

@@ -17,7 +17,7 @@ import numpy as np
 from ofa_ds.data import answer_list, task_rows
 from ofa_ds.data.batch_index import write_index
 from ofa_ds.data.manifest import NEGATIVES, Family, Manifest, Source, fingerprint
-from ofa_ds.data.pool import mpi_size, run_jobs
+from ofa_ds.data.pool import run_jobs
 from ofa_ds.data.shard_writer import ShardWriter, Written, chained, row_bytes
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.tsv import TYPES
@@ -60,12 +60,6 @@ class FileMade:
     types: Counter[str] = field(default_factory=Counter)
     unanswered: int = 0
     unlisted: int = 0
-
-
-def need_one_process(what: str) -> None:
-    """Raises ValueError in an MPI job."""
-    if mpi_size() > 1:
-        raise ValueError(f"shards {what} was started as {mpi_size()} ranks; start it once, with --workers")
 
 
 def rows_per_file(manifest: Manifest, family: str, count: int, shard_bytes: int) -> int:

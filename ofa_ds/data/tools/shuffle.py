@@ -10,6 +10,7 @@ import numpy as np
 
 from ofa_ds.data.manifest import Manifest
 from ofa_ds.data.order import Permutation
+from ofa_ds.data.pool import need_one_process
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_verify import need_checksums
 from ofa_ds.data.tools import rewrite
@@ -41,7 +42,7 @@ def shuffle_shards(
     The same seed gives the same bytes with any number of workers. Raises ValueError for a wrong place, RuntimeError
     where the shards are damaged, OSError.
     """
-    rewrite.need_one_process("shuffle")
+    need_one_process("shards shuffle")
     refuse_inside(out, path)
     source = Shards(path)
     with new_directory(out) as folder:

@@ -15,7 +15,7 @@ import xxhash
 
 from ofa_ds.data.manifest import Manifest
 from ofa_ds.data.order import Permutation
-from ofa_ds.data.pool import run_jobs
+from ofa_ds.data.pool import need_one_process, run_jobs
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_verify import need_checksums
 from ofa_ds.data.tools import rewrite
@@ -82,7 +82,7 @@ def split_shards(
     picture (of one text, where there is none) are in the same part, in all families, and fractions hold about. The
     same seed gives the same parts. Raises ValueError for a part without rows, RuntimeError for damage, OSError.
     """
-    rewrite.need_one_process("split")
+    need_one_process("shards split")
     refuse_inside(out, path)
     source = Shards(path)
     with new_directory(out) as folder:

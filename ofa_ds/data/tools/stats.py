@@ -18,10 +18,9 @@ import numpy as np
 import xxhash
 
 from ofa_ds.data.manifest import Manifest, read_manifest
-from ofa_ds.data.pool import run_jobs
+from ofa_ds.data.pool import need_one_process, run_jobs
 from ofa_ds.data.text import clean_caption, clean_question
 from ofa_ds.data.tools.chunks import Chunk, chunks_of
-from ofa_ds.data.tools.rewrite import need_one_process
 from ofa_ds.data.tools.sweep import record_batches
 from ofa_ds.data.tsv import PIXELS_PER_CODE
 from ofa_ds.data.vocab import Vocab, load_vocab
@@ -105,7 +104,7 @@ class Counted:
 
 def shards_stats(path: Path, *, vocab: Path | None = None, workers: int = 2) -> Stats:
     """Raises ValueError for what is no shards or vocabulary, RuntimeError where rows are damaged, OSError."""
-    need_one_process("stats")
+    need_one_process("shards stats")
     found = Stats(path, read_manifest(path), coverage=Coverage() if vocab else None)
     if vocab:
         load_vocab(vocab)  # a wrong one is told here, not by a worker

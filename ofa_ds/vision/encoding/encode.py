@@ -6,6 +6,7 @@ on the pictures, the VQGAN and the kind of device, not on the number of processe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import shutil
@@ -21,7 +22,7 @@ from ofa_ds.data.building.build import How, build_pieces, refuse_target
 from ofa_ds.data.building.source import Piece
 from ofa_ds.data.building.work import JOURNAL, PLAN, work_directory
 from ofa_ds.data.manifest import NEGATIVES
-from ofa_ds.data.pool import mpi_size
+from ofa_ds.data.pool import need_one_process
 from ofa_ds.data.tsv import PIXELS_PER_CODE
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import check_space, place_file, refuse_inside, sync
@@ -55,8 +56,7 @@ def encode_codes(source: Path, out: Path, model: Path, what: What, *, workers: i
     ValueError with the place of what does not fit, before anything is encoded where it can be seen then; RuntimeError
     where a process dies, OSError where the disk is full.
     """
-    if mpi_size() > 1:
-        raise ValueError(f"codes encode was started as {mpi_size()} ranks; start it once, with --workers")
+    need_one_process("codes encode")
     if what.side and not what.whole and (source / "manifest.json").is_file():
         raise ValueError(f"--side: pictures of shards stay as they are; leave it out, or give a TSV file for {source}")
     need_codes_of_rows(load_vqgan(model, say=say).config, str(model))
@@ -83,7 +83,7 @@ class _Job:
     @cached_property
     def key(self) -> str:
         """Of what codes depend on."""
-        weights = [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in model_files(self.model)]
+        weights = [_checksum(path) for path in model_files(self.model)]
         kind = this_device().partition(":")[0]
         return json.dumps([VERSION, str(self.source.resolve()), self._stamp(), weights, repr(self.what), kind])
 
@@ -165,3 +165,8 @@ class _Job:
 
     def _source_bytes(self) -> int:
         return sum(path.stat().st_size for path in self._files())
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
