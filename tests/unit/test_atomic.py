@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
 import stat
+import subprocess
 import sys
 import threading
 from pathlib import Path
