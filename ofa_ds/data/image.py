@@ -119,8 +119,11 @@ def resized_part(picture_HW3: Picture, part: tuple[int, int, int, int], side: in
     if isinstance(picture_HW3, StoredJpeg):
         pixels_HW3, divisor = picture_HW3.pixels(side / min(height, width))
         if divisor > 1:
+            if picture_HW3.mirrored:  # cut from the pixels as stored, then mirrored
+                left = picture_HW3.width - left - width
             box = tuple(edge / divisor for edge in (left, top, left + width, top + height))
-            return np.array(Image.fromarray(pixels_HW3).resize((side, side), Image.Resampling.BICUBIC, box=box))
+            part_HW3 = np.array(Image.fromarray(pixels_HW3).resize((side, side), Image.Resampling.BICUBIC, box=box))
+            return _mirrored(part_HW3, picture_HW3.mirrored)
         picture_HW3 = _mirrored(pixels_HW3, picture_HW3.mirrored)
     return resize(np.ascontiguousarray(picture_HW3[top : top + height, left : left + width]), side, side)
 

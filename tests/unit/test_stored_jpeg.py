@@ -119,6 +119,13 @@ def test_the_edge_of_an_odd_picture_stays_where_it_is() -> None:
         assert_close(found, exact, mean=0.5, most=16)
 
 
+@pytest.mark.parametrize("part", [(0, 0, 480, 640), (30, 0, 400, 320), (100, 400, 240, 240), (0, 333, 479, 301)])
+def test_a_part_of_a_mirrored_picture_is_that_of_the_exact_one(part: tuple[int, int, int, int]) -> None:
+    found, exact = (pictures.resized_part(each, part, 96) for each in both(KINDS["4:2:0"], mirrored=True))
+    assert scaled(KINDS["4:2:0"]).pixels(96 / min(part[2:]))[1] > 1
+    assert_close(found, exact)
+
+
 def test_pretraining_views_draw_the_same_and_move_boxes_the_same() -> None:
     data = photo(1001, 777)
     box_14 = np.array([[100, 50, 700, 600]], np.float32)
