@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +119,26 @@ def test_what_is_wrong_is_one_line_with_its_place(
     with pytest.raises(ValueError, match=message):
         import_shards(str(tmp_path / "out"), "folder", [str(pictures)], how=How(workers=1))
     assert not (tmp_path / "out").exists()
+
+
+def test_each_folder_is_listed_once_and_one_that_cannot_be_is_told(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[str] = []
+    scandir = os.scandir
+
+    def listing(at: str) -> Iterator[os.DirEntry]:
+        listed.append(os.path.relpath(at, pictures))
+        if len(listed) > 2:
+            raise PermissionError(errno.EACCES, "Permission denied", at)
+        return scandir(at)
+
+    monkeypatch.setattr(os, "scandir", listing)
+    assert len(importing._listed(pictures)) == 9 and listed == [".", "b"]
+    (pictures / "c").mkdir()
+    listed.clear()
+    with pytest.raises(PermissionError, match=f"Permission denied: '{pictures}/c/'"):
+        importing._listed(pictures)
 
 
 def test_folders_that_cannot_be_meant_are_refused(pictures: Path, tmp_path: Path) -> None:

@@ -127,11 +127,14 @@ def _listed(folder: Path) -> dict[str, tuple[Any, int, str]]:
     What begins with a dot is left out, also folders.
     """
     found: dict[str, tuple[Any, int, str]] = {}
-    for at, folders, _ in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        with os.scandir(at) as entries:
-            files = {each.name: each for each in entries if each.is_file() and not each.name.startswith(".")}
-        base = "" if at == str(folder) else f"{Path(at).relative_to(folder).as_posix()}/"
+    bases = [""]
+    while bases:
+        base = bases.pop()
+        with os.scandir(f"{folder}/{base}") as entries:
+            seen = [each for each in entries if not each.name.startswith(".")]
+        inside = sorted((each.name for each in seen if each.is_dir(follow_symlinks=False)), reverse=True)
+        bases += [f"{base}{name}/" for name in inside]
+        files = {each.name: each for each in seen if each.is_file()}
         for name in sorted(files):
             stem, end = os.path.splitext(name)
             if end.lower() not in PICTURES:
