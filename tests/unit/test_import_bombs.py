@@ -68,6 +68,12 @@ def test_pages_that_unpack_to_more_than_the_limit_are_refused(tmp_path: Path, mo
         read(path)
 
 
+def test_the_files_directory_is_read_once_for_all_columns(tmp_path: Path, monkeypatch) -> None:
+    read_directory, times = parquet_pages._directory, []
+    monkeypatch.setattr(parquet_pages, "_directory", lambda source: times.append(source) or read_directory(source))
+    assert len(read(parquet(tmp_path / "x.parquet", pa.array([b"x", b"y"])))) == 2 and len(times) == 1
+
+
 def test_a_list_that_repeats_a_value_is_measured_before_it_is_one(tmp_path: Path) -> None:
     times = 1_000_000
     lists = pa.ListArray.from_arrays(pa.array([0, times], pa.int32()), repeated(times))

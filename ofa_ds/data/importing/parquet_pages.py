@@ -54,10 +54,14 @@ def batch_rows(file: pq.ParquetFile, source: pa.NativeFile, location: str, group
     """How many rows of a row group, of these columns, may be decoded at once. Raises SourceError for one too large."""
     where = f"{location}: row group {group}"
     held, row = 0, 1
+    try:
+        chunks = _chunks(_directory(source))[group]
+    except (LookupError, ValueError, OverflowError) as error:
+        raise SourceError(f"{where}: damaged: {error}; copy it again") from error
     for number in leaves(file, names):
         schema = file.schema.column(number)
         try:
-            found = _column(source, _chunks(_directory(source))[group][number])
+            found = _column(source, chunks[number])
         except _Unread as error:
             raise SourceError(f"{where}: column {schema.path}: {error}") from error
         except (LookupError, ValueError, OverflowError) as error:
