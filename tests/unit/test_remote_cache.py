@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from ofa_ds.data.remote import cache as cache_file
+from ofa_ds.data.remote import mirror as mirror_file
 from ofa_ds.data.remote.cache import PART, USED, BatchCache
 from ofa_ds.data.remote.mirror import KEPT_S, Mirror, remove_forgotten
 
@@ -132,6 +133,38 @@ def test_on_a_full_disk_batches_are_read_from_memory_and_the_count_stays_exact(
     monkeypatch.setattr(os, "pwrite", written)
     monkeypatch.undo()
     assert cache.get("e", lambda: b"z" * 10) == tmp_path / "e" and cache.used() == kept(tmp_path) == 40
+
+
+@pytest.mark.parametrize("fails", ["is_at", "_remove", "flock"])
+def test_an_error_in_the_middle_leaves_no_lock_behind(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, before = BatchCache(tmp_path / "batches", 100), os.listdir("/proc/self/fd")
+
+    def failing(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    owners = {"is_at": (cache_file, mirror_file), "_remove": (BatchCache,), "flock": (fcntl,)}[fails]
+    with monkeypatch.context() as patch:
+        for owner in owners:
+            patch.setattr(owner, fails, failing)
+        with pytest.raises(OSError, match="Stale file handle"):
+            cache.get("a", lambda: int("not fetched"))
+        if fails != "_remove":
+            with pytest.raises(OSError, match="Stale file handle"):
+                Mirror(tmp_path / "mirrors", "a")
+    assert os.listdir("/proc/self/fd") == before
+    assert cache.get("a", lambda: b"x") == tmp_path / "batches/a" and cache.used() == 1
+
+
+def test_the_machines_start_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_file._boot.cache_clear()
+    read, times = Path.read_text, itertools.count()
+    monkeypatch.setattr(Path, "read_text", lambda *given: (next(times), read(*given))[1])
+    cache = BatchCache(tmp_path, 100)
+    for name in "abc":
+        cache.get(name, lambda: b"x" * 10)
+    assert cache.used() == 30 and next(times) == 1
 
 
 def test_without_room_beside_what_others_are_fetching_a_batch_stays_in_memory(tmp_path: Path) -> None:

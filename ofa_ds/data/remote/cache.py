@@ -21,6 +21,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from uuid import UUID
 
@@ -107,17 +108,16 @@ class BatchCache:
         """The unfinished file of a batch, of which this process has the lock."""
         part = path.with_name(path.name + PART)
         while True:
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if is_at(descriptor, part):
-                break
-            os.close(descriptor)  # whoever had it has finished the file, or it was cleared away
-        try:
-            yield part
-        finally:
-            if is_at(descriptor, part):
-                self._remove(part)
-            os.close(descriptor)
+            with _opened(part) as descriptor:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if not is_at(descriptor, part):  # whoever had it has finished the file, or it was cleared away
+                    continue
+                try:
+                    yield part
+                finally:
+                    if is_at(descriptor, part):
+                        self._remove(part)
+                return
 
     def _reserve(self, part: Path, num_bytes: int) -> bool:
         """Give an unfinished file its size, after others went where they are too many. -> whether there is room."""
@@ -180,12 +180,9 @@ class BatchCache:
     @contextmanager
     def _counter(self) -> Iterator[int]:
         """The file of the count, of which this thread has the lock: nobody else changes sizes meanwhile."""
-        descriptor = os.open(self.folder / USED, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
+        with _opened(self.folder / USED) as descriptor:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield descriptor
-        finally:
-            os.close(descriptor)
 
     def _counted(self, descriptor: int) -> int:
         data = os.pread(descriptor, _COUNT.size + 1, 0)
@@ -217,6 +214,17 @@ def given_bytes() -> int | None:
     return int(given)
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """For reading and writing, made where it is not there. A lock of it ends with the block, however that does."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@cache
 def _boot() -> bytes:
     """Of the machine's last start; zeros where the system does not say."""
     try:

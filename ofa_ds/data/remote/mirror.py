@@ -115,8 +115,12 @@ def _hold(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # it was removed in between
             descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            os.utime(descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if is_at(descriptor, folder / _LOCK):
-                return descriptor
+            try:
+                os.utime(descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                if is_at(descriptor, folder / _LOCK):
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
             os.close(descriptor)

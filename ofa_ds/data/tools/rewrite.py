@@ -133,13 +133,16 @@ class _Pages:
         self._touched += num_bytes + _AROUND_BYTES
         if self._touched > MAPPED_BYTES // 4:
             self._touched = 0
-            if self._mapped() > self._least + MAPPED_BYTES // 2:
+            if not (mapped := self._mapped()) or mapped > self._least + MAPPED_BYTES // 2:
                 self._shards.forget_pages()
 
     @staticmethod
     def _mapped() -> int:
-        """Bytes of files, its own program's too, that this process has in memory."""
-        return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
+        """Bytes of files, its own program's too, that this process has in memory; 0 where the system does not say."""
+        try:
+            return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
+        except OSError:
+            return 0
 
 
 @lru_cache(maxsize=4)
