@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ofa_ds.data.answer_list import read_answers_file
 from ofa_ds.data.example import Example
-from ofa_ds.data.image import Picture, decoded, load
+from ofa_ds.data.image import Picture, load
 from ofa_ds.data.shards import Shards
 from ofa_ds.inference.asking import AS_THE_TASK_SAYS, How, answers_to, asked_as, check_list, with_settings
 from ofa_ds.inference.loaded_model import LoadedModel, generated, load_model
@@ -149,8 +150,9 @@ def generate_one(
     if answers is not None:
         ctx = dataclasses.replace(ctx, candidates=_listed(ctx, what, answers))
     check_list(trained, ctx, what, how, "give one with --answers FILE")
-    picture = _read_picture(ctx, task, image) if what.needs_picture else None
-    example = ask(ctx, task, picture, text)
+    with _naming(image):
+        picture = _read_picture(ctx, task, image) if what.needs_picture else None
+        example = ask(ctx, task, picture, text)
     if how.beams is None and not is_downstream:
         how = dataclasses.replace(how, beams=PRETRAINED_BEAMS)
     ids = answers_to(model, ctx, what, [example], how, max_tokens=what.answer_tokens(ctx))[0]
@@ -165,8 +167,9 @@ def _instructed(
     if how.search in ("all", "beam"):
         raise ValueError(f"--decoding {how.search}: an instruction has no list of answers")
     ctx = model.context()
-    picture = None if image is None else _read_picture(ctx, instruction.NAME, image)
-    example = instruction.ask(ctx, picture, text)
+    with _naming(image):
+        picture = None if image is None else _read_picture(ctx, instruction.NAME, image)
+        example = instruction.ask(ctx, picture, text)
     packed = dataclasses.replace(example, task=TASKS[0])  # a batch counts its examples by task
     ids = generated(model, [packed], beam=how.beams or PRETRAINED_BEAMS, max_tokens=SHORT_ANSWER_TOKENS)[0]
     if png is not None:
@@ -193,8 +196,17 @@ def _read_picture(ctx: Context, task: str, image: str | Path | None) -> Picture:
     if image is None:
         raise ValueError(f"{task} is about a picture: give --image FILE")
     try:
-        picture = load(Path(image).read_bytes(), ctx.config.decode)
-        decoded(picture)  # where it is damaged that is told here, with its name
-        return picture
-    except (OSError, ValueError) as error:
+        return load(Path(image).read_bytes(), ctx.config.decode)
+    except OSError as error:
+        raise ValueError(f"--image {image}: {error}") from error
+
+
+@contextmanager
+def _naming(image: str | Path | None) -> Iterator[None]:
+    """What is wrong with a picture is told with its name, also where it is decoded when a task resizes it."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("image: "):
+            raise
         raise ValueError(f"--image {image}: {error}") from error

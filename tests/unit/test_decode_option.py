@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 
 from ofa_ds.bench import photo_rows
-from ofa_ds.config import BatchConfig, DataConfig
+from ofa_ds.config import BatchConfig, DataConfig, ModelOptions, Recipe
 from ofa_ds.data.example import Example
 from ofa_ds.data.image import load
 from ofa_ds.data.stored_jpeg import StoredJpeg
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.inference import answers
+from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.model.config import preset
+from ofa_ds.model.ofa import OFA
 from ofa_ds.tasks.context import Context, row_generator
 from ofa_ds.tasks.task import NO_NEGATIVES, ask, examples
 from ofa_ds.train.loader import Loader
@@ -84,11 +86,31 @@ def test_what_a_user_asks_is_seen_as_in_training(task: str, photographs: tuple[A
     np.testing.assert_array_equal(found[0].source, found[1].source)
 
 
-def test_a_damaged_file_of_a_user_is_told_by_its_name(photographs: tuple[Any, Vocab], tmp_path: Path) -> None:
-    (tmp_path / "cut.jpg").write_bytes(PHOTO[:9000])
+@pytest.mark.parametrize("task", ["caption", "instruction"])
+def test_the_file_of_a_user_is_decoded_once_and_a_damaged_one_is_told_by_its_name(
+    task: str, photographs: tuple[Any, Vocab], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole.jpg", tmp_path / "cut.jpg"
+    whole.write_bytes(PHOTO)
+    cut.write_bytes(PHOTO[:9000])
+    vocab, decoded = photographs[1], []
+    model = OFA(preset("nano", vocab_size=vocab.size)).eval()
+
+    def pixels(stored: StoredJpeg, scale: float = 1.0) -> tuple[np.ndarray, int]:
+        decoded.append(scale)
+        return real(stored, scale)
+
+    real = StoredJpeg.pixels
+    monkeypatch.setattr(StoredJpeg, "pixels", pixels)
     for config in (EXACT, SCALED):
+        recipe = Recipe(model=ModelOptions(preset="nano"), data=config)
+        loaded = LoadedModel(model=model, vocab=vocab, recipe=recipe)
+        monkeypatch.setattr(answers, "load_model", lambda *_, loaded=loaded, **__: loaded)
+        decoded.clear()
+        answers.generate_one("run", task, image=whole, text="what is it?" if task == "instruction" else "")
+        assert len(decoded) == 1
         with pytest.raises(ValueError, match=r"^--image .*cut.jpg: image: undecodable, truncated: "):
-            answers._read_picture(context(photographs[1], config, "heldout"), "caption", tmp_path / "cut.jpg")
+            answers.generate_one("run", task, image=cut, text="what is it?")
 
 
 def test_workers_do_not_change_a_bit_of_scaled_pictures(photographs: tuple[Any, Vocab]) -> None:

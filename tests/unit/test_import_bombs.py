@@ -118,6 +118,20 @@ def test_packed_arrow_buffers_that_unpack_to_more_than_the_limit_are_refused(
         read(path)
 
 
+def test_an_arrow_file_is_looked_through_once(tmp_path: Path, monkeypatch) -> None:
+    table, looked = pa.table({"image": [b"x"], "caption": ["x"]}), []
+    with pa.ipc.new_stream(path := tmp_path / "x.arrow", table.schema) as writer:
+        writer.write_table(table)
+
+    def check(source: pa.NativeFile, location: str) -> None:
+        looked.append(location)
+        arrow_messages.check_stream(source, location)
+
+    monkeypatch.setattr(tables, "check_stream", check)
+    read(path)
+    assert looked == [str(path)]
+
+
 def test_a_row_without_bytes_and_without_end_is_not_made(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(table_rows, "MAX_ROW_BYTES", 1 << 20)
     lists = pa.ListArray.from_arrays(pa.array([0, 2_000_000_000], pa.int32()), pa.nulls(2_000_000_000))

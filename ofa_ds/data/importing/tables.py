@@ -140,7 +140,6 @@ def _head(location: str, wanted: Set[str]) -> tuple[list[str], list[str], list[i
     try:
         with _opened(location) as source:
             if not location.endswith(".parquet"):
-                check_stream(source, location)
                 to_stream(source)
                 schema, groups = pa.ipc.open_stream(source).schema, [-1]
             else:
