@@ -38,7 +38,7 @@ def _judge(options: argparse.Namespace) -> None:
         from ofa_ds.inference.painting import coder_of
 
     model = load_model(options.checkpoint, vocab=options.vocab)
-    coder = coder_of(options.model, model.recipe.data.code_image_size)
+    coder = coder_of(options.model, model.recipe.data.code_image_size, model.device)
     found = judge_painted(model, Shards(options.shards), coder, rows=options.rows, png=options.png)
     print(json.dumps(found) if options.json else _in_words(found))
 

@@ -177,8 +177,9 @@ def _shards_show(options: argparse.Namespace) -> None:
     paint = None
     if options.codes_model is not None:
         from ofa_ds.inference.painting import painter
+        from ofa_ds.vision.coder import this_device
 
-        paint = painter(options.codes_model, vocab, config.code_image_size)
+        paint = painter(options.codes_model, vocab, config.code_image_size, this_device())
     ctx = context_of(shards, vocab, config, patch_size=model.patch_size, max_positions=model.max_positions, paint=paint)
     show_shards(shards, ctx, task=task or options.task, row=options.row, png=options.png)
 

@@ -5,6 +5,7 @@ python -m ofa_ds.cluster.check_recipe RANKS RECIPE [KEY=VALUE ...]     silent wh
 
 from __future__ import annotations
 
+import os
 import sys
 
 from ofa_ds.config import CriterionConfig, DataConfig, Recipe, load_recipe
@@ -13,7 +14,7 @@ from ofa_ds.model.config import VOCAB_SIZE, ModelConfig, model_config
 
 
 def check_run(recipe: Recipe, num_ranks: int) -> None:
-    """Raises ValueError, one line, for what every rank would refuse; looks at no data, imports no torch.
+    """Raises ValueError, one line, for what every rank would refuse; reads no data, imports no torch.
 
     What a recipe says against itself (preset, model.change, ranges) is refused when it is loaded.
     """
@@ -21,6 +22,8 @@ def check_run(recipe: Recipe, num_ranks: int) -> None:
     check_second_copy(load_deepspeed_config(recipe.deepspeed), num_ranks)
     recipe.data.check_given()
     check_sense(recipe)
+    if recipe.criterion.kind == "clip_scst":
+        _check_rewarding(recipe.criterion)
 
 
 def check_sense(recipe: Recipe) -> None:
@@ -63,6 +66,20 @@ def _check_scst(recipe: Recipe) -> None:
         raise ValueError(
             f"criterion.kind {kind} drops no token and has no R-Drop: set drop_*_ratio and rdrop_alpha to 0"
         )
+
+
+def _check_rewarding(criterion: CriterionConfig) -> None:
+    """What rewards pictures is there."""
+    wanted = {
+        "scst_vqgan": 'the VQGAN that the codes are of, or "scenes"',
+        "scst_clip": "weights of CLIP, which reward",
+    }
+    for key, what in wanted.items():
+        path = getattr(criterion, key)
+        if not path:
+            raise ValueError(f"criterion.{key}: want {what}, got none; add criterion.{key}=PATH")
+        if not os.path.exists(path) and (key, path) != ("scst_vqgan", "scenes"):
+            raise ValueError(f"criterion.{key} {path}: is not there; want {what}")
 
 
 def _check_codes(data: DataConfig) -> None:

@@ -272,7 +272,7 @@ class CriterionConfig:
     scst_top_k: Count = Field(256, ge=0)
     """Of `clip_scst`: codes are drawn among that many most probable; 0: among all."""
     scst_vqgan: Text = ""
-    """Of `clip_scst`: directory of the VQGAN that paints the codes."""
+    """Of `clip_scst`: directory of the VQGAN that paints the codes, or "scenes" for their rule."""
     scst_clip: Text = ""
     """Of `clip_scst`: weights of the CLIP that rewards."""
 
@@ -357,7 +357,8 @@ class TrainConfig:
     sample_every: Count = Field(0, ge=0)
     """Steps between pictures of what the model generates, written to TensorBoard; 0 for none."""
     codes_model: Text = ""
-    """Directory of the VQGAN that paints image codes there, or "scenes" for their rule; empty: some colour each."""
+    """Directory of the VQGAN that paints image codes there, or "scenes" for their rule; empty: criterion.scst_vqgan,
+    and without that some colour each."""
     profile_steps: StepWindow = ""
     """Steps that are traced, "FIRST:LAST" from 1 on, both included, such as "20:25" (docs/running.md, Profiling)."""
     profile_ranks: tuple[Annotated[Count, Field(ge=0)], ...] = (0,)

@@ -9,7 +9,6 @@ from ofa_ds.data.example import Example
 from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.tasks import judges
 from ofa_ds.vision.clip import caption_of_source
-from ofa_ds.vision.coder import this_device
 from ofa_ds.vision.picture_scores import PictureJudge, ScoreFiles
 
 
@@ -19,7 +18,7 @@ class PaintedScores:
     def __init__(self, model: LoadedModel, files: ScoreFiles) -> None:
         """model: one that paints. Says on stderr what is left out. Raises ValueError: a file is wrong."""
         self._paint = model.paint
-        self._judge = PictureJudge(files, device=this_device(), say=lambda line: print(line, file=sys.stderr))
+        self._judge = PictureJudge(files, device=model.device, say=lambda line: print(line, file=sys.stderr))
 
     def __call__(self, asked: Sequence[Example], answers: judges.Answers, *, all_scores: bool) -> judges.Scores:
         """all_scores: not that of captions and pictures alone."""

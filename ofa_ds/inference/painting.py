@@ -7,24 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.tasks.context import PIXELS_PER_CODE, PaintCodes
-from ofa_ds.vision.coder import Coder, load_coder, this_device
+from ofa_ds.vision.coder import Coder, load_coder
 from ofa_ds.vision.scenes_coder import ScenesCoder, names_scenes
 
 
 def that_paints(model: LoadedModel, vqgan: Path | None) -> LoadedModel:
-    """The model with a VQGAN for what people look at; itself without one. Raises ValueError as `painter`."""
+    """The model with a VQGAN, on its device, for what people look at; itself without one.
+
+    Raises ValueError as `painter`.
+    """
     if vqgan is None:
         return model
-    return dataclasses.replace(model, paint=painter(vqgan, model.vocab, model.recipe.data.code_image_size))
+    paint = painter(vqgan, model.vocab, model.recipe.data.code_image_size, model.device)
+    return dataclasses.replace(model, paint=paint)
 
 
-def painter(vqgan: Path, vocab: Vocab, code_image_size: int) -> PaintCodes:
+def painter(vqgan: Path, vocab: Vocab, code_image_size: int, device: str | torch.device) -> PaintCodes:
     """Raises ValueError as `load_vqgan`, and for one with other codes than the vocabulary has."""
-    coder = coder_of(vqgan, code_image_size)
+    coder = coder_of(vqgan, code_image_size, device)
     check_codes(coder, vocab, str(vqgan))
 
     def paint(ids: Sequence[int]) -> np.ndarray:
@@ -33,11 +38,11 @@ def painter(vqgan: Path, vocab: Vocab, code_image_size: int) -> PaintCodes:
     return paint
 
 
-def coder_of(vqgan: Path, code_image_size: int) -> Coder | ScenesCoder:
-    """On this machine's device. vqgan: a directory, or "scenes" for the rule of scenes. Raises ValueError."""
+def coder_of(vqgan: Path, code_image_size: int, device: str | torch.device) -> Coder | ScenesCoder:
+    """vqgan: a directory, or "scenes" for the rule of scenes. Raises ValueError."""
     if names_scenes(vqgan):
         return ScenesCoder()
-    return load_coder(vqgan, device=this_device(), code_image_size=code_image_size)
+    return load_coder(vqgan, device=device, code_image_size=code_image_size)
 
 
 def check_codes(coder: Coder | ScenesCoder, vocab: Vocab, name: str) -> None:

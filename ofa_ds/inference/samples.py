@@ -22,7 +22,7 @@ from ofa_ds.storage.atomic import replace_file
 from ofa_ds.tasks.gallery import Entry, draw_gallery
 from ofa_ds.tasks.task import ask
 from ofa_ds.vision.clip import Clip, load_clip
-from ofa_ds.vision.coder import Coder, this_device
+from ofa_ds.vision.coder import Coder
 from ofa_ds.vision.scenes_coder import ScenesCoder
 
 NAME = "text_to_image"
@@ -105,9 +105,9 @@ def paint_text(
     print(loaded.describe(), file=sys.stderr)
     coder = None
     if codes_model is not None:
-        coder = coder_of(codes_model, loaded.model.config.code_image_size)
+        coder = coder_of(codes_model, loaded.model.config.code_image_size, loaded.device)
         check_codes(coder, loaded.vocab, str(codes_model))
-    judge = load_clip(clip, this_device()) if clip is not None else None
+    judge = load_clip(clip, loaded.device) if clip is not None else None
     samples = sample_codes(loaded, caption, sampling)
     pictures = paint(samples, coder) if coder is not None else []
     if judge is not None:

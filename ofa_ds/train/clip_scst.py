@@ -20,16 +20,12 @@ from ofa_ds.config import Recipe
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.inference.draws import SeededDraw
 from ofa_ds.inference.generate import GenerationConfig, Hypothesis, generate
-from ofa_ds.inference.painting import check_codes
+from ofa_ds.inference.painting import check_codes, coder_of
 from ofa_ds.model.ofa import OFA
 from ofa_ds.tasks.context import PIXELS_PER_CODE
-from ofa_ds.train.criteria import Criterion
-from ofa_ds.train.objective import TaskLoss
 from ofa_ds.train.scst import SelfCritical, Tokens
 from ofa_ds.vision.clip import caption_of_source, load_clip
-from ofa_ds.vision.coder import load_coder, this_device
 
-KIND = "clip_scst"
 WEIGHT = 2.5
 """Of the cosine (Hessel et al. 2021)."""
 
@@ -47,13 +43,12 @@ class PaintingCritical(SelfCritical):
 
     def __init__(self, coder: Coder, clip: Clip, vocab: Vocab, recipe: Recipe) -> None:
         criterion, num_codes = recipe.criterion, (recipe.data.code_image_size // PIXELS_PER_CODE) ** 2
-        TaskLoss.__init__(self, Criterion(constraint_range=criterion.constraint_range or None))
-        self.copies = 0
-        self._coder, self._clip, self._vocab, self._seed = coder, clip, vocab, recipe.train.seed
-        self._search = GenerationConfig(
+        search = GenerationConfig(
             beams=criterion.scst_beams, min_len=num_codes, max_len_b=num_codes, gen_code=True, sampling=True,
             constraint_range=(vocab.code_start, vocab.bin_start), top_k=criterion.scst_top_k,
         )  # fmt: skip
+        super().__init__(vocab, criterion, search)
+        self._coder, self._clip, self._seed = coder, clip, recipe.train.seed
 
     def found(self, model: OFA, batch: Batch, step: int) -> list[list[Hypothesis]]:
         """Seeds follow from the step and the caption, so that ranks and accumulation change no sample."""
@@ -78,20 +73,12 @@ class PaintingCritical(SelfCritical):
         return [caption_of_source(self._vocab.decode(source[1:-1].tolist())) for source in sources]
 
 
-def painting_critical(recipe: Recipe, vocab: Vocab) -> PaintingCritical:
-    """As the recipe says. Raises ValueError where VQGAN or CLIP are not named, are none, or are of other codes."""
-    check_paths(recipe)
-    path, device = Path(recipe.criterion.scst_vqgan), this_device()
-    coder = load_coder(path, device=device, code_image_size=recipe.data.code_image_size)
+def painting_critical(recipe: Recipe, vocab: Vocab, device: torch.device) -> PaintingCritical:
+    """As the recipe says; VQGAN and CLIP are on this rank's `device`.
+
+    Raises ValueError where they are none, or the VQGAN is of other codes than the vocabulary.
+    """
+    path = recipe.criterion.scst_vqgan
+    coder = coder_of(Path(path), recipe.data.code_image_size, device)
     check_codes(coder, vocab, f"criterion.scst_vqgan {path}")
     return PaintingCritical(coder, load_clip(recipe.criterion.scst_clip, device), vocab, recipe)
-
-
-def check_paths(recipe: Recipe) -> None:
-    """Raises ValueError."""
-    for key, what in (
-        ("scst_vqgan", "the VQGAN that the codes are of"),
-        ("scst_clip", "weights of CLIP, which reward"),
-    ):
-        if not getattr(recipe.criterion, key):
-            raise ValueError(f"criterion.{key}: want {what}, got none; add criterion.{key}=PATH")

@@ -1,6 +1,6 @@
-"""Self-critical sequence training of captions: what the model says is rewarded by CIDEr-D, beside what else it says.
+"""Self-critical sequence training: what the model says is rewarded, beside what else it says; captions by CIDEr-D.
 
-Of each picture the B hypotheses of a beam search (evaluation mode) are rewarded with their score less the mean score
+Of each example the B hypotheses of a search (evaluation mode) are rewarded with their score less the mean score
 of the other B - 1, and the loss is the sum over their tokens of -log p * reward, divided by the number of tokens
 (docs/ofa.md, Fine-tuning: SCST). That is the cross entropy of a batch whose runs are the hypotheses and whose weights
 are the rewards: preparing a step makes such batches, and all else is as in any other. A picture is encoded once for all
@@ -37,25 +37,20 @@ Tokens = list[int]
 
 
 class SelfCritical(TaskLoss):
-    """Learns from its own captions; its micro-batches are packed with references."""
+    """Learns from its own answers; what they are worth, a kind of this says."""
 
     logged = ("reward",)
-    """Mean CIDEr-D of all hypotheses, before the baseline is taken off."""
+    """Mean score of all hypotheses, before the baseline is taken off."""
 
-    def __init__(self, frequency: DocumentFrequency, vocab: Vocab, criterion: CriterionConfig) -> None:
+    def __init__(self, vocab: Vocab, criterion: CriterionConfig, search: GenerationConfig) -> None:
         super().__init__(Criterion(constraint_range=criterion.constraint_range or None))
         self.copies = 0
-        self._scorer = CiderD(frequency)
-        self._vocab = vocab
-        self._search = GenerationConfig(
-            beams=criterion.scst_beams, max_len_b=criterion.scst_max_tokens,
-            no_repeat_ngram=criterion.scst_no_repeat_ngram,
-        )  # fmt: skip
+        self._vocab, self._search = vocab, search
 
     def prepare(self, engine: Engine, batches: Sequence[Batch]) -> list[Prepared]:
         """The parameters are gathered once for the searches of all micro-batches.
 
-        The captions of one are rewarded on another thread while those of the next are searched.
+        The answers of one are rewarded on another thread while those of the next are searched.
         """
         with ThreadPoolExecutor(1) as other, engine.gathered() as model:
             waiting = []
@@ -81,6 +76,24 @@ class SelfCritical(TaskLoss):
 
     def scored(self, batch: Batch, hypotheses: Sequence[Sequence[Tokens]]) -> list[list[float]]:
         """Of every hypothesis of every example, before the baseline is taken off."""
+        raise NotImplementedError
+
+    def loss(self, engine: Engine, prepared: Prepared, counts: torch.Tensor) -> MicroLoss:
+        return super().loss(engine, prepared, counts)._replace(logged=to_device(prepared.more, engine.device))
+
+
+class CaptionCritical(SelfCritical):
+    """Captions are rewarded by CIDEr-D; the micro-batches are packed with references."""
+
+    def __init__(self, frequency: DocumentFrequency, vocab: Vocab, criterion: CriterionConfig) -> None:
+        search = GenerationConfig(
+            beams=criterion.scst_beams, max_len_b=criterion.scst_max_tokens,
+            no_repeat_ngram=criterion.scst_no_repeat_ngram,
+        )  # fmt: skip
+        super().__init__(vocab, criterion, search)
+        self._scorer = CiderD(frequency)
+
+    def scored(self, batch: Batch, hypotheses: Sequence[Sequence[Tokens]]) -> list[list[float]]:
         return self.scores(references_of(batch), hypotheses)
 
     def scores(self, references: Sequence[Sequence[str]], hypotheses: Sequence[Sequence[Tokens]]) -> list[list[float]]:
@@ -89,11 +102,8 @@ class SelfCritical(TaskLoss):
         decode = self._vocab.decode
         return [self._scorer.scores([decode(tokens[:-1]) for tokens in each], right) for each, right in pairs]
 
-    def loss(self, engine: Engine, prepared: Prepared, counts: torch.Tensor) -> MicroLoss:
-        return super().loss(engine, prepared, counts)._replace(logged=to_device(prepared.more, engine.device))
 
-
-def self_critical(recipe: Recipe, shards: Shards, vocab: Vocab) -> SelfCritical:
+def caption_critical(recipe: Recipe, shards: Shards, vocab: Vocab) -> CaptionCritical:
     """As the recipe says, whose criterion.kind is scst (`ofa_ds.cluster.check_recipe` has seen it).
 
     Raises ValueError: the file of document frequencies is none, or the shards have too few captions to count; OSError
@@ -101,7 +111,7 @@ def self_critical(recipe: Recipe, shards: Shards, vocab: Vocab) -> SelfCritical:
     """
     given = recipe.criterion.scst_document_frequency
     frequency = read_document_frequency(Path(given)) if given else of_shards(shards)
-    return SelfCritical(frequency, vocab, recipe.criterion)
+    return CaptionCritical(frequency, vocab, recipe.criterion)
 
 
 def beside_others(scores: Sequence[float]) -> list[float]:

@@ -21,6 +21,7 @@ from ofa_ds.checkpoint.runs import newest_good
 from ofa_ds.checkpoint.saver import Saver
 from ofa_ds.config import Recipe, recipe_to_dict
 from ofa_ds.data.sets import open_data, sets_of
+from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import Vocab, load_vocab
 from ofa_ds.engine.config import load_deepspeed_config
 from ofa_ds.engine.engine import Engine, build
@@ -44,11 +45,11 @@ from ofa_ds.train.out_of_memory import OutOfMemory
 from ofa_ds.train.profiling import Profiling
 from ofa_ds.train.report import MetricsWriter
 from ofa_ds.train.report_histograms import of_state as histograms_of_state
-from ofa_ds.train.report_samples import show_samples
+from ofa_ds.train.report_samples import Samples
 from ofa_ds.train.report_start import Data, look_around, open_writer, peak_here
 from ofa_ds.train.report_work import work_counter
 from ofa_ds.train.resuming import LOSSES, resume
-from ofa_ds.train.scst import self_critical
+from ofa_ds.train.scst import caption_critical
 from ofa_ds.train.settling import check_ids, held_out_shards, settled
 from ofa_ds.train.spikes import LossWindow
 from ofa_ds.train.step import train_step
@@ -81,10 +82,14 @@ def run(recipe: Recipe, pulse: beat.Pulse) -> int:
     return code
 
 
-def _painting_critical(recipe: Recipe, vocab: Vocab) -> Objective:
-    from ofa_ds.train.clip_scst import painting_critical  # no other run needs VQGAN and CLIP
+def _objective(recipe: Recipe, shards: Shards, vocab: Vocab, device: torch.device) -> Objective:
+    if recipe.criterion.kind == "scst":
+        return caption_critical(recipe, shards, vocab)
+    if recipe.criterion.kind == "clip_scst":
+        from ofa_ds.train.clip_scst import painting_critical  # no other run needs VQGAN and CLIP
 
-    return painting_critical(recipe, vocab)
+        return painting_critical(recipe, vocab, device)
+    return objective_of(recipe)
 
 
 def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse, memory: OutOfMemory) -> int:
@@ -94,10 +99,7 @@ def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse, memor
         recipe, config = settled(recipe, shards), model_config(recipe, vocab.size)
         check_ids(recipe, vocab)
         memory.vocab_size = vocab.size
-        rewards = recipe.criterion.kind == "scst"
-        objective = self_critical(recipe, shards, vocab) if rewards else objective_of(recipe)
-        if recipe.criterion.kind == "clip_scst":
-            objective = _painting_critical(recipe, vocab)
+        objective = _objective(recipe, shards, vocab, ranks.device)
         held_out = held_out_shards(recipe) if recipe.train.evaluate_every and recipe.data.heldout else None
     repeat_bits(config)
     engine = build(
@@ -115,7 +117,8 @@ def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse, memor
     pulse.beat("start", begun.step)
     loader = Loader(
         shards=shards, vocab=vocab, config=recipe.data, batch=recipe.batch, seed=recipe.train.seed, rank=ranks.rank,
-        world_size=ranks.world_size, model=config, references=rewards,
+        world_size=ranks.world_size, model=config,
+        references=recipe.criterion.kind == "scst",
     )  # fmt: skip
     place = look_around(engine)
     peak, data = peak_here(engine, recipe, place), Data(shards, vocab, held_out)
@@ -142,7 +145,7 @@ def _run(recipe: Recipe, ranks: Ranks, lease: RunLease, pulse: beat.Pulse, memor
         profiling = Profiling(recipe.train, ranks, recipe.run_dir, pulse, first_step=begun.step)
         parts = _Parts(
             recipe, engine, loader, objective, judge, Best(begun.best), window, before, bad, checks, slow, saver,
-            writer, stop, switches, pulse, profiling, memory, corrupt, epochs,
+            writer, stop, switches, pulse, profiling, memory, corrupt, epochs, Samples(engine, recipe, loader),
         )  # fmt: skip
         return _train(parts, begun.step)
 
@@ -173,6 +176,7 @@ class _Parts(NamedTuple):
     memory: OutOfMemory
     corrupt: CorruptRows
     epochs: Epochs
+    samples: Samples
 
 
 class _Voted(NamedTuple):
@@ -275,14 +279,14 @@ def _pass_over(parts: _Parts, step: int) -> _Voted:
 
 def _report(parts: _Parts, step: int) -> None:
     """After step `step`: numbers, pictures."""
-    train, engine, loader, writer = parts.recipe.train, parts.engine, parts.loader, parts.writer
+    train, engine = parts.recipe.train, parts.engine
     if step % train.log_every == 0 or step == train.num_steps:
         _log(parts, step)
     if engine.device.type == "cpu" and step % RELEASE_EVERY == 0:
         release_freed_memory()
     if train.sample_every and step % train.sample_every == 0:
         parts.pulse.beat("sample", step)  # and no `step` before the next: the others wait in it for rank 0
-        show_samples(engine, parts.recipe, loader, writer, step)
+        parts.samples.show(parts.writer, step)
     if train.histograms_every and step % train.histograms_every == 0:
         _show_histograms(parts, step)
 

@@ -147,7 +147,7 @@ def _those(places: Sequence[int], *lists: Sequence[Any]) -> tuple[list[Any], ...
     return tuple([each[k] for k in places] for each in lists)
 
 
-def load_coder(folder: Path, *, device: str = "cpu", code_image_size: int | None = None) -> Coder:
+def load_coder(folder: Path, *, device: str | torch.device = "cpu", code_image_size: int | None = None) -> Coder:
     """code_image_size: the VQGAN's own resolution where none is given. Raises ValueError as `load_vqgan`, `Coder`."""
     model = load_vqgan(folder, device=device)
     return Coder(model, code_image_size or model.config.resolution)

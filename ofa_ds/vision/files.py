@@ -34,7 +34,7 @@ _QUANTIZERS = {"GumbelVQ": "gumbel", "VQModel": "vq"}
 _MAX_YAML_BYTES = 1 << 20
 
 
-def load_vqgan(folder: Path, *, device: str = "cpu", say: Any = print) -> Vqgan:
+def load_vqgan(folder: Path, *, device: str | torch.device = "cpu", say: Any = print) -> Vqgan:
     """In evaluation mode, fp32. say: is told, one line, what of the file is left out.
 
     Raises ValueError, one line with the file and what was wanted: no model there, another architecture, parameters

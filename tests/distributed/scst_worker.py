@@ -25,7 +25,7 @@ from ofa_ds.inference.generate import GenerationConfig, generate
 from ofa_ds.model.config import preset
 from ofa_ds.model.ofa import OFA
 from ofa_ds.train.metrics import Window
-from ofa_ds.train.scst import SelfCritical
+from ofa_ds.train.scst import CaptionCritical
 from ofa_ds.train.step import train_step
 
 OPTIM = OptimConfig(peak_lr=1e-3, eps=1e-6)
@@ -62,7 +62,8 @@ def run_case(ranks: Any, vocab: Vocab, stage: int, accumulation: int) -> dict[st
     """Losses and rewards of three steps, and the sum and norm of the weights after them."""
     engine = start(ranks, stage, accumulation, vocab.size)
     references = said_at_first(engine, vocab)
-    objective = SelfCritical(count_ngrams(references), vocab, CriterionConfig(kind="scst", scst_max_tokens=MAX_TOKENS))
+    criterion = CriterionConfig(kind="scst", scst_max_tokens=MAX_TOKENS)
+    objective = CaptionCritical(count_ngrams(references), vocab, criterion)
     rows, losses, rewards = ROWS // ranks.world_size // accumulation, [], []
     for _ in range(3):
         window = Window(engine.device, logged=objective.logged)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from checkpoints import state_of
+from tiny_vqgan import tiny_vqgan
 
 from ofa_ds.checkpoint.from_state import write_checkpoint
 from ofa_ds.config import BatchConfig, ModelOptions, Recipe, recipe_from_dict, recipe_to_dict
@@ -47,6 +48,21 @@ def model_of(folder: Path, task: str = "", **options: object) -> LoadedModel:
     torch.manual_seed(0)
     config = dataclasses.replace(model_config(recipe, vocab.size), dim=64, ffn_dim=128, init_std=64**-0.5)
     return LoadedModel(model=OFA(config).eval(), vocab=vocab, recipe=recipe)
+
+
+PAINTING = "text_to_image"
+
+
+def build_painting(folder: Path, rows: int) -> Path:
+    """folder/text_to_image and vocab; vqgan, of as many codes; run, a checkpoint of `painting_model`."""
+    build(folder, rows, tasks=(PAINTING,))
+    tiny_vqgan(folder / "vqgan")
+    saved(painting_model(folder), folder / "run")
+    return folder
+
+
+def painting_model(folder: Path) -> LoadedModel:
+    return model_of(folder, PAINTING, max_source_words=64)
 
 
 def recipe_of(folder: Path, task: str = "", **options: object) -> Recipe:

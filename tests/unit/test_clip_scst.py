@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import task_models
 import torch
-from safetensors.torch import save_file
+from tiny_clip import tiny_clip
 
 from ofa_ds.batch import Batch
 from ofa_ds.cli import main
 from ofa_ds.cluster.check_recipe import check_sense
+from ofa_ds.cluster.check_recipe import main as check_recipe
 from ofa_ds.config import Recipe, load_recipe
 from ofa_ds.data.scenes import COLORS
 from ofa_ds.data.shards import Shards
 from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.train.clip_scst import PaintingCritical, painting_critical
-from ofa_ds.vision.clip import new_model
-from ofa_ds.vision.clip_files import ClipSizes
-from ofa_ds.vision.config import VqganConfig
-from ofa_ds.vision.files import save_vqgan
 from ofa_ds.vision.scenes_coder import ScenesCoder
-from ofa_ds.vision.vqgan import Vqgan
 
 NAME, BEAMS = "text_to_image", 5
 
@@ -46,14 +40,12 @@ class Reddish:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rewarded")
-    task_models.build(folder, rows=4, tasks=(NAME,))
-    return folder
+    return task_models.build_painting(tmp_path_factory.mktemp("rewarded"), rows=4)
 
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> LoadedModel:
-    return task_models.model_of(folder, NAME, max_source_words=64)
+    return task_models.painting_model(folder)
 
 
 @pytest.fixture(scope="module")
@@ -125,15 +117,33 @@ def test_what_is_rewarded_is_painted_more_often(critical: PaintingCritical, mode
 @pytest.mark.parametrize(
     "more, message",
     [
-        ((), "criterion.scst_vqgan: want the VQGAN that the codes are of, got none"),
-        (("criterion.scst_vqgan=v",), "criterion.scst_clip: want weights of CLIP, which reward, got none"),
-        (("criterion.scst_vqgan=v", "criterion.scst_clip=c"), "v: no VQGAN there"),
+        ((), 'criterion.scst_vqgan: want the VQGAN that the codes are of, or "scenes", got none; add'),
+        (("criterion.scst_vqgan=v",), "criterion.scst_vqgan v: is not there; want the VQGAN"),
+        (("criterion.scst_vqgan=scenes",), "criterion.scst_clip: want weights of CLIP, which reward, got none; add"),
+        (("criterion.scst_vqgan=scenes", "criterion.scst_clip=c"), "criterion.scst_clip c: is not there; want weights"),
     ],
 )
-def test_without_vqgan_or_clip_it_is_one_line(model: LoadedModel, folder: Path, more: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        painting_critical(recipe_of(folder, *more), model.vocab)
-    assert "\n" not in str(error.value)
+def test_without_vqgan_or_clip_it_is_one_line_before_a_rank_starts(
+    folder: Path, more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    paths = (f"data.shards={folder / NAME}", f"data.vocab={folder / 'vocab'}")
+    assert check_recipe(["1", "finetune-image-gen-stage2-nano", *paths, *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
+    check_sense(recipe_of(folder, *more))  # is planned all the same
+
+
+def test_vqgan_and_clip_are_on_the_rank_s_own_device_and_scenes_need_no_vqgan(
+    model: LoadedModel, folder: Path, tmp_path: Path
+) -> None:
+    """On a device that no other rank has: here one without values."""
+    clip = f"criterion.scst_clip={tiny_clip(tmp_path / 'clip.safetensors')}"
+    device = torch.device("meta")
+    found = painting_critical(recipe_of(folder, f"criterion.scst_vqgan={folder / 'vqgan'}", clip), model.vocab, device)
+    assert found._coder.device == found._clip.device == device
+    assert next(found._clip.model.parameters()).device == device
+    by_rule = painting_critical(recipe_of(folder, "criterion.scst_vqgan=scenes", clip), model.vocab, device)
+    assert isinstance(by_rule._coder, ScenesCoder)
 
 
 def test_only_pictures_are_rewarded_so(folder: Path) -> None:
@@ -146,18 +156,7 @@ def test_only_pictures_are_rewarded_so(folder: Path) -> None:
 @pytest.mark.long
 def test_a_run_is_rewarded_by_files_and_what_it_paints_is_ranked_by_them(folder: Path, tmp_path: Path) -> None:
     """By the commands, with a VQGAN and a CLIP of random weights."""
-    if importlib.util.find_spec("open_clip") is None:
-        pytest.skip("CLIP needs open_clip")
-    torch.manual_seed(0)
-    sizes = {"n_embed": 128, "embed_dim": 8, "z_channels": 8, "ch": 32, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1}
-    save_vqgan(Vqgan(VqganConfig(resolution=64, attn_resolutions=(), **sizes)), tmp_path / "vqgan")
-    clip = ClipSizes(
-        embed_dim=16, image_size=32, patch_size=16, vision_width=64, vision_layers=1, context_length=77,
-        vocab_size=49408, text_width=64, text_layers=1,
-    )  # fmt: skip
-    weights = {name: 0.1 * torch.randn(value.shape) for name, value in new_model(clip).state_dict().items()}
-    save_file(weights, tmp_path / "clip.safetensors")
-    run, files = tmp_path / "run", (tmp_path / "vqgan", tmp_path / "clip.safetensors")
+    run, files = tmp_path / "run", (folder / "vqgan", tiny_clip(tmp_path / "clip.safetensors"))
     paths = [f"data.shards={folder / NAME}", f"data.vocab={folder / 'vocab'}", f"run_dir={run}"]
     paths += [f"criterion.scst_vqgan={files[0]}", f"criterion.scst_clip={files[1]}"]
     small = ["train.num_steps=2", "train.log_every=1", "batch.global_rows=4", "batch.micro_rows=2"]

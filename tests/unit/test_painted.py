@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ofa_ds.cli.main import main
 from ofa_ds.config import BatchConfig, DataConfig, ModelOptions, Recipe
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
-from ofa_ds.inference import painted
+from ofa_ds.inference import painted, painting
 from ofa_ds.inference.answers import draw_answer
 from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.inference.painted import judge_painted
@@ -94,7 +95,7 @@ def test_scenes_are_painted_by_their_rule_where_no_vqgan_has_that_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scenes").mkdir()  # where somebody drew them: no VQGAN
-    coder = coder_of(Path("scenes"), 32)
+    coder = coder_of(Path("scenes"), 32, "cpu")
     example = preview.find_example(shards, painted.NAME, 0, model.context(shards))
     y0, x0, y1, x1 = example.hole
     codes = example.target[:-1] - model.vocab.code_start
@@ -109,7 +110,21 @@ def test_scenes_are_painted_by_their_rule_where_no_vqgan_has_that_name(
     assert (np.asarray(Image.open("painted.png")) == shown).all()
     (tmp_path / "scenes").rmdir()
     save_vqgan(Vqgan(CONFIG), tmp_path / "scenes")
-    assert isinstance(coder_of(Path("scenes"), 32), Coder)
+    assert isinstance(coder_of(Path("scenes"), 32, "cpu"), Coder)
+
+
+def test_the_vqgan_is_where_the_model_is(
+    model: LoadedModel, coder: Coder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loaded: list[Coder] = []
+    load = painting.load_coder
+    monkeypatch.setattr(
+        painting, "load_coder", lambda *given, **named: loaded.append(load(*given, **named)) or loaded[-1]
+    )
+    save_vqgan(coder.model, tmp_path / "vqgan")
+    elsewhere = dataclasses.replace(model, model=copy.deepcopy(model.model).to("meta"))
+    that_paints(elsewhere, tmp_path / "vqgan")
+    assert loaded[0].device == torch.device("meta")
 
 
 def test_a_vqgan_of_another_codebook_is_told(model: LoadedModel, shards: Shards) -> None:

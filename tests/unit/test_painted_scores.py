@@ -14,12 +14,10 @@ import torch
 from ofa_ds.cli import main
 from ofa_ds.data import scenes
 from ofa_ds.data.shards import Shards
+from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.tasks.downstream.scoring import judge_codes
 from ofa_ds.vision import inception, picture_scores
 from ofa_ds.vision.clip import caption_of_source
-from ofa_ds.vision.config import VqganConfig
-from ofa_ds.vision.files import save_vqgan
-from ofa_ds.vision.vqgan import Vqgan
 
 TASK, ROWS = "text_to_image", 3
 SCORES = ("CLIP score", "FID", "Inception score")
@@ -27,14 +25,12 @@ SCORES = ("CLIP score", "FID", "Inception score")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards, a checkpoint and a VQGAN of as many codes."""
-    folder = tmp_path_factory.mktemp("painted")
-    task_models.build(folder, rows=ROWS, tasks=(TASK,))
-    task_models.saved(task_models.model_of(folder, TASK, max_source_words=64), folder / "run")
-    torch.manual_seed(0)
-    sizes = {"embed_dim": 32, "z_channels": 32, "ch": 32, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1}
-    save_vqgan(Vqgan(VqganConfig(n_embed=128, resolution=64, attn_resolutions=(), **sizes)), folder / "vqgan")
-    return folder
+    return task_models.build_painting(tmp_path_factory.mktemp("painted"), rows=ROWS)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> LoadedModel:
+    return task_models.painting_model(folder)
 
 
 class Seen:
@@ -111,8 +107,7 @@ def test_wrong_files_are_told_before_anything_is_painted(
     assert found == code and message in capsys.readouterr().err
 
 
-def test_scenes_are_looked_at_as_the_vqgan_paints_them(folder: Path) -> None:
-    model = task_models.model_of(folder, TASK, max_source_words=64)
+def test_scenes_are_looked_at_as_the_vqgan_paints_them(folder: Path, model: LoadedModel) -> None:
     examples = task_models.examples_of(model, Shards(folder / TASK), TASK)
     answers = [example.target[:-1].tolist() for example in examples]
     empty = np.full((64, 64, 3), scenes.GROUND, np.uint8)

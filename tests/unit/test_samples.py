@@ -28,21 +28,18 @@ NAME, CAPTION = "text_to_image", "a red circle left of a blue square"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("samples")
-    task_models.build(folder, rows=4, tasks=(NAME,))
-    return folder
+    return task_models.build_painting(tmp_path_factory.mktemp("samples"), rows=4)
 
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> LoadedModel:
-    return task_models.model_of(folder, NAME, max_source_words=64)
+    return task_models.painting_model(folder)
 
 
 @pytest.fixture(scope="module")
 def saved(model: LoadedModel, folder: Path) -> list[str]:
     """The beginning of a command line."""
-    path = task_models.saved(model, folder / "run/step_00000001")
-    return ["generate", str(path), "--task", NAME, "--vocab", str(folder / "vocab")]
+    return ["generate", str(folder / "run"), "--task", NAME, "--vocab", str(folder / "vocab")]
 
 
 def test_a_sample_is_a_function_of_its_seed_whatever_is_sampled_beside_it(model: LoadedModel) -> None:

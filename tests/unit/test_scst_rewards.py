@@ -20,7 +20,7 @@ from ofa_ds.engine.ranks import Ranks
 from ofa_ds.tasks.task_shards import build_task_shards
 from ofa_ds.train import trainer
 from ofa_ds.train.out_of_memory import OutOfMemory
-from ofa_ds.train.scst import SelfCritical, beside_others, self_critical, with_hypotheses
+from ofa_ds.train.scst import CaptionCritical, beside_others, caption_critical, with_hypotheses
 
 
 @given(scores=st.lists(st.floats(0, 10), min_size=2, max_size=6))
@@ -70,10 +70,10 @@ def vocab(tmp_path_factory: pytest.TempPathFactory) -> Vocab:
     return train_vocab(["a cat sat on the mat"], 260, tmp_path_factory.mktemp("scst") / "vocab", 4, 4)
 
 
-def start(vocab: Vocab, shards: Path, *overrides: str) -> SelfCritical:
+def start(vocab: Vocab, shards: Path, *overrides: str) -> CaptionCritical:
     named = any(each.startswith("data.task.name=") for each in overrides)
     given = ("criterion.kind=scst", *([] if named else ["data.task.name=caption_scst"]), *overrides)
-    return self_critical(load_recipe("pretrain-nano", given), Shards(shards), vocab)
+    return caption_critical(load_recipe("pretrain-nano", given), Shards(shards), vocab)
 
 
 def test_document_frequencies_are_the_files_or_those_of_the_shards(vocab: Vocab, tmp_path: Path) -> None:

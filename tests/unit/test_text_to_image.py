@@ -34,14 +34,12 @@ SIDE = scenes.SIDE // scenes.CELL
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("painting")
-    task_models.build(folder, rows=ROWS, tasks=(NAME,))
-    return folder
+    return task_models.build_painting(tmp_path_factory.mktemp("painting"), rows=ROWS)
 
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> LoadedModel:
-    return task_models.model_of(folder, NAME, max_source_words=64)
+    return task_models.painting_model(folder)
 
 
 @pytest.fixture(scope="module")
