@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -38,6 +41,10 @@ class Pictures(ABC):
     def name(self, i: int) -> str:
         """Where it is, for messages."""
 
+    @abstractmethod
+    def piece(self, first: int, stop: int) -> Pictures:
+        """Those `first` ... `stop` - 1, numbered from 0. Picklable: another process need not look at the others."""
+
     def __getitem__(self, i: int) -> np.ndarray:
         """Raises ValueError with the picture's place where it cannot be decoded."""
         try:
@@ -51,7 +58,7 @@ def open_pictures(path: Path) -> Pictures:
     if path.is_file():
         found: Pictures = _Tsv(path)
     elif (path / "manifest.json").is_file():
-        found = _OfShards(path)
+        found = ShardPictures(path)
     elif path.is_dir():
         found = _Folder(path)
     else:
@@ -78,6 +85,9 @@ class _Folder(Pictures):
     def name(self, i: int) -> str:
         return str(self._files[i])
 
+    def piece(self, first: int, stop: int) -> Pictures:
+        return _with(self, _files=self._files[first:stop])
+
 
 class _Tsv(Pictures):
     def __init__(self, path: Path) -> None:
@@ -85,6 +95,7 @@ class _Tsv(Pictures):
         with open(path, "rb") as file:
             ends = np.cumsum([len(line) for line in file], dtype=np.int64)
         self._ends = np.concatenate([np.zeros(1, np.int64), ends])
+        self._first_line = 1
         self.fingerprint = _digest([f"{len(ends)} lines, {self._ends[-1]} bytes"])
 
     def __len__(self) -> int:
@@ -99,35 +110,64 @@ class _Tsv(Pictures):
         return decode_base64(columns[_IMAGE_COLUMN])
 
     def name(self, i: int) -> str:
-        return f"{self.path} line {i + 1}"
+        return f"{self.path} line {self._first_line + i}"
+
+    def piece(self, first: int, stop: int) -> Pictures:
+        return _with(self, _ends=self._ends[first : stop + 1], _first_line=self._first_line + first)
 
 
-class _OfShards(Pictures):
-    """Of all families that have pictures, one after the other."""
+class ShardPictures(Pictures):
+    """Of all families that have pictures, one after the other, or of some."""
 
-    def __init__(self, path: Path) -> None:
-        self._shards = Shards(path)
-        counts = {family: rows for family, rows in self._shards.families.items() if family != _WITHOUT_PICTURES}
+    def __init__(self, path: Path, families: Collection[str] | None = None) -> None:
+        self.path = path
+        counts = {
+            family: rows
+            for family, rows in self.shards.families.items()
+            if (family != _WITHOUT_PICTURES if families is None else family in families)
+        }
         self._families = list(counts)
         self._starts = np.cumsum([0, *counts.values()])
-        self.fingerprint = self._shards.fingerprint
+        self._rows = range(int(self._starts[-1]))
+        self.fingerprint = self.shards.fingerprint
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._rows)
+
+    @cached_property
+    def shards(self) -> Shards:
+        """A piece that comes from another process opens them when it is asked."""
+        return Shards(self.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "shards"}
 
     def encoded(self, i: int) -> bytes:
         family, row = self._place(i)
-        image = bytes(self._shards.fields(family, row, ["image"])["image"])
+        image = bytes(self.shards.fields(family, row, ["image"])["image"])
         if not image:
             raise ValueError("the row has no picture")
         return image
 
     def name(self, i: int) -> str:
-        return self._shards.named(*self._place(i))
+        return self.shards.named(*self._place(i))
+
+    def piece(self, first: int, stop: int) -> Pictures:
+        return _with(self, _rows=self._rows[first:stop])
 
     def _place(self, i: int) -> tuple[str, int]:
-        k = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return self._families[k], i - int(self._starts[k])
+        row = self._rows[i]
+        k = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._families[k], row - int(self._starts[k])
+
+
+_Some = TypeVar("_Some", bound=Pictures)
+
+
+def _with(pictures: _Some, **changed: Any) -> _Some:
+    found = copy.copy(pictures)
+    vars(found).update(changed)
+    return found
 
 
 def _digest(lines: Sequence[str]) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import errno
 import io
 import os
+import pickle
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from ofa_ds.vision.coder import Coder, load_coder
 from ofa_ds.vision.config import VqganConfig
 from ofa_ds.vision.encoding import encode as encode_module
 from ofa_ds.vision.encoding import journal as journal_module
+from ofa_ds.vision.encoding.sources import opened
 from ofa_ds.vision.encoding.what import What
 from ofa_ds.vision.files import CONFIG, WEIGHTS, save_vqgan
 from ofa_ds.vision.vqgan import Vqgan
@@ -302,8 +306,82 @@ def test_weights_are_hashed_in_pieces(given, tmp_path: Path) -> None:
     assert dataclasses.replace(job).key != first
 
 
-def test_a_full_disk_is_told_before_anything_is_encoded(given, model, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(encode_module, "CODE_BYTES", 1 << 60)
+@pytest.mark.parametrize(
+    "form, options",
+    [
+        ("image_examples.tsv", ()), ("image_examples.tsv", ("--side", "128")), ("shards", ()),
+        ("photos", ("--side", "64")), ("photos", ("--task", "text_to_image", "--side", "64")),
+    ],
+)  # fmt: skip
+def test_a_full_disk_is_told_before_anything_is_encoded_with_what_is_needed(
+    given, model, tmp_path, capsys, monkeypatch, form, options
+) -> None:
+    source = given / form
+    if form == "photos":
+        (source := tmp_path / form).mkdir()
+        for k in range(20):
+            (source / f"{k}.png").write_bytes(png(picture(100 + k, 80, k)))
+    asked, written = [], []
+    fill = journal_module.Journal.fill
+
+    def fill_and_weigh(self, *given, **how):
+        fill(self, *given, **how)
+        written.append(encode_module._bytes_in(self.folder))
+
+    monkeypatch.setattr(encode_module, "check_space", lambda folder, num_bytes, _: asked.append(num_bytes))
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_module.Journal, "fill", fill_and_weigh)
+        assert encode(source, tmp_path / "new", model, *options) == 0
+    written.append(weigh(tmp_path / "new"))
+    assert sum(written) * 0.8 < asked[0] < sum(written) * 1.3, (asked, written)
+
+    def full(folder, num_bytes, _):
+        raise OSError(errno.ENOSPC, f"{num_bytes} are needed", str(folder))
+
+    monkeypatch.setattr(encode_module, "check_space", full)
     counted = stop_after(monkeypatch, 0)
-    assert encode(given / "image_examples.tsv", tmp_path / "new.tsv", model) == 1
-    assert "are needed" in capsys.readouterr().err and counted == [0]
+    assert encode(source, tmp_path / "other", model, *options) == 1
+    told = capsys.readouterr().err
+    assert "are needed" in told.splitlines()[-1] and counted == [0] and not list(tmp_path.glob("*other"))
+
+
+def weigh(path: Path) -> int:
+    return sum(len(content) for content in contents(path).values())
+
+
+def test_a_part_of_the_pictures_goes_to_another_process_alone(given, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for k in range(9):
+        (tmp_path / "photos" / f"{k}.png").write_bytes(png(picture(16, 16, k)))
+    lines = (given / "image_examples.tsv").read_bytes().splitlines(keepends=True) * 1000
+    (tmp_path / "rows.tsv").write_bytes(b"".join(lines))
+    for path in (tmp_path / "photos", tmp_path / "rows.tsv", given / "shards"):
+        pictures = opened(path, INFILLING)
+        pickled = pickle.dumps(pictures.piece(2, 6).piece(1, 3))
+        assert len(pickled) < 1000
+        part = pickle.loads(pickled)
+        wanted = [(pictures.name(i), pictures.encoded(i)) for i in (3, 4)]
+        if path.is_file():  # what stands before its lines is nothing that it reads
+            before = sum(map(len, lines[:3]))
+            path.write_bytes(b"x" * before + b"".join(lines[3:]))
+        assert len(part) == 2 and [(part.name(i), part.encoded(i)) for i in range(2)] == wanted
+
+
+@pytest.mark.parametrize("form", ["image_examples.tsv", "shards"])
+def test_what_changes_while_it_is_encoded_is_told_and_nothing_is_made_of_it(
+    given, model, tmp_path, capsys, monkeypatch, form
+) -> None:
+    source = tmp_path / form
+    shutil.copytree(given / form, source) if form == "shards" else shutil.copy(given / form, source)
+    fill = journal_module.Journal.fill
+
+    def touch(self, *given, **how):
+        fill(self, *given, **how)
+        os.utime(next(source.glob("image*.arrow"), source), ns=(1, 1))
+
+    monkeypatch.setattr(journal_module.Journal, "fill", touch)
+    assert encode(source, tmp_path / "new", model) == 1
+    assert f"{source}: changed while it was encoded; begin again" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+    monkeypatch.undo()
+    assert encode(source, tmp_path / "new", model) == 0

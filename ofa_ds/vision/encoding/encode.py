@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from ofa_ds.data.building.build import How, build_pieces, refuse_target
+from ofa_ds.data.building.build import LINE_BYTES, How, build_pieces, refuse_target
 from ofa_ds.data.building.source import Piece
 from ofa_ds.data.building.work import JOURNAL, PLAN, work_directory
 from ofa_ds.data.manifest import NEGATIVES
@@ -29,17 +29,20 @@ from ofa_ds.storage.atomic import check_space, place_file, refuse_inside, sync
 from ofa_ds.vision.coder import this_device
 from ofa_ds.vision.encoding.journal import Journal
 from ofa_ds.vision.encoding.row_pieces import pieces_of
-from ofa_ds.vision.encoding.sources import RowPictures, opened
+from ofa_ds.vision.encoding.sources import opened
 from ofa_ds.vision.encoding.tsv_lines import caption_of, check_lines, filled_lines, id_of, lines_of_pictures
 from ofa_ds.vision.encoding.what import What, need_codes_of_rows
 from ofa_ds.vision.files import load_vqgan, model_files
-from ofa_ds.vision.sources import Pictures
+from ofa_ds.vision.sources import Pictures, ShardPictures
 
 VERSION = 1
 """Of what codes depend on; with another one, what a killed command left is dropped."""
 
 CODE_BYTES = 5
 """Of one code as text, with its blank."""
+
+SAMPLED = 8
+"""Pictures that say how much is written of each, evenly spaced among all."""
 
 
 class Encoded(NamedTuple):
@@ -61,7 +64,7 @@ def encode_codes(source: Path, out: Path, model: Path, what: What, *, workers: i
         raise ValueError(f"--side: pictures of shards stay as they are; leave it out, or give a TSV file for {source}")
     need_codes_of_rows(load_vqgan(model, say=say).config, str(model))
     job = _Job(source, out, model, what, workers, secrets.token_hex(8))
-    if isinstance(job.pictures, RowPictures):
+    if isinstance(job.pictures, ShardPictures):
         job.to_shards(job.pictures)
         return Encoded(len(job.pictures), 0)
     return Encoded(len(job.pictures), job.to_tsv())
@@ -78,16 +81,21 @@ class _Job:
 
     @cached_property
     def pictures(self) -> Pictures:
-        return opened(self.source, self.what.task, self.run)
+        return opened(self.source, self.what.task)
 
     @cached_property
     def key(self) -> str:
         """Of what codes depend on."""
         weights = [_checksum(path) for path in model_files(self.model)]
         kind = this_device().partition(":")[0]
-        return json.dumps([VERSION, str(self.source.resolve()), self._stamp(), weights, repr(self.what), kind])
+        return json.dumps([VERSION, str(self.source.resolve()), self.stamp, weights, repr(self.what), kind])
 
-    def to_shards(self, pictures: RowPictures) -> None:
+    @cached_property
+    def stamp(self) -> str:
+        """As it was in the beginning."""
+        return self._stamp()
+
+    def to_shards(self, pictures: ShardPictures) -> None:
         refuse_inside(self.out, self.source)
         placed = self.out / JOURNAL / PLAN
         if not placed.is_file():
@@ -124,15 +132,15 @@ class _Job:
                 journal = Journal.of(work / JOURNAL, len(self.pictures))
                 self._fill(journal, work)
                 self._write(made, journal)
+                self._need_no_change()
                 place_file(made, self.out)
             shutil.rmtree(work)
         return captions.count("")
 
     def _fill(self, journal: Journal, work: Path) -> None:
-        side = self.what.side if self.what.whole else 2 * PIXELS_PER_CODE
-        texts = len(self.pictures) * (side // PIXELS_PER_CODE) ** 2 * CODE_BYTES
-        check_space(work, self._source_bytes() + 2 * texts, 0)
-        journal.fill(self.source, self.what, self.model, self.key, workers=self.workers, run=self.run)
+        check_space(work, self._bytes_to_write() - _bytes_in(work), 0)
+        journal.fill(self.pictures, self.what, self.model, self.key, workers=self.workers, run=self.run)
+        self._need_no_change()
 
     def _write(self, path: Path, journal: Journal) -> None:
         progress = Progress(len(self.pictures), "writing", "rows")
@@ -151,7 +159,7 @@ class _Job:
         return filled_lines(self.source, self.what, texts)
 
     def _files(self) -> list[Path]:
-        if isinstance(self.pictures, RowPictures):
+        if isinstance(self.pictures, ShardPictures):
             shards = self.pictures.shards
             return [shards.path / shard.file for part in shards.manifest.families.values() for shard in part.shards]
         if self.source.is_dir():
@@ -163,10 +171,29 @@ class _Job:
         found = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in self._files()]
         return xxhash.xxh3_128_hexdigest(json.dumps(found).encode())
 
-    def _source_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self._files())
+    def _need_no_change(self) -> None:
+        """Raises ValueError where codes might be of other pictures than those that are there now."""
+        if self._stamp() != self.stamp:
+            raise ValueError(f"{self.source}: changed while it was encoded; begin again, by the same command")
+
+    def _bytes_to_write(self) -> int:
+        """About: codes, in the journal and in what is made of it, and all that is copied or stored anew beside them."""
+        pictures, what = self.pictures, self.what
+        some = sorted({len(pictures) * k // SAMPLED for k in range(SAMPLED)})
+        of_all = len(pictures) / len(some)
+        codes = sum((what.part_of(pictures, i).code_image_size // PIXELS_PER_CODE) ** 2 for i in some) * of_all
+        if what.side and not what.whole:
+            stored = sum(len(what.stored(pictures.encoded(i))) for i in some) * of_all * LINE_BYTES
+        else:
+            is_folder = self.source.is_dir() and not isinstance(pictures, ShardPictures)
+            stored = sum(path.stat().st_size for path in self._files()) * (LINE_BYTES if is_folder else 1)
+        return int(stored + 2 * codes * CODE_BYTES)
 
 
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

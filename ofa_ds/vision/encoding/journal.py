@@ -23,9 +23,9 @@ from ofa_ds.engine.host_memory import keep_freed_memory
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import replace_file
 from ofa_ds.vision.coder import GPU_BATCH, Coders, this_device
-from ofa_ds.vision.encoding.sources import opened
 from ofa_ds.vision.encoding.what import What, need_codes_of_rows
 from ofa_ds.vision.files import load_vqgan
+from ofa_ds.vision.sources import Pictures
 
 MIN_CHUNK, MAX_CHUNKS = 4, 1000
 """Batches of a chunk at least; chunks of a source, about, at most."""
@@ -35,13 +35,11 @@ _LINE = re.compile(rb"\d+( \d+)*\n")
 
 @dataclass(frozen=True)
 class Chunk:
-    """Pictures `first` ... `stop` - 1 of a source. Picklable."""
+    """Some pictures of a source, which one process encodes into a file. Picklable."""
 
-    source: Path
+    pictures: Pictures
     what: What
     model: Path
-    first: int
-    stop: int
     file: Path
     run: str
 
@@ -71,7 +69,7 @@ class Journal:
                     yield line.rstrip("\n")
                     first += 1
 
-    def fill(self, source: Path, what: What, model: Path, key: str, *, workers: int, run: str) -> None:
+    def fill(self, pictures: Pictures, what: What, model: Path, key: str, *, workers: int, run: str) -> None:
         """Encode what is not there yet. key: what codes depend on; files of another one are dropped.
 
         Raises ValueError with the place of a picture that cannot be encoded, RuntimeError where a process dies.
@@ -83,15 +81,15 @@ class Journal:
             replace_file(known, key)
         starts = range(0, self.num_rows, self.chunk_rows)
         jobs = [
-            Chunk(source, what, model, first, min(first + self.chunk_rows, self.num_rows), self.file(number), run)
-            for number, first in enumerate(starts)
+            Chunk(pictures.piece(first, min(first + self.chunk_rows, self.num_rows)), what, model, self.file(n), run)
+            for n, first in enumerate(starts)
         ]
         progress = Progress(self.num_rows, "encoding", "pictures")
-        left = [job for job in jobs if _lines(job.file) < job.stop - job.first]
-        progress.skip(self.num_rows - sum(job.stop - job.first for job in left))
+        left = [job for job in jobs if _lines(job.file) < len(job.pictures)]
+        progress.skip(self.num_rows - sum(len(job.pictures) for job in left))
         try:
             for job, _ in zip(left, run_jobs(encode_chunk, left, workers), strict=True):
-                progress.add(job.stop - job.first)
+                progress.add(len(job.pictures))
         finally:
             progress.close()
 
@@ -108,20 +106,14 @@ def encode_chunk(chunk: Chunk) -> None:
 
 
 def _encode(chunk: Chunk) -> None:
-    pictures = opened(chunk.source, chunk.what.task, chunk.run)
-    coders = _coders(chunk.model, chunk.run)
+    pictures, coders = chunk.pictures, _coders(chunk.model, chunk.run)
     done = _lines(chunk.file, cut=True)
     step = GPU_BATCH if coders.device.type == "cuda" else 1
     with chunk.file.open("ab") as file:
-        for first in range(chunk.first + done, chunk.stop, step):
-            numbers = range(first, min(first + step, chunk.stop))
+        for first in range(done, len(pictures), step):
+            numbers = range(first, min(first + step, len(pictures)))
             names = [pictures.name(i) for i in numbers]
-            parts = []
-            for i, name in zip(numbers, names, strict=True):
-                try:
-                    parts.append(chunk.what.part(pictures.encoded(i)))
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+            parts = [chunk.what.part_of(pictures, i) for i in numbers]
             pixels, sides = [part.pixels for part in parts], [part.code_image_size for part in parts]
             for codes in coders.encode(pixels, sides, names):
                 file.write(" ".join(map(str, codes.ravel().tolist())).encode() + b"\n")

@@ -13,6 +13,7 @@ from ofa_ds.data.image import decode
 from ofa_ds.data.tsv import NUM_CODES, PIXELS_PER_CODE
 from ofa_ds.vision.code_rows import CodeTask
 from ofa_ds.vision.config import VqganConfig
+from ofa_ds.vision.sources import Pictures
 
 JPEG_QUALITY = 95
 """Of pictures that are made square."""
@@ -77,6 +78,13 @@ class What:
             )
         quarter = height // 4
         return Part(pixels[quarter : 3 * quarter, quarter : 3 * quarter], height // 2)
+
+    def part_of(self, pictures: Pictures, i: int) -> Part:
+        """Raises ValueError with the picture's place."""
+        try:
+            return self.part(pictures.encoded(i))
+        except ValueError as error:
+            raise ValueError(f"{pictures.name(i)}: {error}") from error
 
 
 def _need_a_code(pixels: np.ndarray) -> None:
