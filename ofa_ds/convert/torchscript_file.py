@@ -21,7 +21,6 @@ MAX_PICKLE_BYTES = 64 << 20
 MAX_VALUES, MAX_NAME = 100_000, 1000
 """Of all modules together; characters of a weight's name."""
 _CODE, _DATA = "constants.pkl", "data.pkl"
-_MARK = object()
 
 _DTYPES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "DoubleStorage": torch.float64,
@@ -88,6 +87,7 @@ class _Machine:
         self.folder = names[0].removesuffix(_DATA)
         self.storages: dict[str, Tensor] = {}
         self.stack: list[Any] = []
+        self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
 
     def run(self) -> dict[str, Any]:
@@ -124,8 +124,8 @@ class _Machine:
         self.stack.append(value)
 
     def since_mark(self) -> list[Any]:
-        at = len(self.stack) - 1 - self.stack[::-1].index(_MARK)
-        found = self.stack[at + 1 :]
+        at = self.marks.pop()
+        found = self.stack[at:]
         del self.stack[at:]
         return found
 
@@ -212,7 +212,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], Any]] = {
     "NEWTRUE": lambda machine, _: machine.push(True),
     "NEWFALSE": lambda machine, _: machine.push(False),
     "NONE": lambda machine, _: machine.push(None),
-    "MARK": lambda machine, _: machine.push(_MARK),
+    "MARK": lambda machine, _: machine.marks.append(len(machine.stack)),
     "EMPTY_TUPLE": lambda machine, _: machine.push(()),
     "EMPTY_LIST": lambda machine, _: machine.push([]),
     "EMPTY_DICT": lambda machine, _: machine.push({}),

@@ -225,8 +225,10 @@ HASHED = b"\x80\x02)" + b"".join(b"q%ch%c\x86" % (k, k) for k in range(60))
         (nested(60), "refused: more than 100000 values in modules, or modules in themselves"),
         (deep(20_000), "refused: more than 100000 values in modules, or modules in themselves"),
         (b"\x80\x02}" + HASHED[2:] + b"Ns.", "damaged"),
+        (HASHED + b".", "damaged"),
+        (b"\x80\x02" + b"(" * 200_000 + b"t" * 200_000 + b".", "damaged"),  # minutes where each looks for its mark
     ],
-    ids=["in itself", "shared", "deep", "keys"],
+    ids=["in itself", "shared", "deep", "keys", "tuples", "marks"],
 )
 def test_a_few_bytes_that_say_weights_without_end_are_one_line(tmp_path: Path, data: bytes, message: str) -> None:
     good = as_torchscript(tmp_path / "good.pt", {"a": torch.zeros(3)})
