@@ -129,7 +129,7 @@ def golden_manifests(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def s3_address() -> Iterator[str]:
     """Of an S3 service on this machine, one for all tests of a process."""
-    from s3_server import s3_server
+    from ofa_ds.bench.s3_server import s3_server
 
     with s3_server() as address:
         yield address
@@ -138,7 +138,7 @@ def s3_address() -> Iterator[str]:
 @pytest.fixture
 def bucket(s3_address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Location of a new bucket there, with the environment that reaches it and a cache of its own."""
-    from s3_server import make_bucket, settings
+    from ofa_ds.bench.s3_server import make_bucket, settings
 
     for name, value in settings(s3_address).items():
         monkeypatch.setenv(name, value)

@@ -4,171 +4,163 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+Option = tuple[str, dict[str, Any]]
+"""As `add_argument` takes it."""
+
+
+def at_least_one(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"want at least 1, got {text}")
+    return int(text)
+
+
+def milliseconds(text: str) -> float:
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"want at least 0, got {text}")
+    return value
+
+
+def rate(text: str) -> float:
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"want more than 0, got {text}")
+    return value
+
+
+def count(name: str, default: int, what: str) -> Option:
+    return name, {"type": at_least_one, "default": default, "help": f"{what} (default {default:,})"}
+
+
+def number(name: str, kind: Any, default: float, what: str) -> Option:
+    return name, {"type": kind, "default": default, "help": f"{what} (default {default:g})"}
+
+
+def choice(name: str, values: tuple[str, ...], default: str, what: str) -> Option:
+    return name, {"choices": values, "default": default, "help": f"{what} (default {default})"}
+
+
+def place(name: str, what: str, **more: Any) -> Option:
+    return name, {"type": Path, "help": what, **more}
+
+
+@dataclass(frozen=True)
+class Bench:
+    help: str
+    run: str
+    """module.function of this package, which is given the options' values in their order; the module has `table`."""
+    options: tuple[Option, ...]
+    reads_files: bool = False
+    """The user's: what is wrong with them, an OSError or a ValueError, is told in one line."""
+
+
+BENCHES = {
+    "step": Bench(
+        "forward + backward of tiny on one thread, beside the original's way", "step.bench_step",
+        (count("--repeats", 7, "of the pair"), count("--mixed-repeats", 1, "of the mixed micro-batch")),
+    ),
+    "checkpoint": Bench(
+        "save, reshard and export beside DeepSpeed's and torch's own ways", "checkpoint.bench_checkpoint",
+        (("--preset", {"default": "base", "help": "size of the model (default base, cut to 173 M parameters)"}),
+         place("--folder", "where 25 GB may be written for a while (default: a temporary one)")),
+    ),
+    "data": Bench(
+        "the same rows written and read by our shards and by other formats", "data_formats.bench_formats",
+        (count("--records", 20_000, "drawn, or of the file at most"), count("--repeats", 3, "of each way"),
+         place("--tsv", "a file of vision-language rows in place of drawn ones"),
+         place("--folder", "where 6 GB may be written for a while (default: a temporary one)")),
+        reads_files=True,
+    ),
+    "rows": Bench(
+        "one row of shards at random, beside Arrow's own row access", "rows.bench_rows",
+        (place("--shards", "a directory of shards (default: small scenes, drawn for it)"),
+         count("--repeats", 7, "of each way")),
+        reads_files=True,
+    ),
+    "verify": Bench(
+        "checksums of shards, beside a plain read of the same files", "verify.bench_verify",
+        (place("--shards", "a directory of shards, of some gigabytes", required=True),
+         count("--repeats", 3, "of each way")),
+        reads_files=True,
+    ),
+    "decode": Bench(
+        "JPEGs decoded and resized, exactly and by the DCT, beside Pillow", "decode.bench_decode",
+        (place("--tsv", "a file with JPEGs in its second column, beside drawn ones"),
+         count("--pictures", 100, "of the file and of each size"), count("--repeats", 5, "of each way")),
+        reads_files=True,
+    ),
+    "codes": Bench(
+        "pictures into image codes on one thread, beside the original's way", "codes.bench_codes",
+        (count("--repeats", 5, "rounds of both ways"), count("--pictures", 4, "of a round")),
+    ),
+    "loader": Bench(
+        "batches on their way to training, beside torch's DataLoader", "loader.bench_loader",
+        (count("--repeats", 3, "of each measurement"),),
+    ),
+    "remote": Bench(
+        "rows of shards in S3 behind a link with latency and a bandwidth", "remote.bench_remote",
+        (number("--latency-ms", milliseconds, 30, "that the link adds"),
+         number("--mb-per-s", rate, 10, "that it carries at most")),
+    ),
+    "scale": Bench(
+        "opening and reading a billion rows, their order, their shuffle", "scale.bench_scale",
+        (count("--shards", 10_000, "of 100,000 rows each"), count("--workers", 4, "that open them at once"),
+         count("--repeats", 5, "of each order"),
+         place("--folder", "where 2 GB may be written for a while (default: a temporary one)")),
+    ),
+    "cider": Bench(
+        "the reward of SCST for 320 captions, beside the library's scorer", "cider.bench_cider",
+        (count("--repeats", 7, "of each way"),),
+    ),
+    "scst": Bench(
+        "the parts of an SCST micro-batch of tiny on one thread", "scst.bench_scst",
+        (count("--repeats", 3, "of each part"),),
+    ),
+    "generate": Bench(
+        "captions and candidate answers beside the original's way", "generate.bench_generate",
+        (count("--repeats", 3, "of each way"), count("--questions", 2, "that the candidates answer at once"),
+         count("--chunks", 4, "of the original's 157 that are timed"),
+         choice("--only", ("captions", "candidates", "both"), "both", "of the two")),
+    ),
+    "text_to_image": Bench(
+        "24 pictures of 1,024 codes beside sampling without caches", "text_to_image.bench_text_to_image",
+        (count("--repeats", 1, "of ours"),),
+    ),
+    "construction": Bench(
+        "a model built in pieces on the CPU: seconds and memory of a rank", "construction.bench_construction",
+        (("--preset", {"default": "large", "help": "its size (default large); 6b takes 14 GB with two ranks"}),
+         count("--ranks", 2, "on this host"), choice("--precision", ("bf16", "fp32"), "bf16", "of its weights")),
+    ),
+    "many-ranks": Bench(
+        "what the host does around a collective of a layer", "many_ranks.bench_many_ranks",
+        (count("--repeats", 5, "of each way"),),
+    ),
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ofa_ds.bench", description=__doc__.split(": ")[1])
-    benches = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    step = benches.add_parser("step", help="forward + backward of tiny on one thread, beside the original's way")
-    step.add_argument("--repeats", type=int, default=7, help="of the pair (default 7)")
-    step.add_argument("--mixed-repeats", type=int, default=1, help="of the mixed micro-batch (default 1)")
-    saves = benches.add_parser("checkpoint", help="save, reshard and export beside DeepSpeed's and torch's own ways")
-    saves.add_argument("--folder", type=Path, help="where 25 GB may be written for a while (default: a temporary one)")
-    saves.add_argument("--preset", default="base", help="size of the model (default base, cut to 173 M parameters)")
-    formats = benches.add_parser("data", help="the same rows written and read by our shards and by other formats")
-    formats.add_argument("--records", type=int, default=20_000, help="drawn, or of the file at most (default 20000)")
-    formats.add_argument("--tsv", type=Path, help="a file of vision-language rows in place of drawn ones")
-    formats.add_argument("--repeats", type=int, default=3, help="of each way (default 3)")
-    formats.add_argument("--folder", type=Path, help="where 6 GB may be written for a while (default: a temporary one)")
-    rows = benches.add_parser("rows", help="one row of shards at random, beside Arrow's own row access")
-    rows.add_argument("--shards", type=Path, help="a directory of shards (default: small scenes, drawn for it)")
-    rows.add_argument("--repeats", type=int, default=7, help="of each way (default 7)")
-    verifying = benches.add_parser("verify", help="checksums of shards, beside a plain read of the same files")
-    verifying.add_argument("--shards", type=Path, required=True, help="a directory of shards, of some gigabytes")
-    verifying.add_argument("--repeats", type=int, default=3, help="of each way (default 3)")
-    decoding = benches.add_parser("decode", help="JPEGs decoded and resized, exactly and by the DCT, beside Pillow")
-    decoding.add_argument("--tsv", type=Path, help="a file with JPEGs in its second column, beside drawn ones")
-    decoding.add_argument("--pictures", type=int, default=100, help="of the file and of each size (default 100)")
-    decoding.add_argument("--repeats", type=int, default=5, help="of each way (default 5)")
-    coding = benches.add_parser("codes", help="pictures into image codes on one thread, beside the original's way")
-    coding.add_argument("--pictures", type=int, default=4, help="of a round (default 4)")
-    coding.add_argument("--repeats", type=int, default=5, help="rounds of both ways (default 5)")
-    feeding = benches.add_parser("loader", help="batches on their way to training, beside torch's DataLoader")
-    feeding.add_argument("--repeats", type=int, default=3, help="of each measurement (default 3)")
-    remote = benches.add_parser("remote", help="rows of shards in S3 behind a link with latency and a bandwidth")
-    remote.add_argument("--latency-ms", type=float, default=30.0, help="that the link adds (default 30)")
-    remote.add_argument("--mb-per-s", type=float, default=10.0, help="that it carries at most (default 10)")
-    scale = benches.add_parser("scale", help="opening and reading a billion rows, their order, their shuffle")
-    scale.add_argument("--shards", type=int, default=10_000, help="of 100,000 rows each (default 10,000)")
-    scale.add_argument("--workers", type=int, default=4, help="that open them at once (default 4)")
-    scale.add_argument("--repeats", type=int, default=5, help="of each order (default 5)")
-    scale.add_argument("--folder", type=Path, help="where 2 GB may be written for a while (default: a temporary one)")
-    rewards = benches.add_parser("cider", help="the reward of SCST for 320 captions, beside the library's scorer")
-    rewards.add_argument("--repeats", type=int, default=7, help="of each way (default 7)")
-    critical = benches.add_parser("scst", help="the parts of an SCST micro-batch of tiny on one thread")
-    critical.add_argument("--repeats", type=int, default=3, help="of each part (default 3)")
-    answers = benches.add_parser("generate", help="captions and candidate answers beside the original's way")
-    answers.add_argument("--repeats", type=int, default=3, help="of each way (default 3)")
-    answers.add_argument("--questions", type=int, default=2, help="that the candidates answer at once (default 2)")
-    answers.add_argument("--chunks", type=int, default=4, help="of the original's 157 that are timed (default 4)")
-    answers.add_argument("--only", choices=("captions", "candidates"), default="both")
-    painting = benches.add_parser("text_to_image", help="24 pictures of 1,024 codes beside sampling without caches")
-    painting.add_argument("--repeats", type=int, default=1, help="of ours (default 1)")
-    build = benches.add_parser("construction", help="a model built in pieces on the CPU: seconds and memory of a rank")
-    build.add_argument("--preset", default="large", help="its size (default large); 6b takes 14 GB with two ranks")
-    build.add_argument("--ranks", type=int, default=2, help="on this host (default 2)")
-    build.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    many = benches.add_parser("many-ranks", help="what the host does around a collective of a layer")
-    many.add_argument("--repeats", type=int, default=5, help="of each way (default 5)")
-    for bench in benches.choices.values():
-        bench.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    if options.what == "step":
-        from ofa_ds.bench.step import bench_step, table
-
-        if min(options.repeats, options.mixed_repeats) < 1:
-            parser.error("--repeats and --mixed-repeats: want at least 1")
-        result = bench_step(options.repeats, options.mixed_repeats)
-    elif options.what == "generate":
-        from ofa_ds.bench.generate import bench_generate, table
-
-        if min(options.repeats, options.questions, options.chunks) < 1:
-            parser.error("--repeats, --questions and --chunks: want at least 1")
-        result = bench_generate(options.repeats, options.questions, options.chunks, options.only)
-    elif options.what == "data":
-        from ofa_ds.bench.data_formats import bench_formats, table
-
-        if min(options.records, options.repeats) < 1:
-            parser.error("--records and --repeats: want at least 1")
-        try:
-            result = bench_formats(options.records, options.repeats, options.tsv, options.folder)
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
-    elif options.what == "rows":
-        from ofa_ds.bench.rows import bench_rows, table
-
-        if options.repeats < 1:
-            parser.error("--repeats: want at least 1")
-        try:
-            result = bench_rows(options.shards, options.repeats)
-        except ValueError as error:
-            parser.error(f"--shards: {error}")
-    elif options.what == "verify":
-        from ofa_ds.bench.verify import bench_verify, table
-
-        if options.repeats < 1:
-            parser.error("--repeats: want at least 1")
-        try:
-            result = bench_verify(options.shards, options.repeats)
-        except (ValueError, RuntimeError) as error:
-            parser.error(f"--shards: {error}")
-    elif options.what == "decode":
-        from ofa_ds.bench.decode import bench_decode, table
-
-        if min(options.pictures, options.repeats) < 1:
-            parser.error("--pictures and --repeats: want at least 1")
-        try:
-            result = bench_decode(options.tsv, options.pictures, options.repeats)
-        except (OSError, ValueError) as error:
-            parser.error(f"--tsv: {error}")
-    elif options.what == "codes":
-        from ofa_ds.bench.codes import bench_codes, table
-
-        if min(options.pictures, options.repeats) < 1:
-            parser.error("--pictures and --repeats: want at least 1")
-        result = bench_codes(options.repeats, pictures=options.pictures)
-    elif options.what == "loader":
-        from ofa_ds.bench.loader import bench_loader, table
-
-        if options.repeats < 1:
-            parser.error("--repeats: want at least 1")
-        result = bench_loader(options.repeats)
-    elif options.what == "remote":
-        from ofa_ds.bench.remote import bench_remote, table
-
-        if options.latency_ms < 0 or options.mb_per_s <= 0:
-            parser.error("--latency-ms: want at least 0; --mb-per-s: want more than 0")
-        result = bench_remote(options.latency_ms, options.mb_per_s)
-    elif options.what == "scale":
-        from ofa_ds.bench.scale import bench_scale, table
-
-        if min(options.shards, options.workers, options.repeats) < 1:
-            parser.error("--shards, --workers and --repeats: want at least 1")
-        result = bench_scale(options.shards, options.workers, options.repeats, options.folder)
-    elif options.what == "scst":
-        from ofa_ds.bench.scst import bench_scst, table
-
-        if options.repeats < 1:
-            parser.error("--repeats: want at least 1")
-        result = bench_scst(options.repeats)
-    elif options.what == "cider":
-        from ofa_ds.bench.cider import bench_cider, table
-
-        if options.repeats < 1:
-            parser.error("--repeats: want at least 1")
-        result = bench_cider(options.repeats)
-    elif options.what == "text_to_image":
-        from ofa_ds.bench.text_to_image import bench_text_to_image, table
-
-        if options.repeats < 1:
-            parser.error("--repeats: want at least 1")
-        result = bench_text_to_image(options.repeats)
-    elif options.what == "many-ranks":
-        from ofa_ds.bench.many_ranks import bench_many_ranks, table
-
-        if options.repeats < 1:
-            parser.error("--repeats: want at least 1")
-        result = bench_many_ranks(options.repeats)
-    elif options.what == "construction":
-        from ofa_ds.bench.construction import bench_construction, table
-
-        result = bench_construction(options.preset, options.ranks, options.precision)
-    else:
-        from ofa_ds.bench.checkpoint import bench_checkpoint, table
-
-        result = bench_checkpoint(options.preset, options.folder)
-    print(json.dumps(result) if options.json else table(result))
+    parsers = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for name, bench in BENCHES.items():
+        own = parsers.add_parser(name, help=bench.help)
+        for flag, how in bench.options:
+            own.add_argument(flag, **how)
+        own.add_argument("--json", action="store_true")
+    options = vars(parser.parse_args())
+    bench = BENCHES[options["what"]]
+    values = [options[flag[2:].replace("-", "_")] for flag, _ in bench.options]
+    module_name, function = bench.run.split(".")
+    module = import_module(f"ofa_ds.bench.{module_name}")
+    try:
+        result = getattr(module, function)(*values)
+    except (OSError, ValueError) as error:
+        if not bench.reads_files:
+            raise
+        parser.error(str(error))
+    print(json.dumps(result) if options["json"] else module.table(result))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from ofa_ds.vision.vqgan import Vqgan
 WAYS = ("original", "ours")
 
 
-def bench_codes(repeats: int = 5, *, pictures: int = 4, config: VqganConfig | None = None) -> dict[str, Any]:
+def bench_codes(repeats: int = 5, pictures: int = 4, *, config: VqganConfig | None = None) -> dict[str, Any]:
     """{"pictures", "side", "<way>_s": seconds of a core for a picture, medians, "ratio" of each round, "equal"}.
 
     equal: share of the codes that are the same. config: the released f8 model's where not given. Both take pictures one

@@ -9,12 +9,10 @@ from __future__ import annotations
 import base64
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -24,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ofa_ds.bench.photo_rows import photograph
+from ofa_ds.bench.s3_server import make_bucket, s3_server, settings
 from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.remote.folder import CACHE
 from ofa_ds.data.shards import Shards
@@ -33,33 +32,19 @@ PHOTOGRAPHS, TEXTS = 1600, 20_000
 """Rows: record batches of 10 MB, and of 60 kB."""
 AT_ONCE, AHEAD = 20, 256
 """Rows that are read together, and announced before they are: those of a step of a rank."""
-_SERVE = "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"
 
 
 @contextmanager
-def _store(delay_ms: float, mb_per_s: float) -> Iterator[tuple[str, str]]:
-    """(address of the store, address of the same behind the link); the environment has what both ask for."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        os.environ[name] = "bench"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    server = subprocess.Popen([sys.executable, "-c", _SERVE, port], **quiet)
-    command = [sys.executable, "-m", "ofa_ds.bench.slow_link", f"127.0.0.1:{port}", str(delay_ms), str(mb_per_s)]
+def _behind_a_link(address: str, delay_ms: float, mb_per_s: float) -> Iterator[str]:
+    """The address of the same service behind the link."""
+    service = address.removeprefix("http://")
+    command = [sys.executable, "-m", "ofa_ds.bench.slow_link", service, str(delay_ms), str(mb_per_s)]
     link = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        for _ in range(600):
-            with socket.socket() as tried:
-                if server.poll() is not None:
-                    raise RuntimeError("moto's S3 server did not start; install the dev extra")
-                if tried.connect_ex(("127.0.0.1", int(port))) == 0:
-                    break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}", f"http://127.0.0.1:{int(link.stdout.readline())}"
+        yield f"http://127.0.0.1:{int(link.stdout.readline())}"
     finally:
-        for process in (server, link):
-            process.kill()
-            process.wait()
+        link.kill()
+        link.wait()
 
 
 def _build(folder: Path) -> None:
@@ -75,14 +60,17 @@ def _build(folder: Path) -> None:
 
 def bench_remote(delay_ms: float, mb_per_s: float) -> list[dict[str, Any]]:
     """Of each family, order and way: rows/s, and of a cold one the share of the bandwidth that it used."""
-    with tempfile.TemporaryDirectory() as base, _store(delay_ms, mb_per_s) as (near, far):
+    with (
+        tempfile.TemporaryDirectory() as base,
+        s3_server() as near,
+        _behind_a_link(near, delay_ms, mb_per_s) as far,
+    ):
         folder = Path(base)
         _build(folder)
-        os.environ |= {"AWS_ENDPOINT_URL": near, "AWS_REGION": "us-east-1", CACHE: str(folder / "cache")}
-        request = urllib.request.Request(f"{near}/bench", method="PUT")
-        urllib.request.urlopen(request, timeout=30).close()
+        os.environ |= settings(near) | {CACHE: str(folder / "cache")}
+        bucket = make_bucket(near, "bench")
         for path in (path for path in (folder / "shards").rglob("*") if path.is_file()):
-            file_systems.upload(path, f"s3://bench/set/{path.relative_to(folder / 'shards')}")
+            file_systems.upload(path, f"{bucket}/set/{path.relative_to(folder / 'shards')}")
         os.environ["AWS_ENDPOINT_URL"] = far
         cases = [(family, shuffled) for family in ("vision_language", "text") for shuffled in (False, True)]
         return [found for case in cases for found in _case(folder / "cache", *case, mb_per_s)]

@@ -20,7 +20,7 @@ WORKERS = (1, 2)
 
 
 def bench_verify(shards: Path, repeats: int) -> dict[str, Any]:
-    """Bytes a second by way. Raises ValueError for what is no shards, RuntimeError where they are damaged."""
+    """Bytes a second by way. Raises ValueError for what is no shards, or damaged ones."""
     families = read_manifest(shards).families.values()
     files = [shards / shard.file for family in families for shard in family.shards]
     num_bytes = sum(path.stat().st_size for path in files)
@@ -52,7 +52,7 @@ def _drop(files: list[Path]) -> None:
 
 def _verify(shards: Path, workers: int) -> None:
     if problems := verify_shards(shards, workers=workers, decode=False):
-        raise RuntimeError(problems[0])
+        raise ValueError(problems[0])
 
 
 def _read(files: list[Path], threads: int) -> None:

@@ -257,8 +257,10 @@ def test_both_ways_are_given_the_same_examples(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("step", "--repeats", "0"), "--repeats and --mixed-repeats: want at least 1"),
-        (("step", "--mixed-repeats", "0"), "--repeats and --mixed-repeats: want at least 1"),
+        (("step", "--repeats", "0"), "argument --repeats: want at least 1, got 0"),
+        (("step", "--mixed-repeats", "two"), "argument --mixed-repeats: want at least 1, got two"),
+        (("remote", "--mb-per-s", "0"), "argument --mb-per-s: want more than 0, got 0"),
+        (("remote", "--latency-ms", "nan"), "argument --latency-ms: want at least 0, got nan"),
         (("steps",), "invalid choice: 'steps'"),
         ((), "the following arguments are required: WHAT"),
     ],

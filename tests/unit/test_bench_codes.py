@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from ofa_ds.bench.codes import original_way, table
+from ofa_ds.bench.codes import bench_codes, original_way, table
 from ofa_ds.vision.coder import Coder
 from ofa_ds.vision.config import VqganConfig
 from ofa_ds.vision.vqgan import Vqgan
@@ -27,6 +27,13 @@ def test_both_ways_give_the_same_codes() -> None:
     assert np.array_equal(original, Coder(model, 32).encode(pictures))
     shifted = dataclasses.replace(CONFIG, attn_resolutions=())
     assert not np.array_equal(original, original_way(Vqgan(shifted).eval(), 32)(pictures))
+
+
+def test_both_ways_are_timed_and_give_the_same_codes() -> None:
+    found = bench_codes(1, pictures=1, config=CONFIG)
+    assert found["equal"] == 1.0 and found["side"] == 32 and found["pictures"] == len(found["ratio"]) == 1
+    assert min(found["original_s"], found["ours_s"]) > 0
+    assert "1 rounds" in table(found) and "equal codes" in table(found)
 
 
 def test_the_table_says_the_ratio_of_each_round() -> None:

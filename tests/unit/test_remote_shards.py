@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from s3_server import write_bytes
 from tiny_sources import write_sources
 
+from ofa_ds.bench.s3_server import write_bytes
 from ofa_ds.cli import main
 from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.remote import fetching, folder

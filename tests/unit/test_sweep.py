@@ -15,6 +15,7 @@ from ofa_ds.data.shards import Shards
 from ofa_ds.data.tools import sweep as sweeping
 from ofa_ds.data.tools.chunks import Chunk, chunks_of
 from ofa_ds.data.tools.sweep import record_batches, sweep
+from ofa_ds.storage.direct import BLOCK_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +36,33 @@ def test_rows_and_checksums_are_those_of_the_files_and_every_byte_is_read_once(
     stretch: int, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeping, "STRETCH_BYTES", stretch)
-    read: list[int] = []
+    read: list[tuple[int, int]] = []
+
+    def read_block(descriptor: int, buffer: memoryview, count: int, at: int, path: Path) -> None:
+        read.append((at, at + count))
+        real(descriptor, buffer, count, at, path)
+
     real = sweeping.read_block
-    monkeypatch.setattr(sweeping, "read_block", lambda *given: (read.append(given[2]), real(*given)))
+    monkeypatch.setattr(sweeping, "read_block", read_block)
     shards, found = Shards(built), {family: [] for family in Shards(built).families}
     for chunk in chunks(built):
         for file, batch in sweep(chunk):
             assert file.checksum_problem(batch) is None
+        assert_each_block_once(read, chunk.file.path.stat().st_size)
+        read.clear()
         for file, batch in record_batches(chunk):
             found[chunk.family] += [row_digest(file.row(i)) for i in file.rows_of(batch)]
+        assert_each_block_once(read, chunk.file.path.stat().st_size)
+        read.clear()
         assert chunk.file._file is None, "nothing is mapped"
     for family, count in shards.families.items():
         assert found[family] == [row_digest(shards.row(family, i)) for i in range(count)]
-    total = sum(path.stat().st_size for path in built.glob("*.arrow"))
-    assert total <= sum(read) / 2 < total + 4096 * len(read), "whole blocks of the disk"
+
+
+def assert_each_block_once(read: list[tuple[int, int]], num_bytes: int) -> None:
+    """From the file's first byte to its last; of a block that two stretches share each reads the whole."""
+    assert [at for at, _ in read] == [0, *(stop // BLOCK_BYTES * BLOCK_BYTES for _, stop in read[:-1])]
+    assert read[-1][1] == num_bytes
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_one_line(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

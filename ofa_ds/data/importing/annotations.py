@@ -6,7 +6,6 @@ Each is read once, into a list of items without pictures, a line of JSON each; p
 from __future__ import annotations
 
 import functools
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from typing import Any
 from ofa_ds.data import plain_pickle
 from ofa_ds.data.building.source import Record, Row, SourceError, SourceFile, source_file
 from ofa_ds.data.building.work import ITEMS
-from ofa_ds.data.importing.item import Into, Item, Named, short, xywh
+from ofa_ds.data.importing.item import SURROGATE, UNPRINTABLE, Into, Item, Named, short, xywh
 from ofa_ds.data.importing.item_lines import Lines, read_picture, write_lines
 from ofa_ds.storage import file_systems, strict_json
 
@@ -27,9 +26,6 @@ PICKLES = (".p", ".pkl", ".pickle")
 """Ends of names: RefCOCO's refs are one."""
 
 MAX_ID_CHARACTERS = 256
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ def _list(table: Any, key: str, location: str) -> list[Table]:
 def _text(table: Table, key: str, location: str, where: str) -> str:
     """Its words, with a space between."""
     value = table.get(key)
-    if not isinstance(value, str) or _SURROGATE.search(value):
+    if not isinstance(value, str) or SURROGATE.search(value):
         raise SourceError(f"{location}: {where}: {key}: want a text, got {short(value)}")
     return " ".join(value.split())
 
@@ -114,22 +110,17 @@ def _id(table: Table, key: str, location: str, where: str) -> int | str:
     value = table.get(key)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
         return value
-    if isinstance(value, str) and len(value) <= MAX_ID_CHARACTERS and not _UNPRINTABLE.search(value) and value.strip():
+    if isinstance(value, str) and len(value) <= MAX_ID_CHARACTERS and not UNPRINTABLE.search(value) and value.strip():
         return value
     raise SourceError(f"{location}: {where}: {key}: want a whole number or a text, got {short(value)}")
 
 
 def _images(table: Any, location: str) -> dict[Any, Table]:
     """id -> image; names that lead out of the folder are refused."""
-    found: dict[Any, Table] = {}
-    for number, image in enumerate(_list(table, "images", location)):
-        where = f"images.{number}"
-        identity = _id(image, "id", location, where)
+    found = _by_id(_list(table, "images", location), "id", location, "images")
+    for image, where in found.values():
         _safe(image.get("file_name"), location, f"{where}: file_name")
-        if identity in found:
-            raise SourceError(f"{location}: {where}: the id {identity} is there twice")
-        found[identity] = image
-    return found
+    return {identity: image for identity, (image, _) in found.items()}
 
 
 class _Once:
@@ -149,17 +140,12 @@ class _Once:
 
 def _by_id(tables: Sequence[Table], key: str, location: str, name: str) -> dict[Any, tuple[Table, str]]:
     """id -> (table, its place). Of two with one id, which is meant cannot be known."""
-    found: dict[Any, tuple[Table, str]] = {}
-    for number, each in enumerate(tables):
-        identity = _id(each, key, location, where := f"{name}.{number}")
-        if identity in found:
-            raise SourceError(f"{location}: {where}: the {key} {identity!r:.40} is there twice")
-        found[identity] = (each, where)
-    return found
+    once = _Once(key, location)
+    return {once.of(each, where := f"{name}.{number}"): (each, where) for number, each in enumerate(tables)}
 
 
 def _safe(name: Any, location: str, where: str) -> str:
-    if not isinstance(name, str) or not name.strip() or _UNPRINTABLE.search(name):
+    if not isinstance(name, str) or not name.strip() or UNPRINTABLE.search(name):
         raise SourceError(f"{location}: {where}: want the name of a picture, got {short(name)}")
     if PurePosixPath(name).is_absolute() or ".." in name.replace("\\", "/").split("/"):
         raise SourceError(f"{location}: {where}: {name!r:.80} leads out of the folder of pictures")

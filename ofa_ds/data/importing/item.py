@@ -19,7 +19,11 @@ from ofa_ds.data.tsv import checked_row
 from ofa_ds.terms import IMPORTED
 
 Box = tuple[float, float, float, float]
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a pair, which JSON lets pass and UTF-8 does not."""
+
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+"""In a name: line ends and other controls too."""
 
 
 class Named(NamedTuple):
@@ -131,7 +135,7 @@ def _check_texts(item: Item) -> None:
         "objects": [text for each in item.objects for text in (each.category, each.name)],
     }  # fmt: skip
     for name, found in texts.items():
-        if wrong := [text for text in found if _SURROGATE.search(text)]:
+        if wrong := [text for text in found if SURROGATE.search(text)]:
             raise ValueError(f"{name}: want a text, got {short(wrong[0])}")
 
 

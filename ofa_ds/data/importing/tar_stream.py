@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import posixpath
-import re
 import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, Self
@@ -13,6 +12,7 @@ import pyarrow as pa
 
 from ofa_ds.data.building.source import SourceError
 from ofa_ds.data.building.tsv_source import CODECS
+from ofa_ds.data.importing.item import UNPRINTABLE
 from ofa_ds.storage import file_systems
 
 MAX_MEMBER_BYTES = 1 << 28
@@ -27,7 +27,6 @@ MAX_PADDING_BYTES = 1 << 26
 """Most zeros after the end mark: a writer fills its last record with them, of 10 KiB as a rule."""
 
 _BUFFER_BYTES = 1 << 20
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class _Header(tarfile.TarInfo):
@@ -120,7 +119,7 @@ def _check(location: str, member: tarfile.TarInfo) -> None:
         raise SourceError(f"{location}: member {name!a:.100}: its name has {len(name)} characters")
     if not member.isreg() or member.issparse():
         raise SourceError(f"{location}: member {name!r:.100}: want plain files, got a link, a device or a sparse file")
-    if unprintable := _UNPRINTABLE.search(name):
+    if unprintable := UNPRINTABLE.search(name):
         raise SourceError(f"{location}: member {name!a:.100}: its name has {unprintable[0]!a}, want plain UTF-8")
     if posixpath.isabs(name) or ".." in name.split("/"):
         raise SourceError(f"{location}: member {name!r:.100}: its name leads out of the tar")

@@ -1,4 +1,4 @@
-"""An S3 service on this machine, in a process of its own: what is tested speaks the real protocol with it."""
+"""moto's S3 service on this machine, in a process of its own: tests and benches speak the real protocol with it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _wait(process: subprocess.Popen, address: str) -> None:
             return
         except (urllib.error.URLError, OSError):
             if process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError("the S3 service did not start") from None
+                raise RuntimeError("moto's S3 service did not start; install the dev extra") from None
             time.sleep(0.05)
 
 
