@@ -17,6 +17,7 @@ from ofa_ds.inference.evaluate import beside_blind, blinded, collect
 from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.inference.painting import check_codes
 from ofa_ds.tasks.context import Context
+from ofa_ds.tasks.preview import filled
 from ofa_ds.tasks.task import task_of
 from ofa_ds.vision.coder import Coder
 from ofa_ds.vision.scenes_coder import ScenesCoder
@@ -25,7 +26,7 @@ NAME = "image_infilling"
 SHOWN = 8
 """Rows on the sheet."""
 
-_SCALE, _GAP, _HOLE_GREY = 2, 4, 128
+_SCALE, _GAP = 2, 4
 Pixels = np.ndarray
 
 
@@ -75,9 +76,8 @@ def _sheet(asked: Sequence[Example], painted: dict[str, list[Pixels]]) -> Image.
     """A row for each of the first pictures: as it was, without its middle, with what was painted, and what blindly."""
     rows = []
     for k, example in enumerate(asked[:SHOWN]):
-        empty = np.full_like(_hole(example), _HOLE_GREY)
-        middles = [_hole(example), empty, *(painted[how][k] for how in ("own", "grey") if how in painted)]
-        rows.append([_filled(example, middle) for middle in middles])
+        middles = [None, *(painted[how][k] for how in ("own", "grey") if how in painted)]
+        rows.append([example.image, *(filled(example, middle) for middle in middles)])
     columns = 2 * len(rows[0])
     height, width = (_SCALE * side + _GAP for side in rows[0][0].shape[:2])
     sheet = Image.new("RGB", (columns * width - _GAP, math.ceil(len(rows) / 2) * height - _GAP), "white")
@@ -86,10 +86,3 @@ def _sheet(asked: Sequence[Example], painted: dict[str, list[Pixels]]) -> Image.
             large = pixels.repeat(_SCALE, 0).repeat(_SCALE, 1)
             sheet.paste(Image.fromarray(large), ((k % 2 * len(pictures) + at) * width, k // 2 * height))
     return sheet
-
-
-def _filled(example: Example, middle: Pixels) -> Pixels:
-    y0, x0, y1, x1 = example.hole
-    pixels = example.image.copy()
-    pixels[y0:y1, x0:x1] = middle
-    return pixels

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from ofa_ds.data.example import Example
 from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.tasks import judges
-from ofa_ds.vision.clip import caption_of_source
+from ofa_ds.tasks.downstream.text_to_image import caption_of
+from ofa_ds.vision.clip import without_slashes
 from ofa_ds.vision.picture_scores import PictureJudge, ScoreFiles
 
 
@@ -22,7 +23,7 @@ class PaintedScores:
 
     def __call__(self, asked: Sequence[Example], answers: judges.Answers, *, all_scores: bool) -> judges.Scores:
         """all_scores: not that of captions and pictures alone."""
-        captions = [caption_of_source(example.source_text) for example in asked]
+        captions = [without_slashes(caption_of(example.source_text)) for example in asked]
         pictures = [self._paint(ids) for ids in answers]
         if not all_scores:
             return self._judge.clip_scores(pictures, captions)

@@ -21,7 +21,7 @@ from ofa_ds.inference.painting import check_codes, coder_of
 from ofa_ds.storage.atomic import replace_file
 from ofa_ds.tasks.gallery import Entry, draw_gallery
 from ofa_ds.tasks.task import ask
-from ofa_ds.vision.clip import Clip, load_clip
+from ofa_ds.vision.clip import Clip, load_clip, rerank, without_slashes
 from ofa_ds.vision.coder import Coder
 from ofa_ds.vision.scenes_coder import ScenesCoder
 
@@ -83,9 +83,9 @@ def ranked(
     samples: Sequence[Sample], pictures: Sequence[np.ndarray], clip: Clip, caption: str
 ) -> tuple[list[Sample], list[np.ndarray]]:
     """Both by CLIP's cosine of picture and caption, best first."""
-    scores = clip.scores(pictures, caption.replace("/", "")).tolist()
-    order = sorted(range(len(samples)), key=lambda k: -scores[k])
-    return [samples[k]._replace(similarity=scores[k]) for k in order], [pictures[k] for k in order]
+    best = [each.tolist() for each in rerank(clip, pictures, caption=without_slashes(caption))]
+    found = [samples[k]._replace(similarity=score) for score, k in zip(*best, strict=True)]
+    return found, [pictures[k] for k in best[1]]
 
 
 def paint_text(

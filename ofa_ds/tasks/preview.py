@@ -78,13 +78,14 @@ def views_of(ctx: Context, example: Example, generated: Sequence[int] = ()) -> l
     painted = [ctx.paint(ids) for ids in answers]
     if example.hole is None or example.image is None:
         return painted
-    y0, x0, y1, x1 = example.hole
-    empty = np.full((y1 - y0, x1 - x0, 3), HOLE_GREY, np.uint8)
-    return [example.image, *(_filled(example, middle) for middle in (empty, *painted))]
+    return [example.image, *(filled(example, middle) for middle in (None, *painted))]
 
 
-def _filled(example: Example, middle: np.ndarray) -> np.ndarray:
+def filled(example: Example, middle: np.ndarray | None) -> np.ndarray:
+    """The picture with another middle, grey where there is none. Raises ValueError for one that fills no hole."""
     y0, x0, y1, x1 = example.hole
+    if middle is None:
+        middle = np.full((y1 - y0, x1 - x0, 3), HOLE_GREY, np.uint8)
     if middle.shape[:2] != (y1 - y0, x1 - x0):
         raise ValueError(
             f"{middle.shape[1]} x {middle.shape[0]} pixels are painted, the hole has {x1 - x0} x {y1 - y0}"

@@ -23,8 +23,9 @@ from ofa_ds.inference.generate import GenerationConfig, Hypothesis, generate
 from ofa_ds.inference.painting import check_codes, coder_of
 from ofa_ds.model.ofa import OFA
 from ofa_ds.tasks.context import PIXELS_PER_CODE
+from ofa_ds.tasks.downstream.text_to_image import caption_of
 from ofa_ds.train.scst import SelfCritical, Tokens
-from ofa_ds.vision.clip import caption_of_source, load_clip
+from ofa_ds.vision.clip import load_clip, without_slashes
 
 WEIGHT = 2.5
 """Of the cosine (Hessel et al. 2021)."""
@@ -70,7 +71,7 @@ class PaintingCritical(SelfCritical):
         """What CLIP reads of each example's source."""
         lengths = (batch.encoder_offsets.diff() - batch.num_patches).tolist()
         sources = torch.split(batch.source_tokens.cpu(), lengths)
-        return [caption_of_source(self._vocab.decode(source[1:-1].tolist())) for source in sources]
+        return [without_slashes(caption_of(self._vocab.decode(source[1:-1].tolist()))) for source in sources]
 
 
 def painting_critical(recipe: Recipe, vocab: Vocab, device: torch.device) -> PaintingCritical:

@@ -23,9 +23,6 @@ from ofa_ds.vision.weights import check_weights
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-SOURCE_PREFIX = len(" what is the complete image? caption: ")
-"""Characters before the caption in the source of text-to-image."""
-
 BATCH = 64
 """Pictures or texts that go through the model at once."""
 
@@ -159,9 +156,9 @@ def tokenize(texts: Sequence[str], *, context_length: int = 77, truncate: bool =
     return result_BT
 
 
-def caption_of_source(source: str) -> str:
-    """What CLIP reads of a text-to-image source, as in the original: the text after the prompt, without slashes."""
-    return source[SOURCE_PREFIX:].replace("/", "")
+def without_slashes(caption: str) -> str:
+    """What CLIP reads of a caption, as in the original."""
+    return caption.replace("/", "")
 
 
 def rerank(

@@ -85,7 +85,7 @@ def test_right_codes_are_as_far_off_as_their_own_painting_and_others_further(
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape == (3 * 132 - 4, 8 * 132 - 4, 3)
     assert (sheet[:128:2, :128:2] == asked[0].image).all()
-    assert (sheet[2 * y0 : 2 * y1, 132 + 2 * x0 : 132 + 2 * x1] == 128).all()
+    assert (sheet[2 * y0 : 2 * y1, 132 + 2 * x0 : 132 + 2 * x1] == preview.HOLE_GREY).all()
     mine = coder.paint([asked[0].target[:-1] - start])[0]
     assert (sheet[2 * y0 : 2 * y1 : 2, 264 + 2 * x0 : 264 + 2 * x1 : 2] == mine).all()
 

@@ -15,9 +15,9 @@ from ofa_ds.cli import main
 from ofa_ds.data import scenes
 from ofa_ds.data.shards import Shards
 from ofa_ds.inference.loaded_model import LoadedModel
-from ofa_ds.tasks.downstream.scoring import judge_codes
+from ofa_ds.tasks.downstream.text_to_image import PROMPT, caption_of, judge
 from ofa_ds.vision import inception, picture_scores
-from ofa_ds.vision.clip import caption_of_source
+from ofa_ds.vision.clip import without_slashes
 
 TASK, ROWS = "text_to_image", 3
 SCORES = ("CLIP score", "FID", "Inception score")
@@ -112,9 +112,11 @@ def test_scenes_are_looked_at_as_the_vqgan_paints_them(folder: Path, model: Load
     answers = [example.target[:-1].tolist() for example in examples]
     empty = np.full((64, 64, 3), scenes.GROUND, np.uint8)
     ctx = model.context()
-    assert judge_codes(ctx, examples, answers)["colour right"] == 1
-    assert judge_codes(dataclasses.replace(ctx, paint=lambda ids: empty), examples, answers)["colour right"] == 0
+    assert judge(ctx, examples, answers)["colour right"] == 1
+    assert judge(dataclasses.replace(ctx, paint=lambda ids: empty), examples, answers)["colour right"] == 0
 
 
 def test_the_caption_that_clip_reads_is_that_of_the_source() -> None:
-    assert caption_of_source(" what is the complete image? caption: a red/blue circle") == "a redblue circle"
+    row = " what is the complete image? caption: a red/blue circle"
+    assert caption_of(row) == "a red/blue circle" and without_slashes(caption_of(row)) == "a redblue circle"
+    assert caption_of(f"{PROMPT}a sign with the caption: no") == "a sign with the caption: no"

@@ -37,8 +37,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
-        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    torch.save(network.state_dict(), path)
+        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+    loud = {name: 6**0.5 if name.endswith("conv.weight") else 1.0 for name in network.state_dict()}  # of a ReLU's size
+    torch.save({name: factor * network.state_dict()[name] for name, factor in loud.items()}, path)
     return path
 
 
@@ -96,10 +97,13 @@ def test_features_are_torch_fidelity_s_own_for_pictures_of_several_sizes(network
     features, logits = network.features(given)
     assert features.shape == (4, 2048) and logits.shape == (4, 1008) and torch.isfinite(features).all()
     theirs = create_feature_extractor(
-        "inception-v3-compat", ["2048"], cuda=False, feature_extractor_weights_path=str(weights), verbose=False
-    )
-    (wanted,) = theirs(torch.from_numpy(given[2]).permute(2, 0, 1)[None])
-    assert torch.allclose(features[2], wanted[0], atol=1e-5)
+        "inception-v3-compat", ["2048", "logits_unbiased"], cuda=False, feature_extractor_weights_path=str(weights),
+        verbose=False,
+    )  # fmt: skip
+    wanted, wanted_logits = theirs(torch.from_numpy(given[2]).permute(2, 0, 1)[None])
+    for got, want in ((features[2], wanted[0]), (logits[2], wanted_logits[0])):
+        assert want.std() > 1e-3
+        assert torch.allclose(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
 def test_a_folder_and_its_stored_statistics_are_the_same_reference(network: Inception, tmp_path: Path) -> None:

@@ -145,6 +145,31 @@ def test_a_model_that_knows_the_rows_paints_them_and_is_judged_so(
     assert [record["uniq_id"] for record in records] == [example.row_id for example in examples]
 
 
+LEFT_OF = "a red circle left of a blue square"
+
+
+@pytest.mark.parametrize(
+    "painted, caption, colour, shape, place",
+    [
+        ((("circle", "red", 0), ("square", "blue", 40)), LEFT_OF, 1, 1, 1),
+        ((("circle", "red", 40), ("square", "blue", 0)), LEFT_OF, 1, 1, 0),
+        ((("circle", "blue", 0), ("square", "red", 40)), LEFT_OF, 1, 0, 0),
+        ((("square", "red", 0), ("square", "blue", 40)), LEFT_OF, 1, 0, 0),
+        ((("circle", "green", 0), ("square", "blue", 40)), LEFT_OF, 0, 0, 0),
+        ((("circle", "red", 0),), "a red circle", 1, 1, None),
+        ((("square", "red", 0),), "a red circle", 1, 0, None),
+    ],
+)
+def test_colours_shapes_and_places_are_judged_each_by_its_name(
+    model: LoadedModel, painted: tuple, caption: str, colour: float, shape: float, place: float | None
+) -> None:
+    scene = tuple(scenes.Shape(kind, color, 24, x, 8 + x // 2) for kind, color, x in painted)
+    ids = [model.vocab.code(code) for code in scenes.codes(scenes.paint(scene), scenes.WHOLE)]
+    example = ask(model.context(), NAME, None, caption)
+    scores = TASK.judge(model.context(), [example], [ids])
+    assert [scores[f"{name} right"] for name in ("colour", "shape", "place")] == [colour, shape, place]
+
+
 def test_a_model_that_cannot_paint_says_so(model: LoadedModel, examples: list[Example]) -> None:
     data = dataclasses.replace(model.recipe.data, code_image_size=32)
     smaller = dataclasses.replace(model, recipe=dataclasses.replace(model.recipe, data=data))

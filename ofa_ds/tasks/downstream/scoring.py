@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from ofa_ds.data import scenes, scenes_judge
 from ofa_ds.data.example import Example
 from ofa_ds.data.vocab import Vocab
 from ofa_ds.tasks import caption_scores, judges, label_scores, summary_scores
@@ -24,8 +23,6 @@ from ofa_ds.terms import UNK_ID
 SOFT_ACCURACY, ACCURACY, MATTHEWS, F1 = "soft accuracy", "accuracy", "Matthews", "F1"
 ACC_IOU = "acc@IoU0.5"
 ROUGE_L = "ROUGE-L"
-EQUAL_CODES = "equal codes"
-COLOR_RIGHT, SHAPE_RIGHT, PLACE_RIGHT = "colour right", "shape right", "place right"
 NO_BOX = (0.0, 0.0, 0.0, 0.0)
 """Handed in for an answer that is no box."""
 
@@ -245,60 +242,3 @@ def _summaries(asked: Sequence[Example]) -> list[list[str]]:
 def hand_in_summary(ctx: Context, asked: Sequence[Example], answers: judges.Answers) -> list[Any]:
     """A line each."""
     return [" ".join(summary_scores.summary_text(text).split()) for text in texts_of(ctx, answers)]
-
-
-# Pictures as codes
-
-
-def judge_codes(ctx: Context, asked: Sequence[Example], answers: judges.Answers) -> judges.Scores:
-    """Share of the codes that are those of the row's own picture, which is one of many that fit its caption."""
-    pairs = list(zip(asked, answers, strict=True))
-    equal = judges.mean([_equal_share(example, ids) for example, ids in pairs if len(example.target) > 1])
-    return {EQUAL_CODES: equal, **_scene_scores(ctx, asked, answers)}
-
-
-def _scene_scores(ctx: Context, asked: Sequence[Example], answers: judges.Answers) -> judges.Scores:
-    """Of rows of `ofa-ds scenes`: is what the caption names there, and nothing else (`scenes_judge`)?
-
-    Seen in what the context paints, else in what the code book of scenes means.
-
-    colour right: the colours; shape right: each shape in its colour; place right: of two, as well where they lie.
-    """
-    try:
-        said = [scenes_judge.parse(example.source_text.rpartition("caption: ")[2]) for example in asked]
-    except ValueError:
-        return {}
-    if ctx.paint is None and ctx.vocab.num_codes != scenes.NUM_CODES:
-        return {}
-
-    def drawn(ids: Sequence[int]) -> np.ndarray:
-        return scenes.picture_of_codes([int(token) - ctx.vocab.code_start for token in ids])
-
-    paint = ctx.paint or drawn
-    found = [scenes_judge.look_at(paint(ids)) if len(ids) else () for ids in answers]
-    verdicts = [scenes_judge.compare(shapes, each) for shapes, each in zip(found, said, strict=True)]
-    return {
-        COLOR_RIGHT: judges.mean([float(each.color) for each in verdicts]),
-        SHAPE_RIGHT: judges.mean([float(each.looks) for each in verdicts]),
-        PLACE_RIGHT: judges.mean([float(each.place) for each in verdicts if each.place is not None]),
-    }
-
-
-def _equal_share(example: Example, ids: Sequence[int]) -> float:
-    right = example.target[:-1].tolist()
-    return sum(a == b for a, b in zip(right, ids, strict=False)) / len(right)
-
-
-def constant_codes(asked: Sequence[Example]) -> judges.Scores:
-    """The commonest code of each place."""
-    share = judges.constant_sequence_share([example.target[:-1].tolist() for example in asked])
-    return {EQUAL_CODES: share, judges.TOKEN_ACCURACY: share}
-
-
-def hand_in_codes(ctx: Context, asked: Sequence[Example], answers: judges.Answers) -> list[Any]:
-    """[{"uniq_id", "codes": row by row}], which `ofa-ds codes decode` paints."""
-    start = ctx.vocab.code_start
-    return [
-        {"uniq_id": example.row_id, "codes": [int(token) - start for token in ids]}
-        for example, ids in zip(asked, answers, strict=True)
-    ]

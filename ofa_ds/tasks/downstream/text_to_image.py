@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
+from ofa_ds.data import scenes, scenes_judge
 from ofa_ds.data.example import Example
 from ofa_ds.data.image import Framed, Picture
+from ofa_ds.tasks import judges
 from ofa_ds.tasks.context import PIXELS_PER_CODE, Context, Row
-from ofa_ds.tasks.downstream import scoring
 from ofa_ds.tasks.downstream.frame import asked_row, best_answer, downstream_frame
 from ofa_ds.tasks.kind import Decoding, Task
 
 PROMPT = " what is the complete image? caption: "
+EQUAL_CODES = "equal codes"
+COLOR_RIGHT, SHAPE_RIGHT, PLACE_RIGHT = "colour right", "shape right", "place right"
 
 
 def _caption(text: str, ctx: Context) -> str:
     return " ".join(text.lower().split()[: ctx.config.max_source_words])
+
+
+def caption_of(source: str) -> str:
+    """The caption of a text that the model reads."""
+    return source[len(PROMPT) :]
 
 
 def build(row: Row, seen: Framed | None, rng: np.random.Generator, ctx: Context) -> Example:
@@ -48,12 +59,66 @@ def texts(row: Row) -> list[str]:
     return [PROMPT + " ".join(row["text"].lower().split())]
 
 
+def judge(ctx: Context, asked: Sequence[Example], answers: judges.Answers) -> judges.Scores:
+    """Share of the codes that are those of the row's own picture, which is one of many that fit its caption."""
+    pairs = list(zip(asked, answers, strict=True))
+    equal = judges.mean([_equal_share(example, ids) for example, ids in pairs if len(example.target) > 1])
+    return {EQUAL_CODES: equal, **_scene_scores(ctx, asked, answers)}
+
+
+def _scene_scores(ctx: Context, asked: Sequence[Example], answers: judges.Answers) -> judges.Scores:
+    """Of rows of `ofa-ds scenes`: is what the caption names there, and nothing else (`scenes_judge`)?
+
+    Seen in what the context paints, else in what the code book of scenes means.
+
+    colour right: the colours; shape right: each shape in its colour; place right: of two, as well where they lie.
+    """
+    try:
+        said = [scenes_judge.parse(caption_of(example.source_text)) for example in asked]
+    except ValueError:
+        return {}
+    if ctx.paint is None and ctx.vocab.num_codes != scenes.NUM_CODES:
+        return {}
+
+    def drawn(ids: Sequence[int]) -> np.ndarray:
+        return scenes.picture_of_codes([int(token) - ctx.vocab.code_start for token in ids])
+
+    paint = ctx.paint or drawn
+    found = [scenes_judge.look_at(paint(ids)) if len(ids) else () for ids in answers]
+    verdicts = [scenes_judge.compare(shapes, each) for shapes, each in zip(found, said, strict=True)]
+    return {
+        COLOR_RIGHT: judges.mean([float(each.color) for each in verdicts]),
+        SHAPE_RIGHT: judges.mean([float(each.looks) for each in verdicts]),
+        PLACE_RIGHT: judges.mean([float(each.place) for each in verdicts if each.place is not None]),
+    }
+
+
+def _equal_share(example: Example, ids: Sequence[int]) -> float:
+    right = example.target[:-1].tolist()
+    return sum(a == b for a, b in zip(right, ids, strict=False)) / len(right)
+
+
+def constant(asked: Sequence[Example]) -> judges.Scores:
+    """The commonest code of each place."""
+    share = judges.constant_sequence_share([example.target[:-1].tolist() for example in asked])
+    return {EQUAL_CODES: share, judges.TOKEN_ACCURACY: share}
+
+
+def hand_in(ctx: Context, asked: Sequence[Example], answers: judges.Answers) -> list[Any]:
+    """[{"uniq_id", "codes": row by row}], which `ofa-ds codes decode` paints."""
+    start = ctx.vocab.code_start
+    return [
+        {"uniq_id": example.row_id, "codes": [int(token) - start for token in ids]}
+        for example, ids in zip(asked, answers, strict=True)
+    ]
+
+
 TEXT_TO_IMAGE = Task(
     name="text_to_image", family="downstream", row_types=("text_to_image",), build=build, texts=texts, ask=ask,
     needs_picture=False, text_is="the caption", columns={"id": 0, "codes": 1, "text": 2}, width=3,
     other_columns={2: {"id": 0, "text": 1}, 4: {"id": 0, "image": 1, "text": 2, "codes": 3}},
     settings={"max_source_words": 64, "code_image_size": 256},
-    decoding=Decoding(codes=True, top_k=256), metric=scoring.EQUAL_CODES, judge=scoring.judge_codes,
-    constant=scoring.constant_codes, hand_in=scoring.hand_in_codes,
+    decoding=Decoding(codes=True, top_k=256), metric=EQUAL_CODES, judge=judge, constant=constant,
+    hand_in=hand_in,
 )  # fmt: skip
 """The number of codes follows from data.code_image_size: 1,024 of 256 x 256 pixels."""
