@@ -1,6 +1,7 @@
 """Whether a data worker still gets on: which row it is at, and what the system says of it.
 
-A worker is judged by its rows; a slow disk is none of its faults, so whatever it reads is a sign of life too.
+A worker is judged by its rows; a slow disk and a failing service are none of its faults, so whatever it reads is a sign
+of life too, and whatever it writes: each request that is tried again, or takes long, is told.
 """
 
 from __future__ import annotations
@@ -72,21 +73,21 @@ class Seen(NamedTuple):
 
     state: str = ""
     """R runs, S waits, D waits for a disk, T is stopped; empty where the system does not say."""
-    read: tuple[int, int] = (0, 0)
-    """Page faults that went to a disk, and bytes that came from there."""
+    moved: tuple[int, ...] = (0, 0, 0)
+    """Page faults that went to a disk, bytes that came from there, bytes that it wrote anywhere."""
     cpu: int = 0
     """Clock ticks that it has run."""
 
 
 def seen(pid: int) -> Seen:
     """What /proc says of it; nothing where there is no such process or no /proc."""
-    with suppress(OSError, ValueError, IndexError):
+    with suppress(OSError, ValueError, LookupError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        num_bytes = 0
+        read = written = 0
         with suppress(OSError):  # may be kept from us
-            text = Path(f"/proc/{pid}/io").read_text()
-            num_bytes = int(text.partition("\nread_bytes:")[2].split()[0])
-        return Seen(fields[0], (int(fields[9]), num_bytes), int(fields[11]) + int(fields[12]))
+            counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+            read, written = int(counts["read_bytes"]), int(counts["wchar"])
+        return Seen(fields[0], (int(fields[9]), read, written), int(fields[11]) + int(fields[12]))
     return Seen()
 
 
@@ -109,8 +110,8 @@ class Silence:
             return
         self.row_s += passed_s
         starts = at[1] == 0 and now.cpu != self.before.cpu  # it imports; afterwards a decoder may run for ever
-        reads = now.state == "D" or now.read != self.before.read
-        self.dead_s = 0.0 if starts or reads else self.dead_s + passed_s
+        moves = now.state == "D" or now.moved != self.before.moved
+        self.dead_s = 0.0 if starts or moves else self.dead_s + passed_s
         self.before = now
 
     @property

@@ -86,8 +86,24 @@ def strike(fault: str) -> None:
     elif fault == "endless":
         while True:
             pass
+    elif fault == "no service":
+        _wait_for_a_service_that_fails()
     elif fault == "no memory":
         raise MemoryError
+
+
+def _wait_for_a_service_that_fails() -> None:
+    """For 6 s, twice as long as a worker may be silent there."""
+    from ofa_ds.data.remote import fetching
+
+    fetching.LONGEST_WAIT_S = 0.5
+    until = time.monotonic() + 6
+
+    def attempt() -> None:
+        if time.monotonic() < until:
+            raise OSError("no answer")
+
+    fetching.persistent("s3://bucket/a.arrow", attempt, 60)
 
 
 def _read_a_page_that_is_cut_off() -> None:

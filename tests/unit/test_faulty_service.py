@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -84,6 +86,61 @@ def test_what_does_not_heal_is_one_line_with_the_location_and_the_way_out(
     with pytest.raises((OSError, RuntimeError), match=f"{bucket}/set/text-00000.arrow.*{message}") as raised:
         shards.row("text", 0)
     assert str(raised.value).count("\n") == 0 and len(service.seen) < 30
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("500", "given up after"),
+        ("expired", "HTTP status 400.*; the service refuses these credentials, or they expired: .*; or AWS_REGION is"),
+        ("forbidden", "ACCESS_DENIED.*; the service refuses these credentials"),
+    ],
+)
+def test_names_that_read_like_answers_are_not_taken_for_them(
+    kind: str, message: str, service: FaultyService, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "OPENING_S", 0.01)
+    service.fault = lambda method, path: kind if method == "HEAD" else None
+    name = f"{bucket}/SIGNATURE NO_SUCH_KEY HTTP status 403 {'x' * 400}"
+    with pytest.raises(OSError, match=message if kind == "500" else "the service refuses"):
+        fetching.read_small(name)
+    with pytest.raises(OSError, match=message):
+        fetching.read_small(f"{bucket}/a")
+
+
+def test_opening_gives_up_a_service_that_never_answers_as_reading_does(
+    service: FaultyService, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "ATTEMPT_S", 0.3)
+    monkeypatch.setattr(fetching, "OPENING_S", 0.01)
+    service.fault = lambda method, path: "stall" if method == "GET" else None
+    with pytest.raises(OSError, match=f"{bucket}/set/manifest.json: no answer in 0 s; given up after 1 tries"):
+        Shards(f"{bucket}/set")
+
+
+def test_a_full_disk_of_this_machine_is_not_tried_again(
+    service: FaultyService, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    name = "text.index"
+    with pytest.raises(RuntimeError, match="/dev/full: No space left on device; make room there, or name another dir"):
+        fetching.download(f"{bucket}/set/{name}", Path("/dev/full"), (tmp_path / "shards" / name).stat().st_size)
+    monkeypatch.setenv("OFA_DS_CACHE", str(tmp_path / "cache"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(RuntimeError, match=f"{tmp_path}/cache/mirrors/.*manifest.json.*: File too large; make"):
+            Shards(f"{bucket}/set")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "; try 2" not in capfd.readouterr().err
+
+
+def test_a_slow_attempt_is_told(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "TELL_S", 0.1)
+    with pytest.raises(OSError, match="s3://a/b: no answer in 1 s; given up after 1 tries"):
+        fetching.persistent("s3://a/b", threading.Event().wait, 0.01, 0.6)
+    assert "s3://a/b: slow; given up in 0 s" in capfd.readouterr().err
 
 
 def test_a_service_that_never_answers_is_given_up(

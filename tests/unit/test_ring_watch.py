@@ -50,6 +50,13 @@ def test_a_worker_that_hangs_is_told_with_its_row_and_replaced(fault, does, tmp_
     assert "hung, and was ended, at step 4, micro-batch 0: another one is started, which makes the same" in replaced
 
 
+def test_a_worker_whose_service_fails_for_longer_is_not_replaced(tmp_path, hasty):
+    making = Making(faults={(2, 0): "no service"}, folder=tmp_path)
+    with closing(Ring(making, ((step, 0) for step in range(4)), workers=1, held=1, name="worker")) as source:
+        assert all_are_the_same(source, 4) and source.num_restarts == 0
+    assert (tmp_path / "no service").exists()
+
+
 def test_a_row_that_hangs_every_worker_is_one_error_with_the_row(monkeypatch, hasty):
     monkeypatch.setattr(rings, "MAX_DEATHS", 2)
     making = Making(faults={(0, 0): "stopped"})
@@ -77,13 +84,17 @@ def test_a_worker_that_is_stopped_for_a_while_is_told_and_keeps_its_work(tmp_pat
     assert len(told) == 1
 
 
+LIVES = {"reads": True, "disk": True, "tells": True, "computes": False, "sleeps": False}
+
+
 def test_what_reads_or_waits_for_a_disk_lives_and_what_computes_may_hang() -> None:
     """Row 7 takes 100 s; nothing but the clock differs between these."""
-    for number, (kind, lives) in enumerate({"reads": True, "disk": True, "computes": False, "sleeps": False}.items()):
+    for number, (kind, lives) in enumerate(LIVES.items()):
         silence = Silence()
         for second in range(101):
             now = {
                 "reads": Seen("S", (0, 4096 * second), 5), "disk": Seen("D", (0, 0), 5),
+                "tells": Seen("S", (0, 0, 80 * second), 5),
                 "computes": Seen("R", (0, 0), 100 * second), "sleeps": Seen("S", (0, 0), 5),
             }[kind]  # fmt: skip
             silence.add(1.0, (number, 7), now)
@@ -108,6 +119,9 @@ def test_what_the_system_says_of_a_process_is_what_it_does() -> None:
     until = time.process_time() + 0.1
     while time.process_time() < until:
         pass
+    with open("/dev/null", "wb", buffering=0) as file:
+        file.write(b"line\n")
+    assert seen(os.getpid()).moved[2] >= before.moved[2] + 5
     assert seen(os.getpid()).cpu > before.cpu and seen(1 << 22) == Seen()
 
 

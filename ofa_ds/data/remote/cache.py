@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from io import FileIO
 from pathlib import Path
 from uuid import UUID
 
@@ -242,11 +243,18 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 def _write(part: Path, data: bytes) -> None:
-    with open(part, "r+b", buffering=0) as file:
-        view = memoryview(data)
-        while view:
-            view = view[file.write(view) :]
-        os.fsync(file.fileno())  # or after a power cut the name may be there without the data
+    try:
+        with open(part, "r+b", buffering=0) as file:
+            write_whole(file, data)
+            os.fsync(file.fileno())  # or after a power cut the name may be there without the data
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(part)) from error
+
+
+def write_whole(file: FileIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def _clear_if_nobodys(part: Path) -> bool:

@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import pyarrow as pa
 
+from ofa_ds.data.remote.cache import write_whole
+from ofa_ds.data.remote.mirror import writing
 from ofa_ds.storage import file_systems
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 30.0
@@ -25,11 +27,15 @@ OPENING_S, READING_S = 10.0, 300.0
 ATTEMPT_S, SLOWEST = 60.0, 100_000.0
 """An attempt is given up after so many seconds, and one more for each SLOWEST bytes that it wants."""
 
+TELL_S = 120.0
+"""Of waiting for one attempt: it is told. Oftener than a worker that says nothing is taken to hang."""
+
 MAX_SMALL_BYTES = 1 << 30
 """Largest manifest, list of answers or file of negatives that is read whole."""
 
 _BLOCK_BYTES = 1 << 23
 _DENIED = re.compile("ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE|HTTP status 40[0-3]|ExpiredToken")
+"""pyarrow gives no more of an expired token, or of another region, than a status of 400."""
 _GONE = re.compile("NO_SUCH_BUCKET|NO_SUCH_KEY|RESOURCE_NOT_FOUND")
 
 T = TypeVar("T")
@@ -45,16 +51,18 @@ def persistent(what: str, attempt: Callable[[], T], patience_s: float, limit_s: 
     while True:
         tries += 1
         try:
-            return _within(limit_s, attempt)
+            return _within(limit_s, attempt, what)
         except FileNotFoundError:
             raise
         except OSError as error:
-            text = " ".join(str(error).split())[:400]
-            text = text if text.startswith(what) else f"{what}: {text}"
-            if isinstance(error, PermissionError) or _DENIED.search(text):
+            text = " ".join(str(error).split())
+            _, found, code = text.rpartition("AWS Error ")  # before it are names, which may say anything
+            code = code if found else ""
+            text = text[:400] if text.startswith(what) else f"{what}: {text[:400]}"
+            if isinstance(error, PermissionError) or _DENIED.search(code):
                 way = "the service refuses these credentials, or they expired: see AWS_ACCESS_KEY_ID, AWS_SESSION_TOKEN"
-                raise OSError(f"{text}; {way}") from error
-            if _GONE.search(text):
+                raise OSError(f"{text}; {way}; or AWS_REGION is another") from error
+            if _GONE.search(code):
                 raise OSError(f"{text}; upload the shards again") from error
             passed_s = time.monotonic() - began
             if passed_s + wait_s > patience_s:
@@ -66,7 +74,7 @@ def persistent(what: str, attempt: Callable[[], T], patience_s: float, limit_s: 
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
 
-def _within(limit_s: float, attempt: Callable[[], T]) -> T:
+def _within(limit_s: float, attempt: Callable[[], T], what: str) -> T:
     """attempt() in a thread that nobody waits for any longer: so Ctrl-C ends this too. Raises OSError then."""
     future: futures.Future[T] = futures.Future()
     _under_way.add(future)
@@ -79,8 +87,12 @@ def _within(limit_s: float, attempt: Callable[[], T]) -> T:
         _under_way.discard(future)
 
     threading.Thread(target=run, daemon=True, name="shards-fetch").start()
-    if futures.wait([future], limit_s).not_done:
-        raise OSError(f"no answer in {limit_s:.0f} s")
+    left_s = limit_s
+    while futures.wait([future], min(left_s, TELL_S)).not_done:
+        left_s -= TELL_S
+        if left_s <= 0:
+            raise OSError(f"no answer in {limit_s:.0f} s")
+        print(f"{what}: slow; given up in {left_s:.0f} s", file=sys.stderr, flush=True)
     return future.result()
 
 
@@ -135,20 +147,23 @@ class RemoteFile:
 
 def read_small(location: str) -> bytes:
     """A whole file. Raises FileNotFoundError, OSError, ValueError where it is too large."""
-    return persistent(location, lambda: file_systems.read_bytes(location, MAX_SMALL_BYTES), OPENING_S, READING_S)
+    size = persistent(location, lambda: file_systems.info(location).size, OPENING_S, ATTEMPT_S)
+    limit_s = ATTEMPT_S + (size or 0) / SLOWEST
+    return persistent(location, lambda: file_systems.read_bytes(location, MAX_SMALL_BYTES), OPENING_S, limit_s)
 
 
 def download(location: str, path: Path, num_bytes: int) -> None:
-    """A file of this size. Raises FileNotFoundError, RuntimeError where it has another, OSError."""
+    """A file of this size. Raises FileNotFoundError, RuntimeError where it has another or is not written, OSError."""
     limit_s = ATTEMPT_S + num_bytes / SLOWEST
     persistent(location, lambda: _download(location, path, num_bytes), READING_S, limit_s)
 
 
 def _download(location: str, path: Path, num_bytes: int) -> None:
-    with file_systems.open_input(location) as source, path.open("wb") as file:
+    with file_systems.open_input(location) as source, path.open("wb", buffering=0) as file:
         if (found := source.size()) != num_bytes:
             raise RuntimeError(f"{location}: want {num_bytes} bytes, got {found}; upload the shards again")
         while block := source.read(_BLOCK_BYTES):
-            file.write(block)
+            with writing(path):
+                write_whole(file, block)
         if file.tell() != num_bytes:
             raise OSError(f"got {file.tell()} of {num_bytes} bytes")

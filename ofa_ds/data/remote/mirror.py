@@ -42,7 +42,7 @@ class Mirror:
             os.close(self._descriptor)
 
     def place(self, name: str, data: bytes) -> None:
-        with self.partial(name) as partial:
+        with self.partial(name) as partial, writing(partial):
             partial.write_bytes(data)
 
     @contextmanager
@@ -57,7 +57,7 @@ class Mirror:
         partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             yield partial
-            with partial.open("rb") as file:
+            with partial.open("rb") as file, writing(partial):
                 os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
@@ -75,6 +75,16 @@ class Mirror:
             raise (ValueError if isinstance(error, ValueError) else RuntimeError)(
                 f"{text}; upload the shards again, or where they are right there remove their copy {self.folder}"
             ) from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What this machine's disk does not take is one line, a RuntimeError: it is not the service's to try again."""
+    try:
+        yield
+    except OSError as error:
+        way = "make room there, or name another directory with OFA_DS_CACHE"
+        raise RuntimeError(f"{path}: {error.strerror}; {way}") from error
 
 
 def remove_forgotten(base: Path, also: Callable[[str], None]) -> None:
