@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -49,9 +49,12 @@ def serve_if_worker() -> None:
         raise SystemExit(0)
 
 
-def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
+def run_jobs(
+    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, *, threads: bool = False
+) -> Iterator[Result]:
     """Results in the order of `jobs`, however many processes there are. The first failure in that order is raised.
 
+    threads: workers are threads of this process, which start at once; for jobs that read, and do little in Python.
     Raises RuntimeError where a process dies.
     """
     if mpi_size() > 1:
@@ -64,6 +67,10 @@ def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], workers: in
     workers = min(workers, len(jobs))
     if workers <= 1:
         yield from map(function, jobs)
+        return
+    if threads:
+        with ThreadPoolExecutor(workers) as executor:
+            yield from executor.map(function, jobs)
         return
     # Not forked: the caller may have threads, and Arrow's do not survive a fork.
     context = multiprocessing.get_context("spawn")

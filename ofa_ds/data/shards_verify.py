@@ -65,7 +65,8 @@ def _chunk_problems(path: Path, manifest: Manifest, workers: int, decode: bool) 
     progress = Progress(sum(chunk.num_bytes for chunk in chunks) >> 20, "verifying shards", "MB")
     results = []
     try:
-        for chunk, result in zip(chunks, run_jobs(partial(verify_chunk, decode=decode), chunks, workers), strict=True):
+        seen = run_jobs(partial(verify_chunk, decode=decode), chunks, workers, threads=not decode)
+        for chunk, result in zip(chunks, seen, strict=True):
             results.append(result)
             problems += result.problems
             progress.note = f"problems so far: {len(problems)}" if problems else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from ofa_ds.data.building.build import build_shards
 from ofa_ds.data.manifest import read_manifest
 from ofa_ds.data.shard_writer import row_digest
 from ofa_ds.data.shards import Shards
+from ofa_ds.data.shards_verify import verify_shards
 from ofa_ds.data.tools import sweep as sweeping
 from ofa_ds.data.tools.chunks import Chunk, chunks_of
 from ofa_ds.data.tools.sweep import record_batches, sweep
@@ -63,6 +66,41 @@ def assert_each_block_once(read: list[tuple[int, int]], num_bytes: int) -> None:
     """From the file's first byte to its last; of a block that two stretches share each reads the whole."""
     assert [at for at, _ in read] == [0, *(stop // BLOCK_BYTES * BLOCK_BYTES for _, stop in read[:-1])]
     assert read[-1][1] == num_bytes
+
+
+def test_memory_is_taken_once_and_sweeps_beside_each_other_have_their_own(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "_spare", [])
+    taken: list[int] = []
+
+    def new(descriptor: int, size: int, **how: int) -> mmap.mmap:
+        taken.extend([size] if descriptor < 0 else [])
+        return real(descriptor, size, **how)
+
+    real = mmap.mmap
+    monkeypatch.setattr(sweeping.mmap, "mmap", new)
+    largest = max(chunks(built), key=lambda chunk: chunk.num_bytes)
+    for _ in range(2):
+        for (file, batch), (other, same) in zip(sweep(largest), sweep(largest), strict=True):
+            assert file.checksum_problem(batch) is None and other.checksum_problem(same) is None
+            assert file.held.data is not other.held.data
+    assert len(taken) == 4
+
+
+def test_checksums_are_taken_in_threads_and_what_is_wrong_is_told_in_order(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(built, folder := tmp_path / "shards")
+    for path in folder.glob("*.arrow"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    monkeypatch.setattr("ofa_ds.data.tools.chunks.CHUNK_BYTES", 1)
+    monkeypatch.setattr("multiprocessing.get_context", lambda *_: pytest.fail("a process is started"))
+    problems = verify_shards(folder, workers=1, decode=False)
+    assert len(problems) == len(list(folder.glob("*.arrow"))) > 2
+    assert verify_shards(folder, workers=3, decode=False) == problems
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_one_line(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def _stretches(file: ShardFile, batches: range) -> list[range]:
 def _read(file: ShardFile, places: Sequence[tuple[int, int]]) -> Iterator[Held]:
     """(first byte, one past the last) each; what came is written over when the next but one is asked for."""
     size = max((-(-stop // BLOCK_BYTES) - start // BLOCK_BYTES) * BLOCK_BYTES for start, stop in places)
-    buffers = [mmap.mmap(-1, size) for _ in range(2)]
+    buffers = [_buffer(size) for _ in range(2)]
     views = [memoryview(buffer).cast("i") for buffer in buffers]
     descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -122,3 +123,16 @@ def _read(file: ShardFile, places: Sequence[tuple[int, int]]) -> Iterator[Held]:
                 yield held
     finally:
         os.close(descriptor)
+        _spare.extend(buffers)
+
+
+_spare: list[mmap.mmap] = []
+"""Of sweeps that are done: to fault in every page of fresh memory took longer than the checksum of what is in it."""
+
+
+def _buffer(size: int) -> mmap.mmap:
+    with suppress(IndexError):
+        while len(found := _spare.pop()) < size:
+            pass
+        return found
+    return mmap.mmap(-1, size)
