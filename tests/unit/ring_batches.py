@@ -41,6 +41,8 @@ class Making:
     def __call__(
         self, step: int, number: int, begin: Callable[[str, int], None] | None = None
     ) -> tuple[Batch, list[str]]:
+        if "no service" in self.faults.values():  # here: while it starts, a worker may compute for long
+            from ofa_ds.data.remote import fetching  # noqa: F401
         time.sleep(self.delay_s)
         if begin is not None:
             begin("text", 10 * step + number)

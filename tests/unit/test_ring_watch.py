@@ -53,7 +53,7 @@ def test_a_worker_that_hangs_is_told_with_its_row_and_replaced(fault, does, tmp_
 def test_a_worker_whose_service_fails_for_longer_is_not_replaced(tmp_path, hasty):
     making = Making(faults={(2, 0): "no service"}, folder=tmp_path)
     with closing(Ring(making, ((step, 0) for step in range(4)), workers=1, held=1, name="worker")) as source:
-        assert all_are_the_same(source, 4) and source.num_restarts == 0
+        assert all_are_the_same(source, range(4)) and source.num_restarts == 0
     assert (tmp_path / "no service").exists()
 
 
