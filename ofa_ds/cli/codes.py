@@ -22,12 +22,13 @@ SHEET_ROWS = 64
 
 
 def add_codes(commands: Commands) -> None:
-    about = "Image codes: fill them into rows, and paint what they mean, by a VQGAN; train one."
+    about = "Image codes: fill them into rows, and paint what they mean, by a VQGAN; train one, or take that of scenes."
     codes = group(commands, "codes", about)
     _add_encode(codes)
     _add_decode(codes)
     add_train(codes)
     add_judge(codes)
+    _add_scenes(codes)
 
 
 def _add_encode(codes: Commands) -> None:
@@ -64,6 +65,14 @@ def _add_decode(codes: Commands) -> None:
     decode.add_argument("--rows", type=positive, metavar="N", help=f"the first N; on a sheet {SHEET_ROWS}, else all")
     decode.add_argument("--png", type=drawing, metavar="FILE", help="all of them on one sheet")
     decode.add_argument("--out", type=here, metavar="DIR", help="directory to make, with a PNG of each row")
+
+
+def _add_scenes(codes: Commands) -> None:
+    scenes = command(
+        codes, "scenes", _scenes, "Write the VQGAN of the embedded data set: constructed, not trained.",
+        example="ofa-ds codes scenes --out vqgan",
+    )  # fmt: skip
+    scenes.add_argument("--out", type=here, required=True, metavar="DIR", help="directory to make")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +133,15 @@ def _decode(options: argparse.Namespace) -> None:
     shown = list(islice(rows, options.rows or SHEET_ROWS))
     paint_sheet(shown, coders).save(options.png)
     print(f"pictures: {len(shown)} in {options.png}")
+
+
+def _scenes(options: argparse.Namespace) -> None:
+    with heavy_imports():
+        from ofa_ds.vision.files import save_vqgan
+        from ofa_ds.vision.scenes_vqgan import scenes_vqgan
+
+    save_vqgan(scenes_vqgan(), options.out)
+    print(f"VQGAN: that of scenes in {options.out}")
 
 
 def _say(message: str) -> None:
