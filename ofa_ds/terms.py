@@ -61,3 +61,6 @@ IMPORT_FORMATS = ("folder", "webdataset", "parquet", "huggingface", *ANNOTATIONS
 CLIP_SCORE, FID, INCEPTION_SCORE = "CLIP score", "FID", "Inception score"
 PICTURE_SCORES = (CLIP_SCORE, FID, INCEPTION_SCORE)
 """Of painted pictures, with weights that the user names; none of them is a share."""
+
+BEST_OF = ", best of "
+"""Between the name of a score and the number of samples whose best one it is of."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -57,6 +58,13 @@ def _add_score_files(parser: argparse.ArgumentParser) -> None:
     of = parser.add_argument_group(
         "pictures that --codes-model paints of a text", "Files of yours: none is downloaded."
     )
+    of.add_argument(
+        "--samples",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="of each text; the best are told beside the first",
+    )
     of.add_argument("--clip", type=Path, metavar="FILE", help="weights of CLIP, for the CLIP score")
     of.add_argument("--inception", type=Path, metavar="FILE", help="torch-fidelity's InceptionV3, for FID and IS")
     of.add_argument(
@@ -65,8 +73,12 @@ def _add_score_files(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    if options.codes_model is None and (options.clip or options.inception or options.reference):
-        raise UsageError("--clip, --inception and --reference judge pictures: say what paints them, --codes-model DIR")
+    if options.codes_model is None and (options.clip or options.inception or options.reference or options.samples > 1):
+        raise UsageError(
+            "--samples, --clip, --inception and --reference judge pictures: say what paints them, --codes-model DIR"
+        )
+    if options.samples > 1 and options.beam is not None:
+        raise UsageError("--beam gives the most probable of so many samples: want --samples or --beam, one of them")
     if options.reference is not None and options.inception is None:
         raise UsageError("--reference: FID wants --inception too")
     is_alone = int(_rendezvous()["WORLD_SIZE"]) == 1
@@ -79,20 +91,20 @@ def _evaluate(options: argparse.Namespace) -> None:
     named = {name: getattr(options, name) for name in ("clip", "inception", "reference")}
     share, device = ALONE, None
     if not is_alone:
-        from ofa_ds.engine.process_group import gather, init_distributed
+        from ofa_ds.engine.process_group import gather, init_distributed, leave_distributed
 
         ranks = init_distributed()
-        share = Share(rank=ranks.rank, world_size=ranks.world_size, gather=functools.partial(gather, ranks))
+        share = Share(
+            rank=ranks.rank, world_size=ranks.world_size, gather=functools.partial(gather, ranks),
+            leave=leave_distributed,
+        )  # fmt: skip
         device = ranks.device
     result = evaluate(
-        options.checkpoint, options.shards, tasks=options.task, rows=options.rows, how=_how(options), png=options.png,
-        device=device, average=options.ema, vocab=options.vocab, codes_model=options.codes_model,
-        score_files=ScoreFiles(**named), share=share,
+        options.checkpoint, options.shards, tasks=options.task, rows=options.rows,
+        how=dataclasses.replace(_how(options), samples=options.samples), png=options.png, device=device,
+        average=options.ema, vocab=options.vocab, codes_model=options.codes_model, score_files=ScoreFiles(**named),
+        share=share,
     )  # fmt: skip
-    if not is_alone:
-        from ofa_ds.engine.process_group import leave_distributed
-
-        leave_distributed()
     if share.rank:
         return
     print(json.dumps(_plain(result), allow_nan=False) if options.json else format_table(result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 from ofa_ds.data.example import Example
 from ofa_ds.inference.candidate_scores import candidate_scores
 from ofa_ds.inference.draws import SeededDraw
-from ofa_ds.inference.generate import GenerationConfig, generate
+from ofa_ds.inference.generate import GenerationConfig, Hypothesis, generate
 from ofa_ds.inference.loaded_model import LoadedModel, Told, batches, untold
 from ofa_ds.tasks.candidates import Candidates
 from ofa_ds.tasks.context import PIXELS_PER_CODE
 from ofa_ds.tasks.kind import Decoding, Task
+
+MAX_TOGETHER = 64
+"""Samples that are rows of one batch: of 1,024 codes each, a large model keeps about 100 MB for each in fp32."""
 
 
 def answer(
@@ -36,11 +40,27 @@ def answer(
             best = candidate_scores(loaded.model, loaded.pack(part), prompts, candidates).argmax(1).tolist()
             answers += [list(candidates.ids[place]) for place in best]
         elif decoding.codes:
-            answers += _painted(loaded, part, decoding)
+            answers += [hypotheses[0].tokens[:-1] for hypotheses in _painted(loaded, part, decoding)]
         else:
             answers += _searched(loaded, part, decoding, candidates)
         told(len(part))
     return answers
+
+
+def samples(
+    loaded: LoadedModel, examples: Sequence[Example], task: Task, number: int, told: Told = untold
+) -> list[list[list[int]]]:
+    """Of each example so many runs of image codes, as the `task` draws them; the first is its `answer`."""
+    found: list[list[list[int]]] = []
+    for part in batches(examples, loaded.model.config.patch_size, min(number, MAX_TOGETHER) * _num_codes(loaded)):
+        runs: list[list[list[int]]] = [[] for _ in part]
+        for first in range(0, number, MAX_TOGETHER):
+            decoding = dataclasses.replace(task.decoding, beams=min(MAX_TOGETHER, number - first))
+            for run, hypotheses in zip(runs, _painted(loaded, part, decoding, first), strict=True):
+                run += [each.tokens[:-1] for each in sorted(hypotheses, key=lambda each: each.beam)]
+        found += runs
+        told(len(part))
+    return found
 
 
 def codes_config(loaded: LoadedModel, **options: Any) -> GenerationConfig:
@@ -66,13 +86,15 @@ def _num_codes(loaded: LoadedModel) -> int:
     return (loaded.recipe.data.code_image_size // PIXELS_PER_CODE) ** 2
 
 
-def _painted(loaded: LoadedModel, examples: Sequence[Example], decoding: Decoding) -> list[list[int]]:
-    """Of each example the sample of the highest score; its seeds follow from the row's id and nothing else."""
+def _painted(
+    loaded: LoadedModel, examples: Sequence[Example], decoding: Decoding, first: int = 0
+) -> list[list[Hypothesis]]:
+    """Of each example the samples from number `first` on; their seeds follow from the row's id and the number alone."""
     config = codes_config(loaded, beams=decoding.beams, sampling=decoding.top_k > 0, top_k=decoding.top_k)
-    seeds = [zlib.crc32(f"{example.row_id}/{beam}".encode()) for example in examples for beam in range(decoding.beams)]
+    numbers = range(first, first + decoding.beams)
+    seeds = [zlib.crc32(f"{example.row_id}/{number}".encode()) for example in examples for number in numbers]
     draw = SeededDraw(seeds) if config.sampling else None
-    found = generate(loaded.model, loaded.pack(examples), config, draw=draw)
-    return [hypotheses[0].tokens[:-1] for hypotheses in found]
+    return generate(loaded.model, loaded.pack(examples), config, draw=draw)
 
 
 def _searched(

@@ -37,6 +37,8 @@ class How:
     search: Literal["", "all", "beam", "open"] = ""
     settings: tuple[str, ...] = ()
     """KEY=VALUE of the recipe's [data], such as data.task.prompt=prev_output."""
+    samples: int = 1
+    """Of tasks that paint: pictures of each caption, of which the best are told too."""
     precision: Precision = "auto"
     """Of weights and arithmetic, but for sums, norms' statistics and probabilities."""
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ import torch
 from ofa_ds.data.answer_list import best_answer
 from ofa_ds.data.example import Example
 from ofa_ds.data.shards import Shards
+from ofa_ds.inference.answering import samples
 from ofa_ds.inference.answers import sample_sheet
 from ofa_ds.inference.asking import (
     AS_THE_TASK_SAYS,
@@ -60,14 +61,14 @@ def evaluate(
     rows: examples of each task at most, the first of the shards. how: answers are found; pretraining tasks are answered
     greedily where it says no number of beams. png: a picture per task goes here. average: judge the moving average of
     the weights. vocab: as in `load_model`. codes_model: the VQGAN that paints image codes in `png`. score_files:
-    weights that judge what it paints. share: this process's part; rank 0 draws.
+    weights that judge what it paints. share: this process's part; rank 0 paints and draws.
     Returns {"checkpoint", "step", "shards", "beam", "decoding", "seconds", "tasks": what `judge_tasks` returns}.
     """
     began = time.monotonic()
     data = Shards(shards, task=next((name for name in tasks or () if name in DOWNSTREAM), ""))
     model = load_model(checkpoint, device, average=average, vocab=vocab, precision=how.precision)
-    model = that_paints(model, codes_model)
     if share.rank == 0:
+        model = that_paints(model, codes_model)
         print(model.describe(), file=sys.stderr)
     painted = _painted_scores(model, data, score_files) if share.rank == 0 else None
     result = judge_tasks(model, data, tasks=tasks, rows=rows, how=how, slowly=True, painted=painted, share=share)
@@ -104,13 +105,15 @@ def judge_tasks(
     of pictures, which rank 0 alone has. Shares are 0 ... 1, losses nats per token, each as in `beside_blind`.
     Raises ValueError: there is nothing to ask, or nothing says what is right.
     """
-    table, judged = table_of(shards.families), {}
+    table = table_of(shards.families)
     if DOWNSTREAM_FAMILY in shards.families:
         models = {name: asked_as(model, name, how) for name in downstream_tasks(model, shards, tasks)}
     else:
         model = with_settings(model, how.settings)
         trained = asked_for(model.recipe.data)
         models = {name: model for name in table if name in (trained if tasks is None else tasks)}
+    if how.samples > 1 and not any(table[name].decoding.codes for name in models):
+        raise ValueError(f"--samples: none of {', '.join(models)} paints; leave it out")
     contexts = {name: each.context(shards) for name, each in models.items()}
     held_out = _collected(shards, contexts, rows)
     if not any(held_out.values()):
@@ -118,13 +121,17 @@ def judge_tasks(
     for name, asked in held_out.items():
         check_list(model, contexts[name], table[name], how, f"{shards.path}: build it with --answers FILE")
         _check(shards, table[name], contexts[name], asked, rank=share.rank)
-    for name, asked in held_out.items():
-        if asked:
-            judged[name] = judge(
-                models[name], contexts[name], table[name], asked, how=how, blind=blind, slowly=slowly, painted=painted,
-                share=share,
-            )  # fmt: skip
-    return judged
+    answered = {
+        name: _answered(models[name], contexts[name], table[name], asked, how=how, blind=blind, share=share)
+        for name, asked in held_out.items()
+        if asked
+    }
+    share.leave()
+    slowly, painted = (slowly, painted) if share.rank == 0 else (False, None)
+    return {
+        name: _judged(contexts[name], table[name], each, blind=blind, slowly=slowly, painted=painted)
+        for name, each in answered.items()
+    }
 
 
 def _collected(shards: Shards, contexts: dict[str, Context], rows: int) -> dict[str, list[Example]]:
@@ -196,39 +203,64 @@ def blinded(asked: Sequence[Example], how: str) -> list[Example] | None:
     return None
 
 
-def judge(
-    model: LoadedModel, ctx: Context, task: Task, asked: list[Example], *, how: How = AS_THE_TASK_SAYS,
-    blind: bool = True, slowly: bool = False, painted: PaintedScores | None = None, share: Share = ALONE,
-) -> dict[str, Any]:  # fmt: skip
-    """Loss, token accuracy and scores of one task, with its own pictures and blind."""
+class _Answered(NamedTuple):
+    """What a model says of examples, with its own pictures and blind."""
+
+    asked: list[Example]
+    tokens: dict[str, tuple[float, float]]
+    """Of each view loss and accuracy."""
+    answers: dict[str, judges.Answers]
+    """None of a task without a judge."""
+    samples: list[judges.Answers]
+    """Several answers of each example, where they were asked for, with its own picture; the first is in `answers`."""
+
+
+def _answered(
+    model: LoadedModel, ctx: Context, task: Task, asked: list[Example], *, how: How, blind: bool, share: Share
+) -> _Answered:
+    """All processes together."""
     views = {"own": asked}
     if blind:
         found = {kind: blinded(asked, kind) for kind in ("grey", "shuffled")}
         views |= {kind: view for kind, view in found.items() if view is not None}
     views = {kind: share.part(view) for kind, view in views.items()}
     answers: dict[str, judges.Answers] = {}
+    several: list[judges.Answers] = []
     total = len(views) * (1 if task.judge is None else 2) * len(views["own"])
     with contextlib.closing(Progress(total, f"judging {task.name}", "examples")) as progress:
         tokens = {kind: _token_scores(model, view, share, progress.add) for kind, view in views.items()}
         if task.judge is not None:
             for kind, view in views.items():
-                answers[kind] = share.whole(answers_to(model, ctx, task, view, how, progress.add))
+                if kind == "own" and how.samples > 1 and task.decoding.codes:
+                    several = share.whole(samples(model, view, task, how.samples, progress.add))
+                    answers[kind] = [each[0] for each in several]
+                else:
+                    answers[kind] = share.whole(answers_to(model, ctx, task, view, how, progress.add))
+    return _Answered(asked, tokens, answers, several)
+
+
+def _judged(
+    ctx: Context, task: Task, found: _Answered, *, blind: bool, slowly: bool, painted: PaintedScores | None
+) -> dict[str, Any]:
+    """Loss, token accuracy and scores of one task."""
+    asked, answers = found.asked, found.answers
     constant = task.constant(asked) if blind else {}
     constant_tokens = {"constant": constant.get(judges.TOKEN_ACCURACY)}
     result: dict[str, Any] = {
         "examples": len(asked),
-        "loss": beside_blind({kind: value[0] for kind, value in tokens.items()}, best=min),
-        "token_accuracy": beside_blind({kind: value[1] for kind, value in tokens.items()} | constant_tokens),
+        "loss": beside_blind({kind: value[0] for kind, value in found.tokens.items()}, best=min),
+        "token_accuracy": beside_blind({kind: value[1] for kind, value in found.tokens.items()} | constant_tokens),
         "scores": {},
     }
     if task.judge is not None:
         by_view = {kind: task.judge(ctx, asked, given) for kind, given in answers.items()} | {"constant": constant}
-        if slowly and task.judge_slowly is not None and share.rank == 0:
+        if slowly and task.judge_slowly is not None:
             for kind, given in answers.items():
                 by_view[kind] |= task.judge_slowly(ctx, asked, given)
         if painted is not None and task.decoding.codes:
             for kind, given in answers.items():
-                by_view[kind] |= painted(asked, given, all_scores=kind == "own")
+                several = found.samples if kind == "own" and found.samples else [[ids] for ids in given]
+                by_view[kind] |= painted(asked, several, all_scores=kind == "own")
         result["scores"] = {
             name: beside_blind({kind: each.get(name) for kind, each in by_view.items()}) for name in by_view["own"]
         }

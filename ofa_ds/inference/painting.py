@@ -32,8 +32,8 @@ def painter(vqgan: Path, vocab: Vocab, code_image_size: int, device: str | torch
     coder = coder_of(vqgan, code_image_size, device)
     check_codes(coder, vocab, str(vqgan))
 
-    def paint(ids: Sequence[int]) -> np.ndarray:
-        return coder.paint([np.array(ids, np.int64) - vocab.code_start])[0]
+    def paint(answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        return coder.paint([np.array(ids, np.int64) - vocab.code_start for ids in answers])
 
     return paint
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ofa_ds.inference.answering import codes_config
+from ofa_ds.inference.answering import MAX_TOGETHER, codes_config
 from ofa_ds.inference.asking import AS_THE_TASK_SAYS, How, asked_as
 from ofa_ds.inference.draws import SeededDraw
 from ofa_ds.inference.generate import generate
@@ -26,9 +26,6 @@ from ofa_ds.vision.coder import Coder
 from ofa_ds.vision.scenes_coder import ScenesCoder
 
 NAME = "text_to_image"
-
-MAX_TOGETHER = 64
-"""Samples that are rows of one batch: of 1,024 codes each, a large model keeps about 100 MB for each in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)

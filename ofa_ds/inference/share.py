@@ -18,6 +18,8 @@ class Share:
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     """A picklable value of every rank, by rank; all call it together (`ofa_ds.engine.process_group.gather`). Predicting
     needs none: those processes share a directory."""
+    leave: Callable[[], object] = lambda: None
+    """All call it when nobody waits for another any more; what rank 0 does then may take longer than others wait."""
 
     def part(self, items: Sequence[T]) -> list[T]:
         return list(items[self.rank :: self.world_size])

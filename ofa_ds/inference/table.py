@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ofa_ds.tasks.judges import NOT_SHARES, TOKEN_ACCURACY
+from ofa_ds.tasks.judges import TOKEN_ACCURACY, is_share
 
 COLUMNS = ("own", "blind", "gain", "grey", "shuffled", "constant")
 _WIDTH = 34
@@ -22,7 +22,7 @@ def format_table(result: dict[str, Any]) -> str:
         lines.append(f"{task} ({judged['examples']})")
         lines.append(_line("loss", judged["loss"], share=False))
         for name, values in judged["scores"].items():
-            lines.append(_line(name, values, share=name not in NOT_SHARES))
+            lines.append(_line(name, values, share=is_share(name)))
         if not judged["scores"]:
             lines.append(_line(TOKEN_ACCURACY, judged["token_accuracy"]))
         for kind, values in judged.get("by_type", {}).items():

@@ -29,8 +29,8 @@ Row = Mapping[str, Any]
 
 PIXELS_PER_CODE = 8
 
-PaintCodes = Callable[[Sequence[int]], np.ndarray]
-"""Ids of image codes, as many as a square has -> the picture they stand for, uint8 [H, W, 3]."""
+PaintCodes = Callable[[Sequence[Sequence[int]]], list[np.ndarray]]
+"""Ids of image codes, as many as a square has, of each picture -> what they stand for, uint8 [H, W, 3] each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ofa_ds.terms import PICTURE_SCORES
+from ofa_ds.terms import BEST_OF, PICTURE_SCORES
 
 if TYPE_CHECKING:
     from ofa_ds.data.example import Example
@@ -33,6 +33,11 @@ TOKEN_ACCURACY = "token accuracy"
 CIDER = "CIDEr"
 NOT_SHARES = frozenset({CIDER, *PICTURE_SCORES})
 """Scores that are not 0 ... 1."""
+
+
+def is_share(score: str) -> bool:
+    """Whether it is 0 ... 1, also of the best of several samples."""
+    return score.partition(BEST_OF)[0] not in NOT_SHARES
 
 
 def plain(text: str) -> str:

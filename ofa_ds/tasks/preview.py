@@ -75,7 +75,7 @@ def views_of(ctx: Context, example: Example, generated: Sequence[int] = ()) -> l
     if ctx.paint is None or not example.code:
         return []
     answers = [ids for ids in (example.target[:-1].tolist(), list(generated)) if ids]
-    painted = [ctx.paint(ids) for ids in answers]
+    painted = ctx.paint(answers)
     if example.hole is None or example.image is None:
         return painted
     return [example.image, *(filled(example, middle) for middle in (None, *painted))]

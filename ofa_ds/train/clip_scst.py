@@ -59,13 +59,12 @@ class PaintingCritical(SelfCritical):
 
     def scored(self, batch: Batch, hypotheses: Sequence[Sequence[Tokens]]) -> list[list[float]]:
         """Each picture beside its caption."""
+        start = self._vocab.code_start
+        painted = iter(self._coder.paint([np.array(run[:-1], np.int64) - start for each in hypotheses for run in each]))
         return [
-            [WEIGHT * score for score in self._clip.scores(self._painted(each), caption).tolist()]
+            [WEIGHT * score for score in self._clip.scores([next(painted) for _ in each], caption).tolist()]
             for each, caption in zip(hypotheses, self.captions(batch), strict=True)
         ]
-
-    def _painted(self, hypotheses: Sequence[Tokens]) -> list[np.ndarray]:
-        return self._coder.paint([np.array(tokens[:-1], np.int64) - self._vocab.code_start for tokens in hypotheses])
 
     def captions(self, batch: Batch) -> list[str]:
         """What CLIP reads of each example's source."""

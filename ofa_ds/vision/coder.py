@@ -55,7 +55,7 @@ class Coder:
         for k, image in enumerate(images):
             self._check_picture(names[k] if names else f"picture {k}", image)
         inputs = [to_input(image, self.code_image_size) for image in images]
-        return [codes.numpy() for codes in self._by_batches(inputs, self._encode)]
+        return self._by_batches(inputs, self._encode, Tensor.numpy)
 
     def paint(self, codes: Sequence[np.ndarray], names: Sequence[str] = ()) -> list[np.ndarray]:
         """Codes [h, w], or [side * side] of a square picture -> uint8 [H, W, 3] each.
@@ -65,7 +65,7 @@ class Coder:
         """
         grids = [self._grid(names[k] if names else f"codes {k}", each) for k, each in enumerate(codes)]
         inputs = [torch.from_numpy(grid) for grid in grids]
-        return [to_picture(picture) for picture in self._by_batches(inputs, self.model.decode)]
+        return self._by_batches(inputs, self.model.decode, to_picture)
 
     def _encode(self, image_B3HW: Tensor) -> Tensor:
         return self.model.encode(image_B3HW.contiguous(memory_format=torch.channels_last))
@@ -96,20 +96,22 @@ class Coder:
             raise ValueError(f"{name}: want 0 ... {self.num_codes - 1} of the codebook, got {outside}")
         return codes.astype(np.int64)
 
-    def _by_batches(self, inputs: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """What `function` makes of each, run on those of equal size together."""
+    def _by_batches(
+        self, inputs: Sequence[Tensor], function: Callable[[Tensor], Tensor], finish: Callable[[Tensor], np.ndarray]
+    ) -> list[np.ndarray]:
+        """What `function` makes of each, run on those of equal size together; finished before the next batch runs."""
         alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for k, each in enumerate(inputs):
             alike[tuple(each.shape)].append(k)
         size = 1 if self.device.type == "cpu" else GPU_BATCH
-        made: dict[int, Tensor] = {}
+        made: dict[int, np.ndarray] = {}
         with torch.inference_mode(), _exact():
             for places in alike.values():
                 for start in range(0, len(places), size):
                     mine = places[start : start + size]
                     filled = [*mine, *mine[-1:] * (size - len(mine))]
                     found = function(torch.stack([inputs[k] for k in filled]).to(self.device)).cpu()
-                    made.update(zip(mine, found, strict=False))
+                    made.update((k, finish(each)) for k, each in zip(mine, found, strict=False))
         return [made[k] for k in range(len(inputs))]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -100,24 +101,28 @@ def statistics(features_ND: Tensor) -> Statistics:
     return Statistics(found["mu"], found["sigma"])
 
 
-def reference_statistics(path: Path, inception: Inception) -> Statistics:
-    """Of a folder, TSV or shards of pictures; or of an .npz with `mu` and `sigma`, as OFA's `gt_stat.npz`.
+class Reference:
+    """What FID compares with: a folder, TSV or shards of pictures, or an .npz with `mu` and `sigma`, as OFA's."""
 
-    Raises ValueError, one line: no pictures there, an .npz with something else.
-    """
-    if path.suffix == ".npz":
-        return _stored(path)
-    pictures = open_pictures(path)
-    progress = Progress(len(pictures), f"looking at {path.name}", "pictures")
-    features = []
-    try:
-        for start in range(0, len(pictures), BATCH):
-            part = [pictures[k] for k in range(start, min(start + BATCH, len(pictures)))]
-            features.append(inception.features(part)[0])
-            progress.add(len(part))
-    finally:
-        progress.close()
-    return statistics(torch.cat(features))
+    def __init__(self, path: Path) -> None:
+        """Looks at no picture yet. Raises ValueError, one line: none there, an .npz with something else."""
+        self._path, self._found = path, _stored(path) if path.suffix == ".npz" else None
+        self._pictures = open_pictures(path) if self._found is None else None
+
+    def statistics(self, inception: Inception) -> Statistics:
+        """Those of pictures are computed when they are first asked for, which takes its time."""
+        if self._found is None:
+            self._found = self._looked_at(inception)
+        return self._found
+
+    def _looked_at(self, inception: Inception) -> Statistics:
+        pictures, features = self._pictures, []
+        with closing(Progress(len(pictures), f"looking at {self._path.name}", "pictures")) as progress:
+            for start in range(0, len(pictures), BATCH):
+                part = [pictures[k] for k in range(start, min(start + BATCH, len(pictures)))]
+                features.append(inception.features(part)[0])
+                progress.add(len(part))
+        return statistics(torch.cat(features))
 
 
 def _stored(path: Path) -> Statistics:

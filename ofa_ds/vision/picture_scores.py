@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ofa_ds.progress import Progress
-from ofa_ds.terms import CLIP_SCORE, FID, INCEPTION_SCORE, PICTURE_SCORES
+from ofa_ds.terms import BEST_OF, CLIP_SCORE, FID, INCEPTION_SCORE, PICTURE_SCORES
 from ofa_ds.vision import inception
-from ofa_ds.vision.clip import Clip, load_clip
+from ofa_ds.vision.clip import load_clip
 
 Say = Callable[[str], object]
+T = TypeVar("T")
+
+TOGETHER = 64
+"""Pictures that are held at once, unless a caption has more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,33 +57,58 @@ class PictureJudge:
         if files.reference is None:
             say(f"no {FID}: name what to compare with: pictures, or an .npz with mu and sigma")
         else:
-            self._reference = inception.reference_statistics(files.reference, self._network)
+            self._reference = inception.Reference(files.reference)
 
-    def scores(self, samples: Sequence[Sequence[np.ndarray]], captions: Sequence[str]) -> dict[str, float | None]:
+    def scores(
+        self, samples: Sequence[Sequence[T]], captions: Sequence[str], *,
+        paint: Callable[[Sequence[T]], Sequence[np.ndarray]] = list, clip_alone: bool = False,
+    ) -> dict[str, float | None]:  # fmt: skip
         """{name: score} under PICTURE_SCORES; None without its file, and where pictures are too few, which is said.
 
-        samples: of each caption, one picture uint8 RGB [H, W, 3] or several. Of several the one nearest to its caption
-        counts, as in the original: the CLIP score is the mean of the largest cosines x 100, and the others look at that
-        picture alone; without CLIP at the first.
+        samples: of each caption, one picture uint8 RGB [H, W, 3] or several, or what `paint` makes pictures of, about
+        TOGETHER at once. The CLIP score is the mean cosine of the first x 100. Of several there is that of the one
+        nearest to its caption too, as in the original, with BEST_OF behind the name; FID and Inception score are then
+        of that one. Without CLIP they are of the first. clip_alone: without these two.
         """
         if not samples or len(samples) != len(captions) or not all(map(len, samples)):
             raise ValueError(f"pictures to judge: {len(samples)} of {len(captions)} captions; want some of each")
-        scores: dict[str, float | None] = dict.fromkeys(PICTURE_SCORES)
-        chosen = [pictures[0] for pictures in samples]
-        if self._clip is not None:
-            scores[CLIP_SCORE], chosen = clip_score(self._clip, samples, captions)
-        if self._network is None:
-            return scores
-        features, logits = self._network.features(chosen)
-        if len(chosen) < inception.SPLITS:
-            self._say(f"no {INCEPTION_SCORE}: want at least {inception.SPLITS} pictures, got {len(chosen)}")
-        else:
-            scores[INCEPTION_SCORE] = inception.inception_score(logits)[0]
-        if self._reference is not None:
-            scores[FID] = self._fid(features)
+        cosines: list[Tensor] = []
+        seen: list[tuple[Tensor, Tensor]] = []
+        with closing(Progress(len(captions), "judging pictures", "captions")) as progress:
+            step = max(TOGETHER // max(map(len, samples)), 1)
+            for start in range(0, len(samples), step):
+                part = samples[start : start + step]
+                counts = [len(each) for each in part]
+                pictures = paint([one for each in part for one in each])
+                firsts = best = np.cumsum([0, *counts[:-1]])
+                if self._clip is not None:
+                    texts_BD = self._clip.text_features(captions[start : start + step])
+                    images_BD = torch.split(self._clip.image_features(pictures), counts)
+                    cosines += [each_BD @ text_D for each_BD, text_D in zip(images_BD, texts_BD, strict=True)]
+                    best = firsts + [int(each.argmax()) for each in cosines[-len(part) :]]
+                if self._network is not None and not clip_alone:
+                    seen.append(self._network.features([pictures[place] for place in best]))
+                progress.add(len(part))
+        number = max(map(len, samples)) if cosines else 1
+        of_best = {name: f"{name}{BEST_OF}{number}" if number > 1 else name for name in PICTURE_SCORES}
+        scores: dict[str, float | None] = dict.fromkeys((CLIP_SCORE, *of_best.values()))
+        if cosines:
+            scores[CLIP_SCORE] = 100 * float(np.mean([float(each[0]) for each in cosines]))
+            scores[of_best[CLIP_SCORE]] = 100 * float(np.mean([float(each.max()) for each in cosines]))
+        if seen:
+            features, logits = (torch.cat(each) for each in zip(*seen, strict=True))
+            scores[of_best[FID]], scores[of_best[INCEPTION_SCORE]] = self._fid(features), self._inception(logits)
         return scores
 
+    def _inception(self, logits_NK: Tensor) -> float | None:
+        if len(logits_NK) < inception.SPLITS:
+            self._say(f"no {INCEPTION_SCORE}: want at least {inception.SPLITS} pictures, got {len(logits_NK)}")
+            return None
+        return inception.inception_score(logits_NK)[0]
+
     def _fid(self, features_ND: Tensor) -> float | None:
+        if self._reference is None:
+            return None
         if len(features_ND) < 2:
             self._say(f"no {FID}: want at least 2 pictures, got {len(features_ND)}")
             return None
@@ -86,29 +117,4 @@ class PictureJudge:
                 f"{FID} of {len(features_ND)} pictures is too large: {inception.MIN_PICTURES} features want as many; "
                 "compare it with that of the same number alone"
             )
-        return inception.fid(inception.statistics(features_ND), self._reference)
-
-    def clip_scores(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, float | None]:
-        """The CLIP score alone, of one picture of each caption; nothing without its file."""
-        if self._clip is None:
-            return {}
-        return {CLIP_SCORE: clip_score(self._clip, [[picture] for picture in pictures], captions)[0]}
-
-
-def clip_score(
-    clip: Clip, samples: Sequence[Sequence[np.ndarray]], captions: Sequence[str]
-) -> tuple[float, list[np.ndarray]]:
-    """(mean over captions of the largest cosine x 100, the picture of each that has it)."""
-    texts_BD = clip.text_features(captions)
-    best, chosen = [], []
-    progress = Progress(len(captions), "scoring by CLIP", "captions")
-    try:
-        for pictures, text_D in zip(samples, texts_BD, strict=True):
-            cosines = clip.image_features(pictures) @ text_D
-            place = int(cosines.argmax())
-            best.append(float(cosines[place]))
-            chosen.append(pictures[place])
-            progress.add(1)
-    finally:
-        progress.close()
-    return 100 * float(np.mean(best)), chosen
+        return inception.fid(inception.statistics(features_ND), self._reference.statistics(self._network))

@@ -99,7 +99,7 @@ def test_scenes_are_painted_by_their_rule_where_no_vqgan_has_that_name(
     example = preview.find_example(shards, painted.NAME, 0, model.context(shards))
     y0, x0, y1, x1 = example.hole
     codes = example.target[:-1] - model.vocab.code_start
-    shown = that_paints(model, Path("scenes")).paint(example.target[:-1])
+    (shown,) = that_paints(model, Path("scenes")).paint([example.target[:-1]])
     assert (shown == coder.paint([codes.reshape(4, 4)])[0]).all()
     assert (shown == example.image[y0:y1, x0:x1]).all(-1).mean() > 0.85
     for wrong, text in ((codes[:15], "row: want as many codes as a square"), (codes + 128, "row: want 0 ... 127 of")):

@@ -5,19 +5,32 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import task_models
 import torch
+from PIL import Image
 
 from ofa_ds.cli import main
 from ofa_ds.data import scenes
+from ofa_ds.data.scenes_judge import Found, parse
 from ofa_ds.data.shards import Shards
+from ofa_ds.inference import answering
+from ofa_ds.inference.answering import samples
+from ofa_ds.inference.asking import How
+from ofa_ds.inference.evaluate import judge_tasks
 from ofa_ds.inference.loaded_model import LoadedModel
-from ofa_ds.tasks.downstream.text_to_image import PROMPT, caption_of, judge
+from ofa_ds.inference.painted_scores import PaintedScores
+from ofa_ds.inference.painting import that_paints
+from ofa_ds.inference.share import Share
+from ofa_ds.tasks.downstream.text_to_image import PROMPT, caption_of, judge, scene_scores
+from ofa_ds.tasks.task import DOWNSTREAM
 from ofa_ds.vision import inception, picture_scores
 from ofa_ds.vision.clip import without_slashes
+from ofa_ds.vision.picture_scores import ScoreFiles
+from ofa_ds.vision.scenes_coder import ScenesCoder
 
 TASK, ROWS = "text_to_image", 3
 SCORES = ("CLIP score", "FID", "Inception score")
@@ -53,7 +66,7 @@ class Seen:
 
 
 def evaluated(folder: Path, capsys: pytest.CaptureFixture, *options: object) -> tuple[dict, str]:
-    given = ["evaluate", folder / "run", "--shards", folder / TASK, "--beam", 1, "--json", *options]
+    given = ["evaluate", folder / "run", "--shards", folder / TASK, "--json", *options]
     assert main([str(each) for each in given]) == 0
     captured = capsys.readouterr()
     return json.loads(captured.out)["tasks"][TASK]["scores"], captured.err
@@ -63,7 +76,7 @@ def test_pictures_are_painted_and_judged_beside_their_captions(folder: Path, cap
     seen = Seen()
     monkeypatch.setattr(picture_scores, "load_clip", lambda path, device: seen)
     monkeypatch.setattr(inception, "Inception", lambda path, device: seen)
-    monkeypatch.setattr(inception, "reference_statistics", lambda path, network: inception.Statistics(0, 0))
+    monkeypatch.setattr(inception, "Reference", lambda path: SimpleNamespace(statistics=lambda network: None))
     monkeypatch.setattr(inception, "fid", lambda a, b: 40.0)
     files = ("--clip", "c", "--inception", "i", "--reference", "r")
     scores, said = evaluated(folder, capsys, "--codes-model", folder / "vqgan", *files)
@@ -93,12 +106,15 @@ def test_what_cannot_be_judged_is_said_with_what_it_wants(folder: Path, capsys) 
         (("--codes-model", "vqgan", "--reference", "r"), 2, "--reference: FID wants --inception too"),
         (("--codes-model", "vqgan", "--clip", "none.pt"), 1, "none.pt: no CLIP there: want OpenAI's"),
         (("--codes-model", "vqgan", "--inception", "none.pth"), 1, "none.pth: no such file; want torch-fidelity's"),
+        (("--samples", "3"), 2, "--samples, --clip, --inception and --reference judge pictures: say what paints them"),
+        (("--codes-model", "vqgan", "--samples", "3", "--beam", "2"), 2, "want --samples or --beam, one of them"),
+        (("--samples", "0"), 2, "--samples"),
     ],
 )
 def test_wrong_files_are_told_before_anything_is_painted(
     folder: Path, capsys, monkeypatch, options: tuple[str, ...], code: int, message: str
 ) -> None:
-    monkeypatch.setattr("ofa_ds.inference.evaluate.judge", lambda *_, **__: pytest.fail("painted"))
+    monkeypatch.setattr("ofa_ds.inference.evaluate.judge_tasks", lambda *_, **__: pytest.fail("painted"))
     given = [str(folder / "vqgan") if each == "vqgan" else each for each in options]
     try:
         found = main(["evaluate", str(folder / "run"), "--shards", str(folder / TASK), *given])
@@ -111,9 +127,103 @@ def test_scenes_are_looked_at_as_the_vqgan_paints_them(folder: Path, model: Load
     examples = task_models.examples_of(model, Shards(folder / TASK), TASK)
     answers = [example.target[:-1].tolist() for example in examples]
     empty = np.full((64, 64, 3), scenes.GROUND, np.uint8)
-    ctx = model.context()
-    assert judge(ctx, examples, answers)["colour right"] == 1
-    assert judge(dataclasses.replace(ctx, paint=lambda ids: empty), examples, answers)["colour right"] == 0
+    paints_nothing = dataclasses.replace(model, paint=lambda answers: [empty] * len(answers))
+    assert judge(model.context(), examples, answers)["colour right"] == 1
+    painted = PaintedScores(paints_nothing, ScoreFiles())
+    assert painted(examples, [[ids] for ids in answers], all_scores=True)["colour right"] == 0
+    assert "colour right" not in judge(paints_nothing.context(), examples, answers), "each is painted once"
+
+
+def test_the_best_of_several_samples_is_told_beside_the_first(
+    folder: Path, model: LoadedModel, capsys, monkeypatch
+) -> None:
+    """By scenes, and by a CLIP that likes red; every sample is painted once."""
+    painted: list[int] = []
+    paint = ScenesCoder.paint
+    monkeypatch.setattr(ScenesCoder, "paint", lambda self, codes: painted.append(len(codes)) or paint(self, codes))
+    clip = Seen()
+    monkeypatch.setattr(clip, "image_features", lambda images: torch.tensor([[redness(image)] for image in images]))
+    monkeypatch.setattr(picture_scores, "load_clip", lambda path, device: clip)
+    found = {}
+    for number in (1, 5):
+        options = ("--samples", number, "--codes-model", "scenes", "--clip", "c")
+        found[number], _ = evaluated(folder, capsys, *options)
+        views = ROWS * (number + 1)  # its own captions, and shuffled ones once
+        assert sum(painted) == views
+        painted.clear()
+    one, five = found[1], found[5]
+    alike = {name: each["own"] for name, each in one.items() if each["own"] is not None}
+    assert alike == pytest.approx({name: five[name]["own"] for name in alike}) and "CLIP score" in alike
+    examples = task_models.examples_of(model, Shards(folder / TASK), TASK)
+    runs = samples(model, examples, DOWNSTREAM[TASK], 5)
+    pictures = [that_paints(model, Path("scenes")).paint(each) for each in runs]
+    best = 100 * np.mean([max(map(redness, each)) for each in pictures])
+    assert five["CLIP score, best of 5"]["own"] == pytest.approx(best, rel=1e-5)
+    assert five["CLIP score, best of 5"]["own"] > five["CLIP score"]["own"]
+    assert five["CLIP score, best of 5"]["blind"] is None
+    assert {"colour right, best of 5", "shape right, best of 5", "place right, best of 5"} < set(five)
+    assert not any("best of" in name for name in one)
+
+
+def redness(picture: np.ndarray) -> float:
+    return float((picture == scenes.COLORS["red"]).all(-1).mean())
+
+
+def test_samples_are_the_same_however_many_go_together(
+    folder: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = task_models.examples_of(model, Shards(folder / TASK), TASK)
+    whole = samples(model, examples, DOWNSTREAM[TASK], 5)
+    monkeypatch.setattr(answering, "MAX_TOGETHER", 2)
+    assert samples(model, examples, DOWNSTREAM[TASK], 5) == whole
+    assert [each[0] for each in whole] == answering.answer(model, examples, DOWNSTREAM[TASK])
+
+
+def test_the_sample_with_most_right_is_the_best_of_them() -> None:
+    found = {
+        "right": (Found("circle", "red", (0.2, 0.5), 0.2), Found("square", "blue", (0.8, 0.5), 0.2)),
+        "swapped": (Found("circle", "red", (0.8, 0.5), 0.2), Found("square", "blue", (0.2, 0.5), 0.2)),
+        "colours": (Found("circle", "blue", (0.2, 0.5), 0.2), Found("square", "red", (0.8, 0.5), 0.2)),
+        "nothing": (),
+    }
+    said = [parse("a red circle left of a blue square")] * 2
+    scores = scene_scores(said, [[found["nothing"], found["right"], found["colours"]], [found[k] for k in
+                          ("colours", "nothing", "swapped")]])  # fmt: skip
+    first = {"colour right": 0.5, "shape right": 0.0, "place right": 0.0}
+    best = {"colour right, best of 3": 1.0, "shape right, best of 3": 1.0, "place right, best of 3": 0.5}
+    assert scores == first | best
+
+
+def test_what_takes_its_time_begins_when_no_rank_waits_any_more(folder: Path, model: LoadedModel) -> None:
+    """Others may be gone by then: nothing is gathered any more."""
+    order: list[str] = []
+
+    class Slow(PaintedScores):
+        def __call__(self, *given: object, **named: object) -> dict:
+            order.append("painted")
+            return super().__call__(*given, **named)
+
+    share = Share(gather=lambda value: order.append("gathered") or [value], leave=lambda: order.append("left"))
+    painting = that_paints(model, Path("scenes"))
+    judge_tasks(painting, Shards(folder / TASK), painted=Slow(painting, ScoreFiles()), share=share)
+    at = order.index("left")
+    assert set(order[:at]) == {"gathered"} and set(order[at + 1 :]) == {"painted"}
+
+
+def test_the_reference_of_fid_is_looked_at_when_it_is_compared(tmp_path: Path, monkeypatch) -> None:
+    looked: list[int] = []
+    network = SimpleNamespace(features=lambda part: looked.append(len(part)) or (torch.rand(len(part), 4), None))
+    for k in range(3):
+        Image.fromarray(np.full((8, 8, 3), k, np.uint8)).save(tmp_path / f"{k}.png")
+    reference = inception.Reference(tmp_path)
+    assert not looked
+    assert reference.statistics(network) is reference.statistics(network) and looked == [3]
+
+
+def test_samples_are_of_tasks_that_paint(model: LoadedModel, folder: Path, tmp_path: Path) -> None:
+    task_models.build(tmp_path, rows=2, tasks=("caption",))
+    with pytest.raises(ValueError, match="--samples: none of caption paints; leave it out"):
+        judge_tasks(task_models.model_of(tmp_path, "caption"), Shards(tmp_path / "caption"), how=How(samples=2))
 
 
 def test_the_caption_that_clip_reads_is_that_of_the_source() -> None:

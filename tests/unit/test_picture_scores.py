@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from ofa_ds.vision import inception, picture_scores
-from ofa_ds.vision.clip import Clip
 from ofa_ds.vision.inception import Inception, Statistics
 from ofa_ds.vision.libraries import library
-from ofa_ds.vision.picture_scores import PictureJudge, ScoreFiles, clip_score
+from ofa_ds.vision.picture_scores import PictureJudge, ScoreFiles
 
 
 @pytest.fixture(autouse=True)
@@ -111,9 +110,9 @@ def test_a_folder_and_its_stored_statistics_are_the_same_reference(network: Ince
     real = pictures(2, seed=5)
     for k, picture in enumerate(real):
         Image.fromarray(picture).save(tmp_path / "real" / f"{k}.png")
-    found = inception.reference_statistics(tmp_path / "real", network)
+    found = inception.Reference(tmp_path / "real").statistics(network)
     np.savez(tmp_path / "gt_stat.npz", mu=found.mu, sigma=found.sigma)
-    again = inception.reference_statistics(tmp_path / "gt_stat.npz", network)
+    again = inception.Reference(tmp_path / "gt_stat.npz").statistics(network)
     assert (found.mu == again.mu).all() and (found.sigma == again.sigma).all()
     want = network.features(real)[0].double().numpy()
     assert np.allclose(found.mu, want.mean(0))
@@ -134,10 +133,30 @@ def grey(value: int) -> np.ndarray:
 
 
 def test_of_several_samples_the_one_nearest_to_its_caption_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    clip: Clip = Told()
-    score, chosen = clip_score(clip, [[grey(0), grey(255), grey(51)], [grey(102), grey(51)]], ["a", "b"])
-    assert score == pytest.approx(100 * (1 + 0.4) / 2)
-    assert [picture.mean() for picture in chosen] == [255, 102]
+    monkeypatch.setattr(picture_scores, "load_clip", lambda path, device: Told())
+    judge = PictureJudge(ScoreFiles(clip=Path("c")), say=lambda line: None)
+    scores = judge.scores([[grey(0), grey(255), grey(51)], [grey(102), grey(51)]], ["a", "b"])
+    assert scores["CLIP score, best of 3"] == pytest.approx(100 * (1 + 0.4) / 2)
+    assert scores["CLIP score"] == pytest.approx(100 * (0 + 0.4) / 2), "the first of each"
+
+
+@pytest.mark.parametrize("number", [1, 5, 100])
+def test_pictures_are_painted_and_looked_at_a_part_at_a_time(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture_scores, "load_clip", lambda path, device: Told())
+    parts: list[int] = []
+
+    def paint(values: list[int]) -> list[np.ndarray]:
+        parts.append(len(values))
+        return [grey(value) for value in values]
+
+    judge = PictureJudge(ScoreFiles(clip=Path("c")), say=lambda line: None)
+    values = np.random.default_rng(0).integers(0, 256, (70, number)).tolist()
+    scores = judge.scores(values, ["a"] * 70, paint=paint)
+    assert sum(parts) == 70 * number and max(parts) <= max(number, picture_scores.TOGETHER)
+    assert scores["CLIP score"] == pytest.approx(100 * np.mean([each[0] for each in values]) / 255, rel=1e-5)
+    if number > 1:
+        best = 100 * np.mean([max(each) for each in values]) / 255
+        assert scores[f"CLIP score, best of {number}"] == pytest.approx(best, rel=1e-5)
 
 
 def test_what_is_missing_is_said_and_the_rest_goes_on(
@@ -166,13 +185,14 @@ def test_what_is_missing_is_said_and_the_rest_goes_on(
     assert set(scores.values()) == {None}
     assert "name CLIP's weights" in said[0] and inception.WEIGHTS in said[1] and len(said) == 2
     scores, said = scored(12, clip="c")
-    assert scores["CLIP score"] == pytest.approx(100 * np.mean([20 + k for k in range(12)]) / 255)
-    assert scores["FID"] is None and len(said) == 1
+    assert scores["CLIP score"] == pytest.approx(100 * 10 / 255)
+    assert scores["CLIP score, best of 2"] == pytest.approx(100 * np.mean([20 + k for k in range(12)]) / 255)
+    assert scores["FID, best of 2"] is None and len(said) == 1
     scores, said = scored(12, inception="i")
     assert scores["Inception score"] > 1 and scores["FID"] is None and "name what to compare with" in said[1]
     assert seen[-1] == [10] * 12, "without CLIP the first picture counts"
     scores, said = scored(12, clip="c", inception="i", reference="gt.npz")
-    assert scores["FID"] == 7.0 and None not in scores.values()
+    assert scores["FID, best of 2"] == 7.0 and None not in scores.values()
     assert seen[-1] == [20 + k for k in range(12)], "with CLIP the best one counts"
     assert len(said) == 1 and said[0].startswith("FID of 12 pictures is too large: 2048 features want as many;")
     scores, said = scored(1, inception="i", reference="gt.npz")
@@ -215,6 +235,6 @@ def test_wrong_files_are_one_line_and_nothing_in_them_is_run(network, weights: P
     for name, (content, message) in arrays.items():
         np.savez(tmp_path / f"{name}.npz", **content)
         with pytest.raises(ValueError, match=message):
-            inception.reference_statistics(tmp_path / f"{name}.npz", network)
+            inception.Reference(tmp_path / f"{name}.npz")
     with pytest.raises(ValueError, match="no such folder or file"):
-        inception.reference_statistics(tmp_path / "nowhere", network)
+        inception.Reference(tmp_path / "nowhere")

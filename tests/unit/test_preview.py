@@ -68,8 +68,8 @@ def test_all_eight_tasks_are_written_and_drawn(show, tmp_path, capsys):
 
 
 def test_infilling_is_drawn_as_original_hole_and_what_the_codes_of_the_row_stand_for(folder, vocab_ctx, tmp_path):
-    asked = []
-    ctx = dataclasses.replace(vocab_ctx, paint=lambda ids: asked.append(ids) or np.full((16, 16, 3), 77, np.uint8))
+    asked, grey = [], np.full((16, 16, 3), 77, np.uint8)
+    ctx = dataclasses.replace(vocab_ctx, paint=lambda answers: asked.extend(answers) or [grey] * len(answers))
     shards, png = Shards(folder / "shards"), tmp_path / "a.png"
     preview.show_shards(shards, ctx, task="image_infilling", row=1, png=png)
     row = shards.row("image", 1)
@@ -81,7 +81,7 @@ def test_infilling_is_drawn_as_original_hole_and_what_the_codes_of_the_row_stand
             wanted[8:24, 8:24] = middle
         shown = sheet[gap : gap + side, gap + k * (side + gap) :][:, :side]
         assert np.array_equal(shown, wanted.repeat(8, 0).repeat(8, 1)), k
-    small = dataclasses.replace(ctx, paint=lambda ids: np.zeros((8, 8, 3), np.uint8))
+    small = dataclasses.replace(ctx, paint=lambda ids: [np.zeros((8, 8, 3), np.uint8)] * len(ids))
     with pytest.raises(ValueError, match="8 x 8 pixels are painted, the hole has 16 x 16"):
         preview.show_shards(shards, small, task="image_infilling", row=1, png=tmp_path / "b.png")
 

@@ -14,6 +14,7 @@ from ofa_ds.tasks import judges
 from ofa_ds.tasks.context import PIXELS_PER_CODE, Context, Row
 from ofa_ds.tasks.downstream.frame import asked_row, best_answer, downstream_frame
 from ofa_ds.tasks.kind import Decoding, Task
+from ofa_ds.terms import BEST_OF
 
 PROMPT = " what is the complete image? caption: "
 EQUAL_CODES = "equal codes"
@@ -60,32 +61,47 @@ def texts(row: Row) -> list[str]:
 
 
 def judge(ctx: Context, asked: Sequence[Example], answers: judges.Answers) -> judges.Scores:
-    """Share of the codes that are those of the row's own picture, which is one of many that fit its caption."""
+    """Share of the codes that are those of the row's own picture, which is one of many that fit its caption.
+
+    Where no VQGAN is at hand and codes are those of scenes, `scene_scores` too.
+    """
     pairs = list(zip(asked, answers, strict=True))
-    equal = judges.mean([_equal_share(example, ids) for example, ids in pairs if len(example.target) > 1])
-    return {EQUAL_CODES: equal, **_scene_scores(ctx, asked, answers)}
+    scores = {EQUAL_CODES: judges.mean([_equal_share(each, ids) for each, ids in pairs if len(each.target) > 1])}
+    said = said_of(asked)
+    if said is None or ctx.paint is not None or ctx.vocab.num_codes != scenes.NUM_CODES:
+        return scores
+    codes = [[int(token) - ctx.vocab.code_start for token in ids] for ids in answers]
+    found = [[scenes_judge.look_at(scenes.picture_of_codes(each))] if each else [()] for each in codes]
+    return scores | scene_scores(said, found)
 
 
-def _scene_scores(ctx: Context, asked: Sequence[Example], answers: judges.Answers) -> judges.Scores:
-    """Of rows of `ofa-ds scenes`: is what the caption names there, and nothing else (`scenes_judge`)?
+def said_of(asked: Sequence[Example]) -> list[scenes_judge.Said] | None:
+    """What the captions say, where all are of `ofa-ds scenes`."""
+    try:
+        return [scenes_judge.parse(caption_of(example.source_text)) for example in asked]
+    except ValueError:
+        return None
 
-    Seen in what the context paints, else in what the code book of scenes means.
+
+def scene_scores(
+    said: Sequence[scenes_judge.Said], found: Sequence[Sequence[Sequence[scenes_judge.Found]]]
+) -> judges.Scores:
+    """Is what each caption names in its picture, and nothing else?
 
     colour right: the colours; shape right: each shape in its colour; place right: of two, as well where they lie.
+    found: of each caption what one picture shows, or each of several: the first counts, and, under names of their own,
+    the one that has most of this right.
     """
-    try:
-        said = [scenes_judge.parse(caption_of(example.source_text)) for example in asked]
-    except ValueError:
-        return {}
-    if ctx.paint is None and ctx.vocab.num_codes != scenes.NUM_CODES:
-        return {}
+    verdicts = [[scenes_judge.compare(each, one) for each in shown] for one, shown in zip(said, found, strict=True)]
+    number = max(map(len, verdicts), default=1)
+    scores = _means([each[0] for each in verdicts])
+    if number > 1:
+        best = [max(each, key=lambda v: (v.color, v.looks, bool(v.place))) for each in verdicts]
+        scores |= {f"{name}{BEST_OF}{number}": value for name, value in _means(best).items()}
+    return scores
 
-    def drawn(ids: Sequence[int]) -> np.ndarray:
-        return scenes.picture_of_codes([int(token) - ctx.vocab.code_start for token in ids])
 
-    paint = ctx.paint or drawn
-    found = [scenes_judge.look_at(paint(ids)) if len(ids) else () for ids in answers]
-    verdicts = [scenes_judge.compare(shapes, each) for shapes, each in zip(found, said, strict=True)]
+def _means(verdicts: Sequence[scenes_judge.Verdict]) -> judges.Scores:
     return {
         COLOR_RIGHT: judges.mean([float(each.color) for each in verdicts]),
         SHAPE_RIGHT: judges.mean([float(each.looks) for each in verdicts]),
