@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,14 @@ ZEROS = b"\0" * (16 << 20)
 PACKED = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
+def pieces(path: Path, kind: str = "caption") -> list[tables.TablePiece]:
+    return tables.pieces_of([str(path)], Into(kind=kind), tuple(tables.COLUMNS.items()))
+
+
 def read(path: Path, kind: str = "caption") -> list[str]:
     """What is wrong with each row."""
     found = []
-    for piece in tables.pieces_of([str(path)], Into(kind=kind), tuple(tables.COLUMNS.items())):
+    for piece in pieces(path, kind):
         for record in piece.records(0):
             try:
                 record.read()
@@ -53,12 +58,40 @@ print(peak_resident_bytes() - before >> 20)
 """
 
 
+CUT = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from ofa_ds.engine.host_memory import peak_resident_bytes
+from test_import_bombs import pieces
+before = peak_resident_bytes()
+(piece,) = pieces(sys.argv[2])
+for record in piece.records(0):
+    pass
+print(peak_resident_bytes() - before >> 20)
+try:
+    for record in piece.records(0):
+        os.truncate(sys.argv[2], 150_000_000)
+except ValueError as error:
+    print(error)
+"""
+
+
 def test_a_value_that_is_in_every_row_is_not_decoded_as_often_as_that(tmp_path: Path) -> None:
     one = parquet(tmp_path / "dictionary.parquet", repeated(40))
     assert one.stat().st_size < 4096
     command = [sys.executable, "-c", PEAK, str(Path(__file__).parent), str(one)]
     peak_MiB = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert peak_MiB < 450, f"{peak_MiB} MiB; all of its 40 rows of 16 MiB are 640 MiB"
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_one_line_and_no_page_of_it_is_kept(tmp_path: Path) -> None:
+    """As pyarrow writes it by default: the first 1,024 pictures are one dictionary."""
+    rng = np.random.default_rng(0)
+    path = parquet(tmp_path / "x.parquet", pa.array([rng.bytes(150_000) for _ in range(1100)]))
+    command = [sys.executable, "-c", CUT, str(Path(__file__).parent), str(path)]
+    peak_MiB, problem = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n", 1)
+    assert int(peak_MiB) < 400, f"{peak_MiB} MiB; its dictionary has 147 MiB, packed as many, the whole file 158"
+    assert re.match(rf"{path}: damaged after row \d+: .*; copy it again$", problem)
 
 
 def test_pages_that_unpack_to_more_than_the_limit_are_refused(tmp_path: Path, monkeypatch) -> None:

@@ -16,10 +16,12 @@ import pytest
 from PIL import Image
 
 from ofa_ds.cli import main
+from ofa_ds.data.building import piece_builder
 from ofa_ds.data.building.build import How
 from ofa_ds.data.importing.importing import import_shards
 from ofa_ds.data.importing.item import Shrink
 from ofa_ds.data.importing.tars import groups
+from ofa_ds.data.manifest import read_manifest
 from ofa_ds.data.picture import decode_rgb
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.shards_verify import verify_shards
@@ -174,6 +176,17 @@ def test_workers_change_no_byte_and_a_bad_record_goes_to_the_quarantine(tmp_path
     assert one == two and b"0.tar:0-4: image: undecodable" in one["quarantine/0.tar.log"]
     with pytest.raises(ValueError, match=r"0.tar:0-4: image: undecodable"):
         import_shards(str(tmp_path / "out"), "webdataset", paths)
+
+
+def test_bad_rows_without_number_do_not_fill_the_disk_with_reasons(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(piece_builder, "MAX_REASONS", 3)
+    captions = [*[None] * 2, "a cat", *[None] * 8, "a dog"]
+    pq.write_table(pa.table({"caption": captions, "image": [picture()] * 12}), tmp_path / "x.parquet")
+    assert len(imported(tmp_path, "parquet", [str(tmp_path / "x.parquet")], how=How(on_error="quarantine"))) == 2
+    assert read_manifest(tmp_path / "out").families["vision_language"].quarantined == 10
+    *told, last = (tmp_path / "out/quarantine/x.parquet.log").read_text().splitlines()
+    assert [each.split(": ")[0].rpartition(" ")[2] for each in told] == ["1", "2", "4"]
+    assert last.endswith("row group 0 row 12: up to here 7 more bad records, which are not told one by one")
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -30,6 +30,9 @@ of the index, too many to be held for all pieces."""
 
 JOURNAL_VERSION = 2
 
+MAX_REASONS = 10_000
+"""Bad records of a part that are told one by one: a table of a few kilobytes may have any number of empty rows."""
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -182,6 +185,8 @@ def _build_part(job: Job, part: int, built: Built, writer: _Writer, texts: Negat
                 built.count(job, checked.row, At(part, record.number))
                 if texts is not None:
                     texts.add(checked.row)
+            if (left := counts.quarantined - MAX_REASONS) > 0:
+                notes.say(BAD_REASONS, record, f"up to here {left} more bad records, which are not told one by one")
         except SourceError as error:
             raise BadRecord(part, error.number, str(error)) from error
 
@@ -198,7 +203,8 @@ def _checked(job: Job, part: int, record: Record, notes: _Notes, counts: PartCou
             raise BadRecord(part, record.number, str(error), record.place) from error
         if record.raw is not None:
             notes.add(BAD_LINES, record.raw)
-        notes.say(BAD_REASONS, record, str(error))
+        if counts.quarantined < MAX_REASONS:
+            notes.say(BAD_REASONS, record, str(error))
         counts.quarantined += 1
         return None
 

@@ -191,4 +191,6 @@ def _read_names(location: str, schema: pa.Schema, wanted: Set[str]) -> list[str]
 def _opened(location: str) -> pa.NativeFile:
     if file_systems.is_remote(location):
         return file_systems.open_input(location)
-    return pa.memory_map(str(file_systems.local_path(location)))
+    path = str(file_systems.local_path(location))
+    # Of Parquet only what is decoded next is read, and a cut is an error; an Arrow batch may be as large as its file.
+    return pa.OSFile(path) if location.endswith(".parquet") else pa.memory_map(path)
