@@ -39,7 +39,8 @@ class Progress:
             self._told = now
             rate = (self.done - self._skipped) / (now - self._started)
             left_s = max(self.total - self.done, 0.0) / rate if rate else 0.0
-            line = f"{self.what}: {int(self.done)} of {self.total} {self.unit}, {rate:.0f} a second"
+            a_second = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+            line = f"{self.what}: {int(self.done)} of {self.total} {self.unit}, {a_second} a second"
             line += f", {left_s:.0f} s left{f', {self.note}' if self.note else ''}"
             print(line, file=sys.stderr, flush=True)
 

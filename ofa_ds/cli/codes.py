@@ -115,6 +115,7 @@ def _decode(options: argparse.Namespace) -> None:
     with heavy_imports():
         from itertools import islice
 
+        from ofa_ds.storage.atomic import new_content
         from ofa_ds.vision.code_rows import CODE_TASKS, code_rows, count_rows, given_row
         from ofa_ds.vision.coder import Coders, this_device
         from ofa_ds.vision.decoding import paint_files, paint_sheet
@@ -131,7 +132,8 @@ def _decode(options: argparse.Namespace) -> None:
         print(f"pictures: {paint_files(rows, coders, options.out, limit=limit)} in {options.out}")
         return
     shown = list(islice(rows, options.rows or SHEET_ROWS))
-    paint_sheet(shown, coders).save(options.png)
+    with new_content(options.png) as partial:
+        paint_sheet(shown, coders).save(partial)
     print(f"pictures: {len(shown)} in {options.png}")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from ofa_ds.runs.curves import Curve, Metrics, order, text_of
+from ofa_ds.storage.atomic import new_content
 
 COLUMNS, WIDTH, HEIGHT, HEAD = 3, 440, 250, 50
 LEFT, TOP, RIGHT, BOTTOM = 70, 34, 14, 28
@@ -36,7 +37,8 @@ def draw(one: Metrics, other: Metrics, names: tuple[str, str], path: Path) -> st
         corner = (i % COLUMNS * WIDTH, HEAD + i // COLUMNS * HEIGHT)
         curves = [metrics.curves.get(name, Curve()) for metrics in (one, other)]
         _panel(pen, corner, name, curves, font, small)
-    picture.save(path)
+    with new_content(path) as partial:
+        picture.save(partial)
     return f"{len(panels)} of {len(shown)} curves" if len(panels) < len(shown) else f"{len(panels)} curves"
 
 

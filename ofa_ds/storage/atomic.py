@@ -168,21 +168,32 @@ def _locked(path: Path, *, only_where_known: bool = False) -> int | None:
     return None
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Give a small file another content: the old one stays until the new one is whole, also where the disk is full.
+@contextmanager
+def new_content(path: Path) -> Iterator[Path]:
+    """A path with the same suffix: what the block writes there is that of `path` when it ends.
 
-    A pipe or a device, such as /dev/stdout, is written to as it is: another file in its place would be its end.
+    The old content stays until then, and where the block fails, as on a full disk. Where `path` leads to another file,
+    that is meant. A pipe or a device, such as /dev/stdout, is written to as it is: another file would be its end.
     """
     if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
+        yield path
         return
-    partial = path.with_name(f"{PARTIAL}{path.name}")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync(path.parent)
+    place = path.resolve()
+    partial = place.with_name(f"{PARTIAL}{path.name}")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, place)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(place.parent)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Give a small file another content, as `new_content` does."""
+    with new_content(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def check_space(directory: Path, num_bytes: int, num_files: int) -> None:

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ofa_ds.data.example import Example
 from ofa_ds.data.shards import Shards
+from ofa_ds.storage.atomic import new_content
 from ofa_ds.tasks.context import Context, row_generator
 from ofa_ds.tasks.kind import Task
 from ofa_ds.tasks.task import DOWNSTREAM, asked_for, examples, held_out_examples, table_of
@@ -61,7 +62,8 @@ def show_shards(shards: Shards, ctx: Context, *, task: str | None, row: int, png
         print(describe(example, ctx))
     if png is not None and shown:
         cards = [draw_card(example, facts(example, ctx), ctx, views_of(ctx, example)) for example in shown]
-        draw_sheet(cards).save(png)
+        with new_content(png) as partial:
+            draw_sheet(cards).save(partial)
         print(f"{png}: {len(shown)} example{'s' * (len(shown) != 1)}")
 
 

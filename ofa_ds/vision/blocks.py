@@ -5,6 +5,7 @@ Legend: B pictures, C channels, H, W pixels (or places of a level).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -13,8 +14,15 @@ from ofa_ds.vision.config import NORM_GROUPS, VqganConfig
 NORM_EPS = 1e-6
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
+class Norm(nn.GroupNorm):
+    """Of one value too, as a picture of one code has it where a group is one channel; torch's module refuses that."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return torch.group_norm(x_BCHW, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def norm(channels: int) -> Norm:
+    return Norm(NORM_GROUPS, channels, eps=NORM_EPS)
 
 
 class ResBlock(nn.Module):

@@ -106,7 +106,10 @@ def _released_config(path: Path) -> VqganConfig:
     if path.stat().st_size > _MAX_YAML_BYTES:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a {RELEASED_CONFIG}")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # a few bytes could say 2^n values
+            raise ValueError(f"{path}: refused, it has aliases (*NAME); a {RELEASED_CONFIG} has none")
+        found = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     model = _part(path, found, "model")

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofa_ds.checkpoint.runs import remove_leftovers
-from ofa_ds.storage.atomic import PARTIAL, check_space, new_directory, new_file, replace_file
+from ofa_ds.storage.atomic import PARTIAL, check_space, new_content, new_directory, new_file, replace_file
 from ofa_ds.storage.sizes import size_text
 
 MAKERS = {"directory": new_directory, "file": new_file}
@@ -146,3 +146,23 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
     replace_file(pipe, "a line\n")
     reader.join(10)
     assert read == ["a line\n"] and stat.S_ISFIFO(pipe.stat().st_mode) and list(tmp_path.iterdir()) == [pipe]
+
+
+def test_content_that_could_not_be_written_whole_leaves_what_was_there(tmp_path):
+    (tmp_path / "picture.png").write_text("old")
+    for name in ("picture.png", "other.png"):
+        with pytest.raises(OSError, match="full"), new_content(tmp_path / name) as partial:
+            assert partial.suffix == ".png"
+            partial.write_text("ne")
+            raise OSError("full")
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+    assert (tmp_path / "picture.png").read_text() == "old"
+
+
+def test_new_content_goes_where_a_link_leads(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "file").write_text("old")
+    (tmp_path / "link.txt").symlink_to("sub/file")
+    replace_file(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "sub" / "file").read_text() == "new"
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["file"]

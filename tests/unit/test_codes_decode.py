@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,24 @@ def test_a_row_and_numbers_or_neither_are_wrong_usage(model: Path, rows: Path, c
     assert main([*decode, str(rows / "shards"), "--codes", "1", "--png", "a.png"]) == 2
     assert main([*decode, "--codes", "1"]) == 2
     assert "want --png FILE or --out DIR" in capsys.readouterr().err
+
+
+def test_a_picture_of_one_code_is_painted_and_encoded(model: Path, tmp_path: Path) -> None:
+    sheet = tmp_path / "a.png"
+    assert main(["codes", "decode", "--codes", "7", "--model", str(model), "--png", str(sheet)]) == 0
+    assert pixels(sheet).shape == (8, 8, 3)
+    assert load_coder(model, code_image_size=8).encode([pixels(sheet)])[0].shape == (1, 1)
+
+
+def test_a_sheet_that_could_not_be_written_leaves_the_one_before(model, tmp_path, capsys, monkeypatch) -> None:
+    sheet = tmp_path / "a.png"
+    sheet.write_bytes(b"the one before")
+
+    def save(self, path, *_, **__):
+        Path(path).write_bytes(b"PNG")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert main(["codes", "decode", "--codes", "1", "--model", str(model), "--png", str(sheet)]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert sheet.read_bytes() == b"the one before" and list(tmp_path.iterdir()) == [sheet]

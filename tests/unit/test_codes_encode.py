@@ -263,11 +263,13 @@ def test_what_cannot_be_is_refused_before_anything_is_encoded(given, model, tmp_
     (tmp_path / "taken_too").mkdir()
     (tmp_path / "taken_too" / "file").write_text("mine")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
     for call, message in [
         ((source, tmp_path / "new", tmp_path / "coarse"), "has a code for 2 x 2 pixels; rows have one for 8 x 8"),
         ((source, tmp_path / "new", tmp_path / "empty"), "empty: no VQGAN there"),
         ((source, tmp_path / "taken", model), "taken: is there already"),
         ((given / "shards", tmp_path / "taken_too", model), "taken_too exists and is not an empty directory"),
+        ((given / "shards", tmp_path / "link", model), "link: is a symbolic link; remove it, or give the place"),
         ((given / "shards", given / "shards" / "new", model), "is in"),
         ((tmp_path / "empty", tmp_path / "new", model), "empty: no pictures there"),
         ((tmp_path / "nowhere", tmp_path / "new", model), "nowhere: no such folder or file"),

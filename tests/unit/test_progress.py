@@ -41,3 +41,14 @@ def test_short_work_says_nothing(capsys):
     meter.add(3)
     meter.close()
     assert capsys.readouterr().err == ""
+
+
+def test_slow_work_has_digits_too(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("ofa_ds.progress.time.monotonic", lambda: now[0])
+    meter = Progress(1000, "encoding", "pictures")
+    for seconds, count in ((20, 8), (20, 992)):
+        now[0] += seconds
+        meter.add(count)
+    lines = capsys.readouterr().err.splitlines()
+    assert "0.4 a second" in lines[0] and "25 a second" in lines[1]

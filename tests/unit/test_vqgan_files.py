@@ -120,6 +120,10 @@ def test_a_missing_model_or_an_unfitting_target_is_one_line(model: Vqgan, tmp_pa
     (folder / "model.yaml").write_text("model: {target: ldm.models.AutoencoderKL, params: {}}\n")
     with pytest.raises(ValueError, match=r"model.target: want one that ends in GumbelVQ or VQModel"):
         load_vqgan(folder)
+    shared = "".join(f"a{k}: &a{k} [*a{k - 1}, *a{k - 1}]\n" for k in range(1, 60))  # 2^59 words
+    (folder / "model.yaml").write_text(f"a0: &a0 x\n{shared}model: {{target: *a59, params: *a59}}\n")
+    with pytest.raises(ValueError, match=r"model.yaml: refused, it has aliases \(\*NAME\)"):
+        load_vqgan(folder)
     save_vqgan(model, tmp_path / "own")
     (tmp_path / "own" / "vqgan.json").write_text(json.dumps({"format": "ofa-ds vqgan", "version": 2}))
     with pytest.raises(ValueError, match="version"):

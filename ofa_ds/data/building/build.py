@@ -164,6 +164,8 @@ def refuse_target(out: str, target: Path) -> None:
     if file_systems.is_remote(out):
         if file_systems.exists(f"{out}/{MANIFEST}"):
             raise ValueError(f"{out}: shards are there already; give another --out")
+    elif target.is_symlink():
+        raise ValueError(f"{target}: is a symbolic link; remove it, or give the place that it leads to")
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty directory; give another --out or remove it")
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ofa_ds.data.tools.stats import Stats
 from ofa_ds.data.tools.stats_report import quantile
+from ofa_ds.storage.atomic import new_content
 
 COLUMNS, CELL, BARS = 4, (300, 190), 40
 COLOURS = ((31, 119, 180), (214, 96, 20), (44, 140, 60), (150, 60, 160), (120, 90, 70), (60, 130, 140))
@@ -29,7 +30,8 @@ def draw(stats: Stats, path: Path) -> None:
     pen.text((_SIDE, 12), f"{stats.path}: {rows}", "black", ImageFont.load_default(14))
     for k, (title, counts, colour) in enumerate(cells):
         _histogram(pen, (k % COLUMNS * CELL[0], 40 + k // COLUMNS * CELL[1]), title, counts, colour)
-    picture.save(path)
+    with new_content(path) as partial:
+        picture.save(partial)
 
 
 def _histogram(
