@@ -19,9 +19,6 @@ from ofa_ds.tasks.kind import Decoding, Task
 from ofa_ds.tasks.task import DOWNSTREAM, DOWNSTREAM_FAMILY
 from ofa_ds.tasks.task_shards import tasks_of
 
-SEARCHES = ("all", "beam", "open")
-"""Ways to an answer: every candidate scored; beams that stay inside the list of answers; beams that may give any."""
-
 _OPTIONS = {"data.task.name": "--task", "data.shards": "--shards", "data.heldout": "--shards", "data.vocab": "--vocab"}
 """Settings that have an option of their own here."""
 
@@ -35,6 +32,7 @@ class How:
 
     beams: int | None = None
     search: Literal["", "all", "beam", "open"] = ""
+    """Every candidate scored; beams that stay inside the list of answers; beams that may give any."""
     settings: tuple[str, ...] = ()
     """KEY=VALUE of the recipe's [data], such as data.task.prompt=prev_output."""
     samples: int = 1

@@ -175,12 +175,6 @@ def token_sums(loaded: LoadedModel, examples: Sequence[Example], told: Told = un
     return sums.tolist()
 
 
-def token_scores(loaded: LoadedModel, examples: Sequence[Example], told: Told = untold) -> tuple[float, float]:
-    """Mean negative log-likelihood and accuracy per target token."""
-    loss, right, count = token_sums(loaded, examples, told)
-    return loss / max(count, 1.0), right / max(count, 1.0)
-
-
 def generated(
     loaded: LoadedModel, examples: Sequence[Example], *, beam: int = 1, max_tokens: int | None = None,
     told: Told = untold,

@@ -139,10 +139,6 @@ def encode(text: str) -> list[int]:
     return _tokenizer().encode(" ".join(words))
 
 
-def decode(ids: Sequence[int]) -> str:
-    return _tokenizer().decode(ids)
-
-
 def tokenize(texts: Sequence[str], *, context_length: int = 77, truncate: bool = True) -> Tensor:
     """int64 [B, T]: begin, ids, end, zeros. Raises ValueError for a text that is too long, unless it is cut."""
     result_BT = torch.zeros(len(texts), context_length, dtype=torch.long)

@@ -16,7 +16,6 @@ from torch import Tensor
 from ofa_ds.tasks.downstream.text_to_image import caption_of
 from ofa_ds.vision.clip import (
     Clip,
-    decode,
     encode,
     load_clip,
     new_model,
@@ -144,7 +143,6 @@ def test_ids_are_openai_s_to_the_literal_end_of_text(golden_root: Path) -> None:
     assert any("<|endoftext|>" in caption for caption in captions)
     assert [encode(caption) for caption in captions] == recorded["ids"]
     assert tokenize(captions).tolist() == recorded["rows"]
-    assert [decode(ids) for ids in recorded["ids"]] == recorded["decoded"]
     long_text = " ".join(["word"] * 100)
     assert tokenize([long_text]).tolist() == [recorded["long_truncated_row"]]
     with pytest.raises(ValueError, match=f"has 102 tokens, the context {recorded['context_length']}; shorten it"):

@@ -16,7 +16,7 @@ from ofa_ds.data.scenes import write_scenes
 from ofa_ds.data.shards import Shards
 from ofa_ds.inference.answers import readable, sample_cards, sample_sheet
 from ofa_ds.inference.evaluate import beside_blind, blinded, collect, judge_tasks
-from ofa_ds.inference.loaded_model import LoadedModel, batches, generated, token_scores
+from ofa_ds.inference.loaded_model import LoadedModel, batches, generated, token_sums
 from ofa_ds.inference.table import format_table
 from ofa_ds.model.config import model_config
 from ofa_ds.model.ofa import OFA
@@ -171,10 +171,10 @@ def test_question_types_add_up_to_all_questions(judged: dict) -> None:
 def test_loss_and_accuracy_do_not_depend_on_how_examples_are_batched(
     learned: LoadedModel, asked: dict[str, list[Example]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = token_scores(learned, asked["caption"])
+    whole = token_sums(learned, asked["caption"])
     monkeypatch.setattr("ofa_ds.inference.loaded_model.MAX_TOKENS_A_BATCH", 1)
     assert len(list(batches(asked["caption"], 16))) == len(asked["caption"])
-    assert token_scores(learned, asked["caption"]) == pytest.approx(whole, rel=1e-5)
+    assert token_sums(learned, asked["caption"]) == pytest.approx(whole, rel=1e-5)
 
 
 def test_the_result_is_json_and_the_table_has_a_line_per_score(judged: dict) -> None:
