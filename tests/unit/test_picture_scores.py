@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_inception import random_inception
 
 from ofa_ds.vision import inception, picture_scores
 from ofa_ds.vision.inception import Inception, Statistics
-from ofa_ds.vision.libraries import library
 from ofa_ds.vision.picture_scores import PictureJudge, ScoreFiles
 
 
@@ -27,19 +27,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """InceptionV3 with random weights: the file that a user would name."""
-    library("torch_fidelity", "tests")
-    from torch_fidelity import feature_extractor_inceptionv3 as module
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("inception") / inception.WEIGHTS
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
-        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
-    loud = {name: 6**0.5 if name.endswith("conv.weight") else 1.0 for name in network.state_dict()}  # of a ReLU's size
-    torch.save({name: factor * network.state_dict()[name] for name, factor in loud.items()}, path)
-    return path
+    return random_inception(tmp_path_factory.mktemp("inception"))
 
 
 @pytest.fixture(scope="module")
