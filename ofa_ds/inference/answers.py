@@ -18,6 +18,7 @@ from ofa_ds.data.shards import Shards
 from ofa_ds.inference.asking import AS_THE_TASK_SAYS, How, answers_to, asked_as, check_list, with_settings
 from ofa_ds.inference.loaded_model import LoadedModel, generated, load_model
 from ofa_ds.inference.painting import that_paints
+from ofa_ds.storage.atomic import new_content
 from ofa_ds.tasks import instruction, preview
 from ofa_ds.tasks.boxes import expected_objects, objects_of
 from ofa_ds.tasks.candidates import Candidates
@@ -157,7 +158,8 @@ def generate_one(
         how = dataclasses.replace(how, beams=PRETRAINED_BEAMS)
     ids = answers_to(model, ctx, what, [example], how, max_tokens=what.answer_tokens(ctx))[0]
     if png is not None:
-        draw_answer(ctx, example, ids, expected=False).save(png)
+        with new_content(png) as partial:
+            draw_answer(ctx, example, ids, expected=False).save(partial)
     return _told(ctx, example, ids, picture if what.shows == "boxes" else None)
 
 
@@ -173,7 +175,8 @@ def _instructed(
     packed = dataclasses.replace(example, task=TASKS[0])  # a batch counts its examples by task
     ids = generated(model, [packed], beam=how.beams or PRETRAINED_BEAMS, max_tokens=SHORT_ANSWER_TOKENS)[0]
     if png is not None:
-        draw_answer(ctx, dataclasses.replace(example, task=instruction.NAME), ids, expected=False).save(png)
+        with new_content(png) as partial:
+            draw_answer(ctx, dataclasses.replace(example, task=instruction.NAME), ids, expected=False).save(partial)
     return _told(ctx, example, ids, picture)
 
 

@@ -41,5 +41,6 @@ def most_probable(logp_RV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Te
     if top_p:
         probable_RV = sorted_RV.exp()
         before_RV = probable_RV.cumsum(-1) - probable_RV
-        sorted_RV = sorted_RV.masked_fill(before_RV >= top_p, -torch.inf)
+        least = max(top_p, torch.finfo(before_RV.dtype).tiny)  # the most probable one stays, before which is 0
+        sorted_RV = sorted_RV.masked_fill(before_RV >= least, -torch.inf)
     return sorted_RV, index_RV

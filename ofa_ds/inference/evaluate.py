@@ -37,6 +37,7 @@ from ofa_ds.inference.painted_scores import PaintedScores
 from ofa_ds.inference.painting import that_paints
 from ofa_ds.inference.share import ALONE, Share
 from ofa_ds.progress import Progress
+from ofa_ds.storage.atomic import new_content
 from ofa_ds.tasks import judges
 from ofa_ds.tasks.context import Context
 from ofa_ds.tasks.kind import Task
@@ -74,7 +75,8 @@ def evaluate(
     result = judge_tasks(model, data, tasks=tasks, rows=rows, how=how, slowly=True, painted=painted, share=share)
     if png is not None and share.rank == 0:
         rows = CARDS // len(result) if DOWNSTREAM_FAMILY in data.families else 1
-        sample_sheet(model, data, tasks=list(result), rows=rows, how=how).save(png)
+        with new_content(png) as partial:
+            sample_sheet(model, data, tasks=list(result), rows=rows, how=how).save(partial)
     return {
         "checkpoint": model.path, "step": model.step, "shards": str(shards), "beam": how.beams,
         "decoding": how.search, "seconds": round(time.monotonic() - began, 1), "tasks": result,

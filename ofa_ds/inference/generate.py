@@ -34,6 +34,9 @@ class DecodingState(Protocol):
         """Row r goes on from what row index_R[r] was; both belong to one example."""
 
 
+MIN_TEMPERATURE = 1e-30
+
+
 class IncrementalModel(Protocol):
     """What `generate` asks of a model (see `ofa_ds.model`)."""
 
@@ -81,6 +84,11 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         if self.beams < 1 or self.temperature <= 0 or self.min_len < 0:
             raise ValueError(f"want beams >= 1, temperature > 0, min_len >= 0, got {self}")
+        if self.temperature < MIN_TEMPERATURE:
+            raise ValueError(
+                f"temperature: want at least {MIN_TEMPERATURE}, below which logits have no room in fp32, "
+                f"got {self.temperature}; top_k 1 takes the most probable token"
+            )
         if (self.top_k or self.top_p) and not self.sampling:
             raise ValueError("top_k and top_p choose among samples; set sampling=True, or leave them out")
         if self.top_k and self.top_p:

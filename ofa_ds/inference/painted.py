@@ -16,6 +16,7 @@ from ofa_ds.inference.asking import answers_to
 from ofa_ds.inference.evaluate import beside_blind, blinded, collect
 from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.inference.painting import check_codes
+from ofa_ds.storage.atomic import new_content
 from ofa_ds.tasks.context import Context
 from ofa_ds.tasks.preview import filled
 from ofa_ds.tasks.task import task_of
@@ -50,7 +51,8 @@ def judge_painted(
     holes = [_hole(example) for example in asked]
     painted = {how: coder.paint(each) for how, each in codes.items()}
     if png is not None:
-        _sheet(asked, painted).save(png)
+        with new_content(png) as partial:
+            _sheet(asked, painted).save(partial)
     return {
         "examples": len(asked),
         "colour_error": beside_blind({how: _error(holes, each) for how, each in painted.items()}, best=min),

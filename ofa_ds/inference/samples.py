@@ -18,7 +18,7 @@ from ofa_ds.inference.draws import SeededDraw
 from ofa_ds.inference.generate import generate
 from ofa_ds.inference.loaded_model import LoadedModel, load_model
 from ofa_ds.inference.painting import check_codes, coder_of
-from ofa_ds.storage.atomic import replace_file
+from ofa_ds.storage.atomic import new_content, replace_file
 from ofa_ds.tasks.gallery import Entry, draw_gallery
 from ofa_ds.tasks.task import ask
 from ofa_ds.vision.clip import Clip, load_clip, rerank, without_slashes
@@ -115,7 +115,8 @@ def paint_text(
     }  # fmt: skip
     if png is not None:
         notes = [_note(sample) for sample in samples]
-        draw_gallery([Entry(caption=caption, pictures=pictures, notes=notes)]).save(png)
+        with new_content(png) as partial:
+            draw_gallery([Entry(caption=caption, pictures=pictures, notes=notes)]).save(partial)
         replace_file(png.with_name(f"{png.name}.json"), json.dumps(told) + "\n")
     return told
 

@@ -74,6 +74,12 @@ def test_few_codes_low_temperature_and_top_p_leave_the_improbable_out(model: Loa
     assert first[2] == first[3] < first[1]
 
 
+def test_the_smallest_top_p_and_temperature_leave_the_most_probable_code(model: LoadedModel) -> None:
+    (wanted,) = sample_codes(model, CAPTION, Sampling(samples=1, top_k=1))
+    for least in (Sampling(samples=1, top_k=0, top_p=1e-300), Sampling(samples=1, top_k=0, temperature=1e-30)):
+        assert [each.codes for each in sample_codes(model, CAPTION, least)] == [wanted.codes]
+
+
 def test_codes_alone_give_what_the_whole_vocabulary_gives(model: LoadedModel) -> None:
     """With a prefix, though empty, the search is over every id."""
     batch = model.pack([ask(model.context(), NAME, None, CAPTION)])
@@ -131,6 +137,7 @@ def test_the_sheet_has_every_picture_and_what_is_beside_it_every_code_and_seed(
     [
         (["--samples", "0"], 2, "--samples"), (["--top-k", "-1"], 2, "--top-k"), (["--top-p", "0"], 2, "--top-p"),
         (["--top-p", "1.5"], 2, "at most 1"), (["--temperature", "nan"], 2, "--temperature"),
+        (["--temperature", "1e-300"], 1, "temperature: want at least 1e-30, below which logits have no room in fp32"),
         (["--top-k", "3", "--top-p", "0.5"], 2, "one of them"), (["--beam", "2"], 2, "--beam"),
         (["--rerank", "clip"], 2, "--rerank clip and --clip FILE together"), (["--clip", "x"], 2, "together"),
         (["--png", "a.png"], 1, "--codes-model DIR"), (["--codes-model", "nowhere", "--png", "a.png"], 1, "nowhere"),
