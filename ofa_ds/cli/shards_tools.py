@@ -16,7 +16,9 @@ def add_tools(shards: Commands) -> None:
     )  # fmt: skip
     verify.add_argument("dir", type=here, metavar="DIR", help="shards")
     verify.add_argument(
-        "--no-decode", action="store_true", help="checksums and counts alone, as fast as the disk is read"
+        "--no-decode",
+        action="store_true",
+        help="checksums and counts alone, by workers that are threads",
     )
     add_workers(verify)
     stats = command(

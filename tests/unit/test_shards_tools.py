@@ -98,6 +98,22 @@ def test_shuffled_shards_have_every_row_once_and_the_same_bytes_for_any_workers(
     assert again.fingerprint == Shards(tmp_path / "one").fingerprint  # of the rows, not of how they are cut
 
 
+@pytest.mark.parametrize("row_bytes", [200, 90_000])
+def test_pages_are_let_go_of_in_time_where_two_megabytes_are_mapped_for_a_row(row_bytes: int, monkeypatch) -> None:
+    mapped = [0, 0]
+
+    class Source:
+        def forget_pages(self) -> None:
+            mapped.append(0)
+
+    monkeypatch.setattr(rewrite._Pages, "_mapped", staticmethod(lambda: mapped[-1]))
+    pages = rewrite._Pages(Source())
+    for _ in range(1000):
+        mapped.append(mapped[-1] + (2 << 20))
+        pages.touched(row_bytes)
+    assert max(mapped) <= rewrite.MAPPED_BYTES
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_pages_that_are_read_at_random_are_let_go_and_no_row_differs(
     told: bool, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -131,7 +131,7 @@ class _Pages:
     def touched(self, num_bytes: int) -> None:
         """By a row of that size; the system maps some pages around it too."""
         self._touched += num_bytes + _AROUND_BYTES
-        if self._touched > MAPPED_BYTES // 4:
+        if self._touched > MAPPED_BYTES // 64:  # of 2 MiB a row, as some systems map, still in time
             self._touched = 0
             if not (mapped := self._mapped()) or mapped > self._least + MAPPED_BYTES // 2:
                 self._shards.forget_pages()
