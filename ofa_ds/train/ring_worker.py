@@ -30,7 +30,7 @@ Begin = Callable[[str, int], None]
 """`begin(family, row)`: this row is next."""
 Prepare = Callable[..., tuple[Batch, Any]]
 """`prepare(step, number, begin)` -> the batch and notes about it, a function of the first two alone. ValueErrors and
-RuntimeErrors are the consumer's, one line each."""
+RuntimeErrors are the consumer's, one line each, and so are OSErrors: of a disk, or of a service."""
 
 
 Announce = Callable[[int, int], None]
@@ -97,7 +97,7 @@ def _answer(order: Order, slots: Slots, prepare: Prepare, begin: Begin) -> Made 
         packed = packing(batch)
         packed.write(slots.reserve(order.slot, packed.size))
         return Made(order.number, packed.size, packed.layout, notes)
-    except (ValueError, RuntimeError) as error:  # the line alone: a class of its own may not travel
+    except (ValueError, RuntimeError, OSError) as error:  # the line alone: a class of its own may not travel
         return Failed(order.number, (ValueError if isinstance(error, ValueError) else RuntimeError)(str(error)))
     except MemoryError:
         return Failed(order.number, RuntimeError(f"{place(order.key)}: no memory left; use smaller batch.micro_rows"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import signal
@@ -81,6 +82,8 @@ def strike(fault: str) -> None:
         ctypes.string_at(0)
     elif fault == "value error":
         raise OwnError(7, "row 7 is at fault")
+    elif fault == "full disk":
+        raise OSError(errno.ENOSPC, "No space left on device", "cache/a")
     elif fault == "bug":
         raise ZeroDivisionError("division by zero")
     elif fault == "stopped":

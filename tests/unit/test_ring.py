@@ -179,6 +179,7 @@ def test_a_batch_that_ends_every_worker_is_one_error_in_its_turn(capfd):
     "fault, kind, message",
     [
         ("value error", ValueError, "^7: row 7 is at fault$"),
+        ("full disk", RuntimeError, r"^\[Errno 28\] No space left on device: 'cache/a'$"),
         ("no memory", RuntimeError, "^step 1, micro-batch 2: no memory left; use smaller batch.micro_rows$"),
         ("bug", RuntimeError, "^step 1, micro-batch 2: ZeroDivisionError: division by zero$"),
     ],
