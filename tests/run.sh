@@ -6,8 +6,8 @@
 #   bash tests/run.sh --slow -m slow              the tests that take minutes each
 #
 # Without a file or folder, in three parts: what needs one process a test, as many at once as there are cores (at most 8);
-# what starts ranks here, two files at once; launches and what has hosts of its own, one by one, and what failed of these
-# once more. -n 0: all one by one.
+# what starts ranks here, two files at once; and beside these, as they mostly wait, launches and what has hosts of its own,
+# one by one, and what failed of these once more, alone.
 # What is named runs by itself, all of it, in one process; -n 2 for two.
 # tests/multihost and tests/chaos need root, pdsh, sshd, ip (chaos: nft, cc too), and say so where they are skipped.
 # OFA_DS_VENV: another environment.
@@ -23,7 +23,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHON
 existing() { for folder in "$@"; do if [ -d "$folder" ]; then echo "$folder"; fi; done; }
 # Quick ones first: a mistake in a unit shows before the trainings start.
 mapfile -t at_once < <(existing tests/unit tests/kernels tests/parity)
-# A launch judges by silences of seconds: its tests have the machine for themselves.
+# A launch judges by silences of seconds: its tests run one by one.
 launches=tests/reliability/test_launch.py
 mapfile -t by_twos < <(existing tests/distributed tests/reliability)
 mapfile -t one_by_one < <(existing tests/multihost tests/chaos)
@@ -45,36 +45,55 @@ done
 set -- "${arguments[@]}"
 if ! $is_named && ! $everything; then set -- --brief "$@"; fi
 
-log=$(mktemp "${TMPDIR:-/tmp}/ofa-ds-tests.XXXXXX")
-trap 'rm -f "$log"' EXIT
-code=0 summaries=()
-run() {
-  local last
-  ended=0
-  python -m pytest -q --durations=10 "$@" </dev/null 2>&1 | tee "$log" || ended=$?
-  last=$(grep . "$log" | tail -n 1 || true)
-  summaries+=("$last")
+logs=$(mktemp -d "${TMPDIR:-/tmp}/ofa-ds-tests.XXXXXX")
+beside=
+# Interrupted, they take down the hosts that they made.
+end_what_runs_beside() {
+  if [ -n "$beside" ]; then kill -INT -- "-$beside" 2>/dev/null && wait "$beside" || true; fi
+  beside=
+}
+trap 'end_what_runs_beside; rm -rf "$logs"' EXIT
+trap 'exit 130' INT TERM
+code=0 summaries=() found=false lower=()
+# of NUMBER, whose output is LOG
+ended_with() {
+  ended=$1
+  summaries+=("$(grep . "$2" | tail -n 1 || true)")
   # 5: nothing here has what -k or -m asks for; only where no part has it that is a failure.
   if [ "$ended" -ne 5 ]; then found=true; fi
   if [ "$ended" -ne 5 ] && [ "$code" -eq 0 ]; then code=$ended; fi
 }
+run() {
+  local status=0
+  "${lower[@]}" python -m pytest -q --durations=10 "$@" </dev/null 2>&1 | tee "$logs/run" || status=$?
+  ended_with "$status" "$logs/run"
+}
 # After failed tests (1) the next part runs as well, unless -x asks for the end; after anything worse it does not.
 goes_on() { [ "$code" -eq 0 ] || { [ "$code" -eq 1 ] && ! $stops_at_first; }; }
-found=false
 if $is_named; then
   run "$@"
 else
+  one_by_one=("$launches" "${one_by_one[@]}" -o cache_dir=.pytest_cache/beside)
+  set -m  # a group of its own, which heeds SIGINT
+  python -m pytest -q --durations=10 "${one_by_one[@]}" "$@" </dev/null >"$logs/beside" 2>&1 &
+  beside=$!
+  set +m
+  lower=(nice -n 5)  # those are in a hurry
   run -n logical --maxprocesses 8 --dist worksteal "${at_once[@]}" "$@"
   if goes_on; then run -n 2 --dist loadfile "${by_twos[@]}" --ignore "$launches" "$@"; fi
   if goes_on; then
-    before=$code
-    run "$launches" "${one_by_one[@]}" "$@"
+    before=$code status=0
+    echo "tests: waiting for those of launches and hosts, which began with the first"
+    wait "$beside" || status=$?
+    beside=
+    cat "$logs/beside"
+    ended_with "$status" "$logs/beside"
     # These judge by seconds of silence, of real daemons on a machine that others may load: what failed is tried once more,
     # alone, and said to have failed once.
     if [ "$before" -eq 0 ] && [ "$code" -eq 1 ] && ! $stops_at_first; then
       echo "tests: what failed of these is tried a second time"
-      code=0
-      run --last-failed --last-failed-no-failures none "$launches" "${one_by_one[@]}" "$@"
+      code=0 lower=()
+      run --last-failed --last-failed-no-failures none "${one_by_one[@]}" "$@"
       if [ "$ended" -eq 5 ]; then code=1; fi  # nobody remembers what had failed
     fi
   fi

@@ -11,21 +11,36 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LAUNCHES = "tests/reliability/test_launch.py"
 STAND_IN = """#!{python}
-import json, os, sys
-with open(os.environ["CALLS"], "a") as file:
-    file.write(json.dumps(sys.argv[1:]) + "\\n")
-with open(os.environ["CALLS"]) as file:
-    number = len(file.readlines())
-code = int(os.environ["CODES"].split(",")[number - 1])
-print(f"part {{number}} says {{code}}")
-sys.exit(code)
+import json, os, sys, time
+words = sys.argv[1:]
+if "--last-failed" in words:
+    part = 4
+elif "tests/multihost" in words:
+    part = 3
+else:
+    part = 2 if "--ignore" in words else 1
+code = os.environ["CODES"].split(",")[part - 1]
+try:
+    with open(os.environ["CALLS"], "a") as file:
+        file.write(json.dumps([part, words]) + "\\n")
+    if code == "hangs":
+        time.sleep(600)
+except KeyboardInterrupt:
+    open(os.environ["CALLS"] + ".interrupted", "w").close()
+    sys.exit(2)
+while os.environ["CODES"].endswith("hangs") and part != 3 and "[3" not in open(os.environ["CALLS"]).read():
+    time.sleep(0.01)
+print(f"part {{part}} says {{code}}")
+sys.exit(int(code))
 """
 
 
 class Script:
     def __init__(self, folder: Path) -> None:
         self.calls = folder / "calls"
+        self.interrupted = folder / "calls.interrupted"
         self.venv = folder / "venv"
         (self.venv / "bin").mkdir(parents=True)
         for name in ("python", "ofa-ds"):
@@ -36,15 +51,18 @@ class Script:
         (self.venv / ".ready-dev").write_bytes(done.stdout)
 
     def run(self, *arguments: str, codes: str = "0,0,0") -> tuple[int, str, list[list[str]]]:
-        """(exit code, last line, what each pytest was given)."""
+        """(exit code, last line, what each pytest was given, in the order of the parts).
+
+        codes: with which each of the parts ends; "hangs" waits to be interrupted.
+        """
         self.calls.unlink(missing_ok=True)
         environment = {**os.environ, "OFA_DS_VENV": str(self.venv), "CALLS": str(self.calls), "CODES": codes}
         done = subprocess.run(
             ["bash", str(ROOT / "tests/run.sh"), *arguments],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/",
         )  # fmt: skip
-        calls = [json.loads(line) for line in self.calls.read_text().splitlines()]
-        return done.returncode, done.stdout.splitlines()[-1], calls
+        calls = sorted(json.loads(line) for line in self.calls.read_text().splitlines())
+        return done.returncode, done.stdout.splitlines()[-1], [words for _, words in calls]
 
 
 @pytest.fixture
@@ -60,9 +78,8 @@ def test_every_folder_of_tests_runs_once_and_arguments_reach_each_part(script: S
     code, last, calls = script.run("-k", "a b", "--slow", "-m", "slow")
     there = {f"tests/{file.parent.name}" for file in (ROOT / "tests").glob("*/test_*.py")}
     named = [folder for part in folders(calls) for folder in part]
-    launches = "tests/reliability/test_launch.py"
-    assert code == 0 and sorted({*named} - {launches}) == sorted(there) and len(named) == len({*named}) + 1
-    assert "--ignore" in calls[1] and launches in folders(calls)[1] and launches in folders(calls)[2], "in one part"
+    assert code == 0 and sorted({*named} - {LAUNCHES}) == sorted(there) and len(named) == len({*named}) + 1
+    assert "--ignore" in calls[1] and LAUNCHES in folders(calls)[1] and LAUNCHES in folders(calls)[2], "in one part"
     assert all(call[-5:] == ["-k", "a b", "--slow", "-m", "slow"] for call in calls)
     assert last == "tests: passed (part 1 says 0; part 2 says 0; part 3 says 0)"
 
@@ -91,10 +108,10 @@ def test_what_is_named_runs_alone_in_one_process(script: Script, named: str) -> 
     [
         ("1,0,0", [], 3, 1),
         ("0,1,0", [], 3, 1),
-        ("1,0,0", ["-x"], 1, 1),
-        ("1,0,0", ["--maxfail=1"], 1, 1),
-        ("2,0,0", [], 1, 2),
-        ("4,0,0", [], 1, 4),
+        ("1,0,hangs", ["-x"], 2, 1),
+        ("1,0,hangs", ["--maxfail=1"], 2, 1),
+        ("2,0,hangs", [], 2, 2),
+        ("4,0,hangs", [], 2, 4),
         ("5,0,5", ["-k", "x"], 3, 0),
         ("0,0,1,0", [], 4, 0),
         ("0,0,1,1", [], 4, 1),
@@ -110,6 +127,7 @@ def test_the_exit_code_is_that_of_the_first_part_that_failed(
 ) -> None:
     code, last, calls = script.run(*arguments, codes=codes)
     assert (code, len(calls)) == (expected, parts)
+    assert script.interrupted.exists() == ("hangs" in codes), "what runs beside ends with the rest"
     assert last.startswith("tests: passed (" if expected == 0 else "tests: FAILED (part 1 says")
 
 
