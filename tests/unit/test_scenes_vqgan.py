@@ -21,7 +21,7 @@ from ofa_ds.vision.scenes_vqgan import MAX_SIDE, scenes_vqgan
 from ofa_ds.vision.vqgan import Vqgan
 
 MARGIN, ROUNDING = 0.9, 0.1
-"""Of the largest logit before the next; of a logit in fp32. Measured: 0.98 and 0.05."""
+"""Of the largest logit before the next; of a logit in fp32. Measured: 1.00 and 0.04."""
 
 
 @pytest.fixture(scope="module")
