@@ -42,8 +42,8 @@ def judge_painted(
     Raises ValueError: the shards have no such rows, or the VQGAN has not so many codes or pixels a code.
     """
     ctx, task = model.context(shards), task_of(model.recipe.data, NAME)
-    if not (asked := collect(shards, ctx, [NAME], rows)[NAME]):
-        raise ValueError(f"{shards.path}: has no row for {NAME}")
+    if task.family not in shards.families or not (asked := collect(shards, ctx, [NAME], rows)[NAME]):
+        raise ValueError(f"{shards.path}: has no row for {NAME}, only for {', '.join(shards.types or shards.families)}")
     check_codes(coder, ctx.vocab, "--model")
     views = {"own": asked} | {how: view for how in ("grey", "shuffled") if (view := blinded(asked, how)) is not None}
     codes = {how: [_codes(ctx, ids) for ids in answers_to(model, ctx, task, view)] for how, view in views.items()}

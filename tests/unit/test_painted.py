@@ -15,6 +15,7 @@ from tiny_vqgan import CONFIG
 
 from ofa_ds.cli.main import main
 from ofa_ds.config import BatchConfig, DataConfig, ModelOptions, Recipe
+from ofa_ds.data.scenes_tasks import write_task_scenes
 from ofa_ds.data.shards import Shards
 from ofa_ds.data.vocab import load_vocab
 from ofa_ds.inference import painted, painting
@@ -131,6 +132,14 @@ def test_a_vqgan_of_another_codebook_is_told(model: LoadedModel, shards: Shards)
     other = Coder(Vqgan(dataclasses.replace(CONFIG, n_embed=64)), 32)
     with pytest.raises(ValueError, match="--model: 64 codes of 8 pixels each, want 128, which"):
         judge_painted(model, shards, other, rows=6)
+
+
+def test_shards_without_rows_that_are_painted_are_told(model: LoadedModel, coder: Coder, tmp_path: Path) -> None:
+    file = write_task_scenes(tmp_path, "text_to_image", rows=2, seed=1)
+    command = ["shards", "build", "--task", "text_to_image", "--out", str(tmp_path / "shards"), str(file)]
+    assert main(command) == 0
+    with pytest.raises(ValueError, match="shards: has no row for image_infilling, only for text_to_image"):
+        judge_painted(model, Shards(tmp_path / "shards"), coder, rows=6)
 
 
 def test_a_card_shows_the_picture_with_what_codes_stand_for_in_its_hole(
