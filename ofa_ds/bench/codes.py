@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,28 +24,37 @@ from ofa_ds.vision.pixels import to_input
 from ofa_ds.vision.vqgan import Vqgan
 
 WAYS = ("original", "ours")
+WORKERS = 2
 
 
 def bench_codes(repeats: int = 5, pictures: int = 4, *, config: VqganConfig | None = None) -> dict[str, Any]:
-    """{"pictures", "side", "<way>_s": seconds of a core for a picture, medians, "ratio" of each round, "equal"}.
+    """{"pictures", "side", "<way>_s": seconds of a core for a picture, medians, "ratio" of each round, "equal",
+    "rates"}.
 
     equal: share of the codes that are the same. config: the released f8 model's where not given. Both take pictures one
     by one, which was no slower than together. Seconds of a core, so that what else a machine does counts for little.
+    rates: ours by the clock, pictures a second of 1, 2, ... WORKERS processes at once, as of `codes encode --workers`.
     """
     config = config or VqganConfig()
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     codes: dict[str, np.ndarray] = {}
     context = multiprocessing.get_context("spawn")
-    pipes = {way: context.Pipe() for way in WAYS}
-    workers = [context.Process(target=_work, args=(way, config, pictures, pipes[way][1])) for way in WAYS]
+    ways = (*WAYS, *WAYS[1:] * (WORKERS - 1))
+    pipes = [context.Pipe() for _ in ways]
+    workers = [
+        context.Process(target=_work, args=(way, config, pictures, pipe))
+        for way, (_, pipe) in zip(ways, pipes, strict=True)
+    ]
+    mine = [pipe for pipe, _ in pipes]
     for worker in workers:
         worker.start()
     try:
         for _ in range(repeats):
-            for way in WAYS:
-                pipes[way][0].send(True)
-                seconds, codes[way] = pipes[way][0].recv()
+            for way, pipe in zip(WAYS, mine, strict=False):
+                pipe.send(True)
+                seconds, codes[way] = pipe.recv()
                 times[way].append(seconds / pictures)
+        rates = {count: _rate(mine[1 : 1 + count], repeats, pictures) for count in range(1, WORKERS + 1)}
     finally:
         for worker in workers:
             worker.kill()
@@ -53,7 +62,22 @@ def bench_codes(repeats: int = 5, pictures: int = 4, *, config: VqganConfig | No
     ratios = [a / b for a, b in zip(times["original"], times["ours"], strict=True)]
     medians = {f"{way}_s": statistics.median(each) for way, each in times.items()}
     equal = float((codes["original"] == codes["ours"]).mean())
-    return {"pictures": pictures, "side": config.resolution, **medians, "ratio": ratios, "equal": equal}
+    return {
+        "pictures": pictures, "side": config.resolution, **medians, "ratio": ratios, "equal": equal, "rates": rates
+    }  # fmt: skip
+
+
+def _rate(pipes: Sequence[Any], repeats: int, pictures: int) -> float:
+    """Pictures a second of these processes at once, median."""
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for pipe in pipes:
+            pipe.send(True)
+        for pipe in pipes:
+            pipe.recv()
+        seconds.append(time.perf_counter() - began)
+    return len(pipes) * pictures / statistics.median(seconds)
 
 
 def _work(way: str, config: VqganConfig, pictures: int, pipe: Any) -> None:
@@ -142,5 +166,6 @@ def table(found: dict[str, Any]) -> str:
             f"  ours               {found['ours_s']:8.2f} s of a core   1/{ratio:.2f} of it "
             f"({min(found['ratio']):.2f} to {max(found['ratio']):.2f})",
             f"  equal codes        {100 * found['equal']:8.2f} %",
+            *(f"  {num} worker(s)       {rate:8.2f} pictures/s by the clock" for num, rate in found["rates"].items()),
         ]
     )

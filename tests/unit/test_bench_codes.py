@@ -34,8 +34,11 @@ def test_both_ways_are_timed_and_give_the_same_codes() -> None:
     assert found["equal"] == 1.0 and found["side"] == 32 and found["pictures"] == len(found["ratio"]) == 1
     assert min(found["original_s"], found["ours_s"]) > 0
     assert "1 rounds" in table(found) and "equal codes" in table(found)
+    assert list(found["rates"]) == [1, 2] and min(found["rates"].values()) > 0
+    assert table(found).count("pictures/s by the clock") == 2
 
 
 def test_the_table_says_the_ratio_of_each_round() -> None:
-    found = {"side": 256, "original_s": 3.0, "ours_s": 2.0, "ratio": [1.4, 1.5, 1.6], "equal": 1.0}
+    found = {"side": 256, "original_s": 3.0, "ours_s": 2.0, "ratio": [1.4, 1.5, 1.6], "equal": 1.0, "rates": {2: 0.8}}
     assert "1/1.50 of it (1.40 to 1.60)" in table(found) and "100.00 %" in table(found)
+    assert "2 worker(s)           0.80 pictures/s" in table(found)
