@@ -65,6 +65,8 @@ class Settings:
         for name in ("lr", "kl_weight", "perceptual_weight", "adversary_weight", "adversary_start", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: want a number of at least 0, got {getattr(self, name)}")
+        if self.seed >= 1 << 63:
+            raise ValueError(f"seed: want less than 2^63, as torch's generators take it, got {self.seed}")
         if self.crop > self.side:
             raise ValueError(f"crop: want at most side {self.side}, got {self.crop}")
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ofa_ds.progress import Progress
-from ofa_ds.storage.atomic import PARTIAL, new_directory, sync
+from ofa_ds.storage.atomic import PARTIAL, new_directory, refuse_inside, sync
 from ofa_ds.storage.lease import Lease, held
 from ofa_ds.vision.config import VqganConfig
 from ofa_ds.vision.files import CONFIG, WEIGHTS, load_vqgan, write_vqgan
@@ -60,9 +60,11 @@ def train_codes(
     """Train on the pictures of `path` in `out`, from its newest checkpoint on. Whether it came to its end.
 
     stopped: asked after each step; where it is true, a checkpoint is saved and the run ends.
-    Raises ValueError: no pictures, other settings than the checkpoint's, losses or weights that are not finite;
-    LeaseError.
+    Raises ValueError: no pictures, `out` among them, other settings than the checkpoint's, losses or weights that are
+    not finite; LeaseError.
     """
+    if path.is_dir():  # the run's own pictures would be trained on, and another set than its checkpoint knows
+        refuse_inside(out, path)
     pictures = open_pictures(path)
     lpips = load_lpips(start.lpips) if start.lpips else None
     with held(out) as lease:

@@ -112,6 +112,17 @@ def test_a_damaged_checkpoint_and_a_foreign_directory_are_told(folder: Path, tmp
         train(folder, tmp_path / "other")
 
 
+def test_a_run_among_its_pictures_is_refused(folder: Path) -> None:
+    for out in (folder, folder / "inside" / "run"):
+        with pytest.raises(ValueError, match="is in .*, which is read; give a place outside of it"):
+            train(folder, out)
+    assert not list(folder.rglob("step_*"))
+
+
+def test_the_largest_seed_trains(folder: Path, tmp_path: Path) -> None:
+    assert train(folder, tmp_path / "run", seed=(1 << 63) - 1, num_steps=1)
+
+
 def test_a_run_may_begin_with_another_s_weights(folder: Path, tmp_path: Path) -> None:
     model = new_model(CONFIG, 7)
     save_vqgan(model, tmp_path / "first")
@@ -237,6 +248,7 @@ def test_pictures_that_are_none_are_told(make: Callable, text: str, tmp_path: Pa
         ({"crop": 16, "adversary_weight": 0.8}, "crop: the adversary wants at least 24 pixels, got 16"),
         ({"lr": float("nan")}, "lr: want a number of at least 0, got nan"),
         ({"batch": 0}, "batch: want at least 1, got 0"),
+        ({"seed": 1 << 63}, "seed: want less than 2\\^63, as torch's generators take it, got 9223372036854775808"),
     ],
 )
 def test_settings_that_make_no_run_are_told(folder: Path, tmp_path: Path, more: dict, text: str) -> None:
