@@ -251,9 +251,9 @@ def draw_codes(codes: Sequence[int]) -> Image.Image:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, *, width: int = TEXT_PIXELS, max_lines: int = 12) -> list[str]:
-    """Lines that fit `width` pixels."""
+    """Lines that fit `width` pixels; a line end of the text is a blank."""
     lines, line = [], ""
-    for word in text[:MAX_CHARACTERS].split(" "):
+    for word in text[:MAX_CHARACTERS].split():
         longer = f"{line} {word}" if line else word
         if line and font.getlength(longer) > width:
             lines.append(line)

@@ -46,6 +46,12 @@ def test_captions_and_notes_are_written_and_long_ones_are_cut() -> None:
     assert long.shape[0] < written.shape[0] + 100
 
 
+def test_line_ends_and_tabs_of_a_caption_are_blanks() -> None:
+    texts = ("a b c", "a b c\n", "a\nb\t c")
+    plain, *others = [draw_gallery([Entry(caption=text, pictures=[flat((255, 0, 0))])]) for text in texts]
+    assert all(np.array_equal(plain, other) for other in others)
+
+
 def test_nothing_to_draw_and_wrong_notes_are_refused() -> None:
     for entries in ([], [Entry(caption="a", pictures=[])]):
         with pytest.raises(ValueError, match="want one picture or more of each caption"):
