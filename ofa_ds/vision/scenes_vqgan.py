@@ -43,7 +43,8 @@ from ofa_ds.vision.vqgan import Vqgan
 MAX_SIDE = 10 * CELL
 """Pixels of a picture that is painted right: as far as the ramp goes."""
 
-_B = 2000.0
+_B = 2048.0
+"""A power of two: sums of its square, over whatever many places and in whatever order, have no rounding in fp32."""
 _S = math.sqrt(2) / 3 * _B
 _QUARTERS = tuple(product((0, 1), repeat=2))
 """(row, column) within a cell, in the order of a pattern's bits."""
