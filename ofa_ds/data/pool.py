@@ -77,13 +77,14 @@ def run_jobs(
     before = {child.pid for child in multiprocessing.active_children()}
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(os.getpid(),)) as executor:
         try:
-            yield from executor.map(function, jobs)
+            waiting = [executor.submit(function, job) for job in jobs][::-1]
+            while waiting:
+                yield waiting.pop().result()
         except BrokenProcessPool as error:
             message = f"one of {workers} worker processes died, perhaps out of memory; use fewer --workers"
             raise RuntimeError(message) from error
         except BaseException:  # a stop, or a failure: nobody waits for what the others are at
-            executor.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
+            for child in multiprocessing.active_children():  # and not cancelled, which the pool's thread trips over
                 if child.pid not in before:
                     child.kill()
             raise

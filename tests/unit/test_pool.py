@@ -31,6 +31,12 @@ def test_the_first_failure_in_order_is_raised(workers: int) -> None:
         list(run_jobs(square, [1, 2, -3, 4, -5], workers))
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failure_before_many_jobs_is_told_without_a_thread_s_traceback() -> None:
+    with pytest.raises(ValueError, match="-1 is negative"):
+        list(run_jobs(square, [-1, *range(40)], 2))
+
+
 def test_a_dead_process_is_a_failure_of_the_machine() -> None:
     with pytest.raises(RuntimeError, match="worker processes died.*--workers"):
         list(run_jobs(os._exit, [1, 1], 2))
