@@ -38,6 +38,11 @@ class Coder:
                 f"code_image_size: want a multiple of {self.pixels_per_code} pixels, one code's of this VQGAN, "
                 f"got {code_image_size}"
             )
+        self._max_side = model.config.max_side or math.inf
+        if code_image_size > self._max_side:
+            raise ValueError(
+                f"code_image_size: this VQGAN is for {self._max_side} pixels at most, got {code_image_size}"
+            )
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.code_image_size = code_image_size
         self.num_codes = model.config.n_embed
@@ -91,6 +96,8 @@ class Coder:
                 f"{name}: want {self.side**2}, {self.side} x {self.side} of a picture of {self.code_image_size} "
                 f"pixels, got {' x '.join(map(str, codes.shape))}"
             )
+        if (longest := max(codes.shape) * self.pixels_per_code) > self._max_side:
+            raise ValueError(f"{name}: this VQGAN is for {self._max_side} pixels at most, got {longest}")
         if not 0 <= int(codes.min()) <= int(codes.max()) < self.num_codes:
             outside = int(codes.min()) if codes.min() < 0 else int(codes.max())
             raise ValueError(f"{name}: want 0 ... {self.num_codes - 1} of the codebook, got {outside}")

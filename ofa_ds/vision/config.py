@@ -35,6 +35,8 @@ class VqganConfig:
     in_channels: int = 3
     out_ch: int = 3
     dropout: float = 0.0
+    max_side: int = 0
+    """Pixels up to which it is right, as a constructed one may be; 0 for any."""
 
     def __post_init__(self) -> None:
         if self.quantizer not in ("gumbel", "vq"):
@@ -42,6 +44,8 @@ class VqganConfig:
         for name in ("n_embed", "embed_dim", "z_channels", "resolution", "ch", "num_res_blocks"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"{name}: want a whole number of at least 1, got {value!r}")
+        if not isinstance(self.max_side, int) or self.max_side < 0:
+            raise ValueError(f"max_side: want a whole number of pixels, 0 for any, got {self.max_side!r}")
         if not self.ch_mult or min(self.ch_mult) < 1:
             raise ValueError(f"ch_mult: want a factor of at least 1 for each level, got {self.ch_mult}")
         if self.ch % NORM_GROUPS:

@@ -67,7 +67,7 @@ def scenes_vqgan() -> Vqgan:
     """In evaluation mode; always the same weights."""
     config = VqganConfig(
         quantizer="gumbel", n_embed=NUM_CODES, embed_dim=_WIDTH, z_channels=_WIDTH, resolution=SIDE,
-        ch=3 * NORM_GROUPS, ch_mult=(1, 1, 1, 1), num_res_blocks=1, attn_resolutions=(),
+        ch=3 * NORM_GROUPS, ch_mult=(1, 1, 1, 1), num_res_blocks=1, attn_resolutions=(), max_side=MAX_SIDE,
     )  # fmt: skip
     model = Vqgan(config).eval().requires_grad_(False)
     for parameter in model.parameters():

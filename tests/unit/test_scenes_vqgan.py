@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ofa_ds.cli import main
 from ofa_ds.data import scenes
 from ofa_ds.data.scenes import BIG_SIZES, CELL, COLORS, GROUND, HOLE, NUM_CODES, SIDE, WHOLE, Draw, Shape
 from ofa_ds.data.scenes_tasks import write_task_scenes
+from ofa_ds.vision.coder import load_coder
 from ofa_ds.vision.files import load_vqgan
 from ofa_ds.vision.pixels import to_input
 from ofa_ds.vision.scenes_coder import ScenesCoder
@@ -89,6 +91,24 @@ def test_any_codes_are_painted_as_the_rule_paints_them(model: Vqgan, num: int) -
         levels = (model.decode(torch.from_numpy(codes)[None])[0] + 1) / 2 * 255
         off = levels.permute(1, 2, 0).numpy() - wanted - 0.5
         assert np.abs(off).max() < 0.25
+
+
+def test_sides_that_it_would_paint_wrongly_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vqgan, side = tmp_path / "vqgan", MAX_SIDE + CELL
+    assert main(["codes", "scenes", "--out", str(vqgan)]) == 0
+    told = f"this VQGAN is for {MAX_SIDE} pixels at most, got {side}"
+    codes = " ".join(["1"] * (side // CELL) ** 2)
+    assert main(["codes", "decode", "--codes", codes, "--model", str(vqgan), "--png", str(tmp_path / "a.png")]) == 1
+    assert told in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"codes 0: {told}"):
+        load_coder(vqgan).paint([np.ones((SIDE // CELL, side // CELL), int)])
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (side, side)).save(photos / "a.png")
+    encode = ["codes", "encode", str(photos), "--task", "text_to_image", "--model", str(vqgan), "--side", str(side)]
+    assert main([*encode, "--out", str(tmp_path / "a.tsv")]) == 1
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.glob(".building*"))
 
 
 def test_the_command_s_vqgan_gives_rows_of_scenes_back_and_paints_them(

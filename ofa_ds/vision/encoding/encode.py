@@ -26,7 +26,7 @@ from ofa_ds.data.pool import need_one_process
 from ofa_ds.data.tsv import PIXELS_PER_CODE
 from ofa_ds.progress import Progress
 from ofa_ds.storage.atomic import check_space, place_file, refuse_inside, sync
-from ofa_ds.vision.coder import this_device
+from ofa_ds.vision.coder import Coder, this_device
 from ofa_ds.vision.encoding.journal import Journal
 from ofa_ds.vision.encoding.row_pieces import pieces_of
 from ofa_ds.vision.encoding.sources import opened
@@ -62,7 +62,10 @@ def encode_codes(source: Path, out: Path, model: Path, what: What, *, workers: i
     need_one_process("codes encode")
     if what.side and not what.whole and (source / "manifest.json").is_file():
         raise ValueError(f"--side: pictures of shards stay as they are; leave it out, or give a TSV file for {source}")
-    need_codes_of_rows(load_vqgan(model, say=say).config, str(model))
+    loaded = load_vqgan(model, say=say)
+    need_codes_of_rows(loaded.config, str(model))
+    if what.side:
+        Coder(loaded, what.side if what.whole else what.side // 2)  # tells a side that the VQGAN is not for
     job = _Job(source, out, model, what, workers, secrets.token_hex(8))
     if isinstance(job.pictures, ShardPictures):
         job.to_shards(job.pictures)
