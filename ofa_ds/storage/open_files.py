@@ -7,7 +7,7 @@ import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ofa_ds.storage.direct import set_direct
@@ -20,8 +20,16 @@ _LEAST, _MOST = 4, 4096
 def descriptor_share() -> int:
     """How many files one of two parties, who read and who write, may have open in this process."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = limit - len(os.listdir("/proc/self/fd")) - _SPARE if limit != resource.RLIM_INFINITY else 2 * _MOST
+    free = limit - _open_now() - _SPARE if limit != resource.RLIM_INFINITY else 2 * _MOST
     return max(_LEAST, min(_MOST, free // 2))
+
+
+def _open_now() -> int:
+    """How many this process has; none where the system does not say: half of what is free is left to others anyway."""
+    for place in ("/proc/self/fd", "/dev/fd"):
+        with suppress(OSError):
+            return len(os.listdir(place))
+    return 0
 
 
 class OpenFiles:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,17 @@ def test_pages_that_are_read_at_random_are_let_go_and_no_row_differs(
         mapped = [file for file in shards._files[family].open if file and file._file]
         shards.forget_pages()
         assert mapped and not any(file._file for file in mapped)
+
+
+def test_shards_are_read_and_written_anew_where_there_is_no_proc(built: Path, tmp_path: Path) -> None:
+    shuffle_shards(built, tmp_path / "one", seed=5, workers=1)
+    program = "import sys; from ofa_ds.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    hidden = ["unshare", "--mount", "--map-root-user", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
+    for words in (["shuffle", built, "--out", tmp_path / "two", "--seed", "5"], ["verify", tmp_path / "two"]):
+        command = [*hidden, sys.executable, "-c", program, "shards", *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
 def test_parts_have_their_share_of_each_family_share_no_row_and_keep_the_order(built: Path, tmp_path: Path) -> None:
