@@ -125,6 +125,8 @@ def test_a_full_disk_of_this_machine_is_not_tried_again(
     name = "text.index"
     with pytest.raises(RuntimeError, match="/dev/full: No space left on device; make room there, or name another dir"):
         fetching.download(f"{bucket}/set/{name}", Path("/dev/full"), (tmp_path / "shards" / name).stat().st_size)
+    with pytest.raises(RuntimeError, match=f"{tmp_path}: Is a directory; make room there"):
+        fetching.download(f"{bucket}/set/{name}", tmp_path, 1)
     monkeypatch.setenv("OFA_DS_CACHE", str(tmp_path / "cache"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))

@@ -8,6 +8,7 @@ import itertools
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -96,6 +97,38 @@ def test_two_processes_at_once_keep_an_exact_count_within_the_bound(tmp_path: Pa
 
     assert [end_of(pid) for pid in [in_a_process(lambda seed=seed: work(seed)) for seed in (1, 2)]] == [0, 0]
     assert BatchCache(tmp_path, 1000).used() == kept(tmp_path) > 700
+
+
+def test_who_waits_for_another_process_that_fetches_tells_so_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data worker that says nothing is taken to hang."""
+    monkeypatch.setattr(cache_file, "TELL_S", 0.1)
+    monkeypatch.setattr(cache_file, "TOLD", 2)
+    (asked, asks), (goes_on, go_on) = os.pipe(), os.pipe()
+
+    def fetch() -> bytes:
+        os.write(asks, b"!")
+        return os.read(goes_on, 1)
+
+    other = in_a_process(lambda: BatchCache(tmp_path, 100).get("set/a", fetch))
+    os.read(asked, 1)
+    said, twice = [], threading.Event()
+
+    def end() -> None:
+        twice.wait(60)
+        for thread in threading.enumerate():
+            if thread.name == "shards-wait":
+                thread.join(60)  # it tells no more
+        os.write(go_on, b"x")
+
+    monkeypatch.setattr(
+        cache_file, "print", lambda line, **_: (said.append(line), twice.set() if len(said) > 1 else 0), raising=False
+    )
+    threading.Thread(target=end, daemon=True).start()
+    assert BatchCache(tmp_path, 100).get("set/a", lambda: int("not fetched")).read_bytes() == b"x"
+    assert BatchCache(tmp_path, 100).get("set/b", lambda: b"y") and end_of(other) == 0
+    assert said == 2 * [f"{tmp_path}/set/a{PART}: waits for who fetches it, for 0 s"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"12345678", b"x" * 32, None])

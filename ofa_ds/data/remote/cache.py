@@ -19,6 +19,7 @@ import os
 import shutil
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -35,6 +36,10 @@ CACHE_BYTES = "OFA_DS_CACHE_BYTES"
 
 MAX_BYTES = 64 << 30
 """Of the cache where nothing is said: this, or half of its disk's free space and what it has already."""
+
+TELL_S, TOLD = 120.0, 10
+"""Of waiting for a service, or for who fetches from it: it is told. Oftener than a worker that says nothing is taken to
+hang; so often at most of another process, which may be stopped: its own waiting ends before."""
 
 PART = ".part"
 USED = "used"
@@ -110,7 +115,7 @@ class BatchCache:
         part = path.with_name(path.name + PART)
         while True:
             with _opened(part) as descriptor:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                _lock(descriptor, part)
                 if not is_at(descriptor, part):  # whoever had it has finished the file, or it was cleared away
                     continue
                 try:
@@ -223,6 +228,25 @@ def _opened(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, part: Path) -> None:
+    """Waits for whoever fetches into an unfinished file, and tells so."""
+    with suppress(BlockingIOError):
+        return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    is_ours = threading.Event()
+
+    def tell() -> None:
+        for k in range(1, TOLD + 1):
+            if is_ours.wait(TELL_S):
+                return
+            print(f"{part}: waits for who fetches it, for {k * TELL_S:.0f} s", file=sys.stderr, flush=True)
+
+    threading.Thread(target=tell, daemon=True, name="shards-wait").start()
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    finally:
+        is_ours.set()
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from ofa_ds.data.remote.cache import write_whole
+from ofa_ds.data.remote.cache import TELL_S, write_whole
 from ofa_ds.data.remote.mirror import writing
 from ofa_ds.storage import file_systems
 
@@ -26,9 +26,6 @@ OPENING_S, READING_S = 10.0, 300.0
 
 ATTEMPT_S, SLOWEST = 60.0, 100_000.0
 """An attempt is given up after so many seconds, and one more for each SLOWEST bytes that it wants."""
-
-TELL_S = 120.0
-"""Of waiting for one attempt: it is told. Oftener than a worker that says nothing is taken to hang."""
 
 MAX_SMALL_BYTES = 1 << 30
 """Largest manifest, list of answers or file of negatives that is read whole."""
@@ -159,7 +156,9 @@ def download(location: str, path: Path, num_bytes: int) -> None:
 
 
 def _download(location: str, path: Path, num_bytes: int) -> None:
-    with file_systems.open_input(location) as source, path.open("wb", buffering=0) as file:
+    with writing(path):
+        file = path.open("wb", buffering=0)
+    with file, file_systems.open_input(location) as source:
         if (found := source.size()) != num_bytes:
             raise RuntimeError(f"{location}: want {num_bytes} bytes, got {found}; upload the shards again")
         while block := source.read(_BLOCK_BYTES):
