@@ -46,9 +46,12 @@ def bench_codes(repeats: int = 5, pictures: int = 4, *, config: VqganConfig | No
         for way, (_, pipe) in zip(ways, pipes, strict=True)
     ]
     mine = [pipe for pipe, _ in pipes]
-    for worker in workers:
+    for worker, (_, theirs) in zip(workers, pipes, strict=True):
         worker.start()
+        theirs.close()  # or nobody would notice that it ended
     try:
+        for pipe in mine:
+            pipe.recv()  # it has started
         for _ in range(repeats):
             for way, pipe in zip(WAYS, mine, strict=False):
                 pipe.send(True)
@@ -91,6 +94,7 @@ def _work(way: str, config: VqganConfig, pictures: int, pipe: Any) -> None:
     if way == "ours":
         keep_freed_memory()  # as a worker of `ofa-ds codes encode` does
     encode(drawn[:1])  # what is made once
+    pipe.send(None)
     while pipe.recv():
         began = time.process_time()
         found = encode(drawn)

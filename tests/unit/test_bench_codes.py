@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
+import signal
 
 import numpy as np
+import pytest
 import torch
 
 from ofa_ds.bench.codes import bench_codes, original_way, table
@@ -42,3 +46,14 @@ def test_the_table_says_the_ratio_of_each_round() -> None:
     found = {"side": 256, "original_s": 3.0, "ours_s": 2.0, "ratio": [1.4, 1.5, 1.6], "equal": 1.0, "rates": {2: 0.8}}
     assert "1/1.50 of it (1.40 to 1.60)" in table(found) and "100.00 %" in table(found)
     assert "2 worker(s)           0.80 pictures/s" in table(found)
+
+
+def test_a_process_that_ends_ends_the_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(process: multiprocessing.process.BaseProcess) -> None:
+        real(process)
+        os.kill(process.pid, signal.SIGKILL)  # as where memory is short
+
+    real = multiprocessing.get_context("spawn").Process.start
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", start)
+    with pytest.raises((EOFError, ConnectionError)):
+        bench_codes(1, pictures=1, config=CONFIG)
