@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ofa_ds.convert.torch_file import TorchFile
-from ofa_ds.storage.atomic import new_directory, sync
+from ofa_ds.storage.atomic import check_space, new_directory, sync
 from ofa_ds.vision.config import VqganConfig
 from ofa_ds.vision.vqgan import Vqgan
 from ofa_ds.vision.weights import check_weights, read_safetensors
@@ -65,14 +65,18 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def save_vqgan(model: Vqgan, folder: Path) -> None:
-    """A new directory of our own form, there when it is complete. Raises ValueError where something is there."""
+    """A new directory of our own form, there when it is complete.
+
+    Raises ValueError where something is there, OSError where the disk has no room for it.
+    """
     with new_directory(folder) as partial:
         write_vqgan(model, partial)
 
 
 def write_vqgan(model: Vqgan, folder: Path) -> None:
-    """The files of our own form into a directory that is not seen yet; they are durable then."""
+    """The files of our own form into a directory that is not seen yet; they are durable then. Raises OSError."""
     weights = {name: value.detach().cpu().float().contiguous() for name, value in model.state_dict().items()}
+    check_space(folder, sum(value.nbytes for value in weights.values()), 2)  # safetensors tells it in its own way
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(FORMAT | dataclasses.asdict(model.config), indent=1)
     (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ofa_ds.progress import Progress
-from ofa_ds.storage.atomic import PARTIAL, new_directory, refuse_inside, sync
+from ofa_ds.storage.atomic import PARTIAL, check_space, new_directory, refuse_inside, sync
 from ofa_ds.storage.lease import Lease, held
 from ofa_ds.vision.config import VqganConfig
 from ofa_ds.vision.files import CONFIG, WEIGHTS, load_vqgan, write_vqgan
@@ -154,6 +154,7 @@ class _Run:
         with new_directory(folder) as partial:
             write_vqgan(self.trainer.model, partial)
             sheet.save(partial / PICTURES)
+            check_space(partial, sum(value.nbytes for value in tensors.values()), 3)
             save_file(tensors, partial / STATE_TENSORS)
             text = json.dumps(FORMAT | {"step": self.trainer.step, "made_of": self.made_of}, indent=1)
             (partial / STATE).write_text(f"{text}\n", encoding="utf-8")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +94,15 @@ def test_any_codes_are_painted_as_the_rule_paints_them(model: Vqgan, num: int) -
         levels = (model.decode(torch.from_numpy(codes)[None])[0] + 1) / 2 * 255
         off = levels.permute(1, 2, 0).numpy() - wanted - 0.5
         assert np.abs(off).max() < 0.25
+
+
+def test_a_disk_that_is_too_small_is_one_line(tmp_path: Path) -> None:
+    """Of 6 MiB; the VQGAN takes 13 MB."""
+    small = ["unshare", "--mount", "--map-root-user", "sh", "-c", 'mount -t tmpfs -o size=6m tmpfs "$0" && exec "$@"']
+    command = [sys.executable, "-m", "ofa_ds.cli", "codes", "scenes", "--out", str(tmp_path / "vqgan")]
+    done = subprocess.run([*small, str(tmp_path), *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert re.search(r"6\.\d+ MB are free, 13\.\d+ MB are needed", done.stderr), done.stderr
 
 
 def test_sides_that_it_would_paint_wrongly_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
