@@ -191,7 +191,7 @@ def blinded(asked: Sequence[Example], how: str) -> list[Example] | None:
     if asked and all(example.code and example.image is None for example in asked):
         others = [*asked[len(asked) // 2 :], *asked[: len(asked) // 2]]
         pairs = zip(asked, others, strict=True)
-        return None if how == "grey" else [dataclasses.replace(a, source=b.source) for a, b in pairs]
+        return None if how == "grey" or len(asked) < 2 else [dataclasses.replace(a, source=b.source) for a, b in pairs]
     if any(example.image is None for example in asked):
         return None
     if how == "grey":

@@ -19,7 +19,7 @@ from ofa_ds.data import scenes
 from ofa_ds.data.example import Example
 from ofa_ds.data.shards import Shards
 from ofa_ds.inference.answering import answer
-from ofa_ds.inference.evaluate import judge_tasks
+from ofa_ds.inference.evaluate import blinded, judge_tasks
 from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.tasks.downstream.text_to_image import PROMPT
 from ofa_ds.tasks.kind import Decoding
@@ -168,6 +168,12 @@ def test_colours_shapes_and_places_are_judged_each_by_its_name(
     example = ask(model.context(), NAME, None, caption)
     scores = TASK.judge(model.context(), [example], [ids])
     assert [scores[f"{name} right"] for name in ("colour", "shape", "place")] == [colour, shape, place]
+
+
+def test_a_caption_alone_has_no_other_row_s(examples: list[Example]) -> None:
+    assert blinded(examples[:1], "shuffled") is None
+    (first, second), (after, _) = examples[:2], blinded(examples[:2], "shuffled")
+    assert after.source is second.source and after.row_id == first.row_id
 
 
 def test_a_model_that_cannot_paint_says_so(model: LoadedModel, examples: list[Example]) -> None:
