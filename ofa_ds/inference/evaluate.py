@@ -84,8 +84,13 @@ def evaluate(
 
 
 def _painted_scores(model: LoadedModel, shards: Shards, files: ScoreFiles) -> PaintedScores | None:
-    """None where no row asks for a picture, and where nothing paints it, which is said."""
+    """None where no row asks for a picture, and where nothing paints it, which is said.
+
+    Raises ValueError: files judge pictures of which there will be none, or one is wrong.
+    """
     if not any(name in DOWNSTREAM and DOWNSTREAM[name].decoding.codes for name in shards.types):
+        if files != NO_FILES:
+            raise ValueError(f"{shards.path}: asks for no pictures of texts; leave --clip and --inception out")
         return None
     if model.paint is None:
         what = f"no {', '.join(PICTURE_SCORES)}: say what paints the codes, --codes-model DIR"

@@ -220,10 +220,13 @@ def test_the_reference_of_fid_is_looked_at_when_it_is_compared(tmp_path: Path, m
     assert reference.statistics(network) is reference.statistics(network) and looked == [3]
 
 
-def test_samples_are_of_tasks_that_paint(model: LoadedModel, folder: Path, tmp_path: Path) -> None:
+def test_samples_and_weights_are_of_tasks_that_paint(model: LoadedModel, folder: Path, tmp_path: Path, capsys) -> None:
     task_models.build(tmp_path, rows=2, tasks=("caption",))
     with pytest.raises(ValueError, match="--samples: none of caption paints; leave it out"):
         judge_tasks(task_models.model_of(tmp_path, "caption"), Shards(tmp_path / "caption"), how=How(samples=2))
+    given = ["evaluate", folder / "run", "--shards", tmp_path / "caption", "--codes-model", "scenes", "--clip", "c"]
+    assert main([str(each) for each in given]) == 1
+    assert "caption: asks for no pictures of texts; leave --clip and --inception out" in capsys.readouterr().err
 
 
 def test_the_caption_that_clip_reads_is_that_of_the_source() -> None:
