@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 MAX_PICKLE_BYTES = 64 << 20
-MAX_VALUES, MAX_NAME = 100_000, 1000
-"""Of all modules together; characters of a weight's name."""
+MAX_VALUES, MAX_NAME, MAX_DIMS = 100_000, 1000, 64
+"""Of all modules together; characters of a weight's name; of a tensor, as torch has them."""
 _CODE, _DATA = "constants.pkl", "data.pkl"
 
 _DTYPES = {
@@ -196,8 +196,10 @@ class _Machine:
         self.stack.append(self.storages[key])
 
     def tensor(self, storage: Tensor, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-        if min((0, offset, *shape, *stride)) < 0 or len(shape) != len(stride):
-            raise ValueError(f"a tensor of shape {shape} and strides {stride} at {offset}")
+        if len(shape) != len(stride) or len(shape) > MAX_DIMS:
+            raise ValueError(f"a tensor of {len(shape)} sizes and {len(stride)} strides")
+        if not all(0 <= n < 1 << 63 for n in (offset, *shape, *stride)):  # their product would take for ever
+            raise ValueError(f"a tensor of shape {shape!s:.80} and strides {stride!s:.80} at {offset!s:.20}")
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         if math.prod(shape) > storage.numel() or (math.prod(shape) and last >= storage.numel()):
             raise ValueError(

@@ -218,6 +218,15 @@ HASHED = b"\x80\x02)" + b"".join(b"q%ch%c\x86" % (k, k) for k in range(60))
 """A tuple of 2^60."""
 
 
+def sized(dims: int) -> bytes:
+    """A tensor of so many sizes, each of 2000 bits."""
+    size = b"\x8a\xff" + b"\xff" * 254 + b"\x7f"
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\3tQ"
+    shape = b"(" + size + b"q\1" + b"h\1" * (dims - 1) + b"t"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0" + shape + b"(" + b"K\0" * dims + b"ttR"
+    return b"\x80\x02}X\1\0\0\0a" + tensor + b"s."
+
+
 @pytest.mark.parametrize(
     "data, message",
     [
@@ -227,14 +236,17 @@ HASHED = b"\x80\x02)" + b"".join(b"q%ch%c\x86" % (k, k) for k in range(60))
         (b"\x80\x02}" + HASHED[2:] + b"Ns.", "damaged"),
         (HASHED + b".", "damaged"),
         (b"\x80\x02" + b"(" * 200_000 + b"t" * 200_000 + b".", "damaged"),  # minutes where each looks for its mark
+        (sized(100_000), "damaged: a tensor of 100000 sizes"),
+        (sized(3), "damaged: a tensor of shape "),
     ],
-    ids=["in itself", "shared", "deep", "keys", "tuples", "marks"],
+    ids=["in itself", "shared", "deep", "keys", "tuples", "marks", "sizes", "large"],
 )
 def test_a_few_bytes_that_say_weights_without_end_are_one_line(tmp_path: Path, data: bytes, message: str) -> None:
     good = as_torchscript(tmp_path / "good.pt", {"a": torch.zeros(3)})
     with pytest.raises(ValueError, match=message) as error:
         read_torchscript(rewritten(good, tmp_path / "bad.pt", "data.pkl", data))
     assert "\n" not in str(error.value) and str(error.value).startswith(str(tmp_path / "bad.pt"))
+    assert len(str(error.value)) < 500
 
 
 def test_a_tensor_outside_its_storage_or_a_packed_one_is_refused(tmp_path: Path) -> None:
