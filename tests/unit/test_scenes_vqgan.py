@@ -26,7 +26,7 @@ from ofa_ds.vision.scenes_vqgan import MAX_SIDE, scenes_vqgan
 from ofa_ds.vision.vqgan import Vqgan
 
 MARGIN, ROUNDING = 0.9, 0.1
-"""Of the largest logit before the next; of a logit in fp32. Measured: 1.00 and 0.04."""
+"""Of the largest logit before the next; of a logit in fp32. Measured: 1.00 and 0.07."""
 
 
 @pytest.fixture(scope="module", params=["channels first", "channels last"])
