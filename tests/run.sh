@@ -53,7 +53,7 @@ end_what_runs_beside() {
   beside=
 }
 trap 'end_what_runs_beside; rm -rf "$logs"' EXIT
-trap 'exit 130' INT TERM
+trap 'exit 130' INT
 code=0 summaries=() found=false lower=()
 # of NUMBER, whose output is LOG
 ended_with() {
