@@ -68,10 +68,7 @@ def evaluate(
     began = time.monotonic()
     data = Shards(shards, task=next((name for name in tasks or () if name in DOWNSTREAM), ""))
     model = load_model(checkpoint, device, average=average, vocab=vocab, precision=how.precision)
-    if share.rank == 0:
-        model = that_paints(model, codes_model)
-        print(model.describe(), file=sys.stderr)
-    painted = _painted_scores(model, data, score_files) if share.rank == 0 else None
+    model, painted = _painting(model, data, codes_model, score_files, share)
     result = judge_tasks(model, data, tasks=tasks, rows=rows, how=how, slowly=True, painted=painted, share=share)
     if png is not None and share.rank == 0:
         rows = CARDS // len(result) if DOWNSTREAM_FAMILY in data.families else 1
@@ -81,6 +78,26 @@ def evaluate(
         "checkpoint": model.path, "step": model.step, "shards": str(shards), "beam": how.beams,
         "decoding": how.search, "seconds": round(time.monotonic() - began, 1), "tasks": result,
     }  # fmt: skip
+
+
+def _painting(
+    model: LoadedModel, shards: Shards, codes_model: Path | None, files: ScoreFiles, share: Share
+) -> tuple[LoadedModel, PaintedScores | None]:
+    """On rank 0 with what paints and what judges it. All together raise what is wrong there: none waits for rank 0."""
+    painted, problem = None, None
+    if share.rank == 0:
+        try:
+            model = that_paints(model, codes_model)
+            print(model.describe(), file=sys.stderr)
+            painted = _painted_scores(model, shards, files)
+        except (ValueError, OSError) as error:
+            problem = error
+    told = share.gather("" if problem is None else str(problem))[0]
+    if problem is not None:
+        raise problem
+    if told:
+        raise ValueError(told)
+    return model, painted
 
 
 def _painted_scores(model: LoadedModel, shards: Shards, files: ScoreFiles) -> PaintedScores | None:

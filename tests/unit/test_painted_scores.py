@@ -20,7 +20,7 @@ from ofa_ds.data.shards import Shards
 from ofa_ds.inference import answering
 from ofa_ds.inference.answering import samples
 from ofa_ds.inference.asking import How
-from ofa_ds.inference.evaluate import judge_tasks
+from ofa_ds.inference.evaluate import evaluate, judge_tasks
 from ofa_ds.inference.loaded_model import LoadedModel
 from ofa_ds.inference.painted_scores import PaintedScores
 from ofa_ds.inference.painting import that_paints
@@ -121,6 +121,14 @@ def test_wrong_files_are_told_before_anything_is_painted(
     except SystemExit as error:
         found = error.code
     assert found == code and message in capsys.readouterr().err
+
+
+def test_what_is_wrong_on_rank_0_is_told_by_all_and_waited_for_by_none(folder: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    for rank in (0, 1):
+        share = Share(rank=rank, world_size=2, gather=lambda value: told.append(value) or told[:1])
+        with pytest.raises(ValueError, match="none: no VQGAN there"):
+            evaluate(folder / "run", folder / TASK, codes_model=tmp_path / "none", share=share)
 
 
 def test_scenes_are_looked_at_as_the_vqgan_paints_them(folder: Path, model: LoadedModel) -> None:
