@@ -47,11 +47,20 @@ if ! $is_named && ! $everything; then set -- --brief "$@"; fi
 
 logs=$(mktemp -d "${TMPDIR:-/tmp}/ofa-ds-tests.XXXXXX")
 beside=
-# Interrupted, they take down the hosts that they made.
+# Interrupted, they take down the hosts that they made; what does not heed it within a minute is ended.
 end_what_runs_beside() {
-  if [ -n "$beside" ]; then kill -INT -- "-$beside" 2>/dev/null && wait "$beside" || true; fi
+  if [ -z "$beside" ]; then return; fi
+  kill -INT -- "-$beside" 2>/dev/null || true
+  for _ in {1..600}; do
+    if ! kill -0 "$beside" 2>/dev/null; then break; fi
+    sleep 0.1
+  done
+  kill -KILL -- "-$beside" 2>/dev/null || true
   beside=
 }
+# A shell that was itself started with SIGINT ignored (`&` of a script) hands that on, whatever its traps say.
+heeding=()
+if env --default-signal=INT true 2>/dev/null; then heeding=(env --default-signal=INT); fi
 trap 'end_what_runs_beside; rm -rf "$logs"' EXIT
 trap 'exit 130' INT
 code=0 summaries=() found=false lower=()
@@ -74,8 +83,8 @@ if $is_named; then
   run "$@"
 else
   one_by_one=("$launches" "${one_by_one[@]}" -o cache_dir=.pytest_cache/beside)
-  set -m  # a group of its own, which heeds SIGINT
-  python -m pytest -q --durations=10 "${one_by_one[@]}" "$@" </dev/null >"$logs/beside" 2>&1 &
+  set -m  # a group of its own
+  "${heeding[@]}" python -m pytest -q --durations=10 "${one_by_one[@]}" "$@" </dev/null >"$logs/beside" 2>&1 &
   beside=$!
   set +m
   lower=(nice -n 5)  # those are in a hurry

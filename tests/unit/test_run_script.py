@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+IGNORING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 LAUNCHES = "tests/reliability/test_launch.py"
 STAND_IN = """#!{python}
 import json, os, sys, time
@@ -50,7 +55,9 @@ class Script:
         done = subprocess.run(["cksum"], input=texts, stdout=subprocess.PIPE, check=True)
         (self.venv / ".ready-dev").write_bytes(done.stdout)
 
-    def run(self, *arguments: str, codes: str = "0,0,0") -> tuple[int, str, list[list[str]]]:
+    def run(
+        self, *arguments: str, codes: str = "0,0,0", wrapper: tuple[str, ...] = ()
+    ) -> tuple[int, str, list[list[str]]]:
         """(exit code, last line, what each pytest was given, in the order of the parts).
 
         codes: with which each of the parts ends; "hangs" waits to be interrupted.
@@ -58,7 +65,7 @@ class Script:
         self.calls.unlink(missing_ok=True)
         environment = {**os.environ, "OFA_DS_VENV": str(self.venv), "CALLS": str(self.calls), "CODES": codes}
         done = subprocess.run(
-            ["bash", str(ROOT / "tests/run.sh"), *arguments],
+            [*wrapper, "bash", str(ROOT / "tests/run.sh"), *arguments],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/",
         )  # fmt: skip
         calls = sorted(json.loads(line) for line in self.calls.read_text().splitlines())
@@ -129,6 +136,13 @@ def test_the_exit_code_is_that_of_the_first_part_that_failed(
     assert (code, len(calls)) == (expected, parts)
     assert script.interrupted.exists() == ("hangs" in codes), "what runs beside ends with the rest"
     assert last.startswith("tests: passed (" if expected == 0 else "tests: FAILED (part 1 says")
+
+
+def test_what_runs_beside_ends_with_the_rest_where_interrupts_are_ignored(script: Script) -> None:
+    """As a script's `&` leaves it; a shell cannot undo that."""
+    wrapper = (sys.executable, "-c", IGNORING)
+    code, _, calls = script.run("-x", codes="1,0,hangs", wrapper=wrapper)
+    assert (code, len(calls), script.interrupted.exists()) == (1, 2, True)
 
 
 def test_what_failed_among_launches_and_hosts_is_tried_once_more_and_said_to_have_failed_once(script: Script) -> None:
