@@ -2,7 +2,7 @@
 # Sets up .venv (see launchers/setup_env.sh) and runs the tests: all rooms, about twenty minutes on two cores.
 #
 #   bash tests/run.sh [PYTEST ARGUMENT ...]       such as: tests/unit, -k resume, -x
-#   bash tests/run.sh --all                       also those marked `long`: an hour; what .ci/run does
+#   bash tests/run.sh --all                       also those marked `long`: three quarters of an hour; what .ci/run does
 #   bash tests/run.sh --slow -m slow              the tests that take minutes each
 #
 # Without a file or folder, in three parts: what needs one process a test, as many at once as there are cores (at most 8);
